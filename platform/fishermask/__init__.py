@@ -1,0 +1,3 @@
+"""Distributed batch active learning with Fisher information."""
+
+__version__ = "0.1.0"

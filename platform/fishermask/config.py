@@ -1,0 +1,213 @@
+"""What a user may set for one run: one typed tree, checked when it is read, unknown keys refused.
+
+A run is named by its resolved settings: ``fingerprint`` is equal for two runs exactly when their rounds must be.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fishermask.errors import InputError
+
+
+class Config(BaseModel):
+    """Base of every settings class: frozen, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NamedConfig(Config):
+    """Something chosen by name, with parameters of its own. ``margin`` is short for ``{name: margin}``."""
+
+    name: str
+    params: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class Balanced(Config):
+    kind: Literal["balanced"] = "balanced"
+    per_class: int | None = Field(None, ge=1)
+    """Training images kept of every class; all classes' smallest count when not given."""
+
+
+class Step(Config):
+    kind: Literal["step"]
+    ratio: float = Field(ge=1)
+    """A common class is this many times as large as a rare one."""
+    rare: int | None = Field(None, ge=1)
+    """How many classes are rare; half of them when not given."""
+    rare_classes: list[int] | None = None
+    """Which classes are rare; drawn by the seed when not given."""
+    per_class: int | None = Field(None, ge=1)
+    """Images kept of a common class."""
+
+
+class LongTail(Config):
+    kind: Literal["long_tail"]
+    ratio: float = Field(ge=1)
+    """The largest class is this many times as large as the smallest; the sizes between fall exponentially."""
+    order: list[int] | None = None
+    """Classes from the most common to the rarest; drawn by the seed when not given."""
+    per_class: int | None = Field(None, ge=1)
+    """Images kept of the largest class."""
+
+
+class Counts(Config):
+    kind: Literal["counts"]
+    counts: dict[int, Annotated[int, Field(ge=1)]] = Field(min_length=2)
+    """Class -> training images kept. Classes that are not named leave the training and the test data."""
+    permute: bool = False
+    """Whether the seed deals the counts out to the named classes anew."""
+
+
+IMBALANCES: dict[str, type[Config]] = {
+    "balanced": Balanced,
+    "step": Step,
+    "long_tail": LongTail,
+    "counts": Counts,
+}
+Imbalance = Annotated[Balanced | Step | LongTail | Counts, Field(discriminator="kind")]
+
+
+class DataConfig(Config):
+    name: str = "fashion_mnist_small"
+    """One of the data sets that ``fishermask run --help`` lists."""
+    root: str | None = None
+    """Folder of a torchvision data set."""
+    download: bool = False
+    """Whether torchvision may fetch what is missing in ``root``."""
+    train: str | None = None
+    """Parquet file, folder or glob of the training images (data set ``parquet``)."""
+    test: str | None = None
+    """The same for the test images."""
+    image_column: str | None = None
+    """Column with Hugging Face's image struct; the only such column when not given."""
+    label_column: str = "label"
+    image_size: int | None = Field(None, ge=4)
+    """Resize images to squares of this many pixels (data set ``parquet``)."""
+    statistics: Literal["auto", "published", "pool"] = "auto"
+    """Normalise with published channel statistics or with those of this run's training pool; auto: published if any."""
+    augment: bool | None = None
+    """Random crop and flip in training; as the paper does (colour images only) when not given."""
+
+
+class TrainingConfig(Config):
+    learning_rate: float = Field(1e-3, gt=0)
+    batch_size: int = Field(64, ge=1)
+    target_accuracy: float = Field(0.99, gt=0, le=1)
+    """Training ends with the first epoch whose training accuracy reaches this."""
+    max_epochs: int = Field(100, ge=1)
+    """... or after this many epochs; each round records which of the two it was."""
+    clip: float | None = Field(0.1, gt=0)
+    """Gradients are clamped to +- this."""
+
+
+class BudgetConfig(Config):
+    initial: int = Field(100, ge=1)
+    """Labels at the start, drawn at random."""
+    query: int = Field(100, ge=1)
+    """Labels bought in each round; the last round buys what is left."""
+    total: int = Field(500, ge=1)
+    """Labels at the end."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "BudgetConfig":
+        if self.total < self.initial:
+            raise ValueError(f"total {self.total} is below initial {self.initial}; raise total or lower initial")
+        return self
+
+
+class StrategyConfig(NamedConfig):
+    label: str | None = None
+    """Name in tables and pictures; the strategy's name and given parameters when not given."""
+
+
+class ResourcesConfig(Config):
+    cpus: float = Field(1, gt=0)
+    """CPUs of the run's own process: training, evaluation and the greedy coordinator."""
+    gpus: float = Field(0, ge=0)
+    shards: int = Field(1, ge=1)
+    """Parts that the pool is cut into. The chosen batch does not depend on it."""
+    workers: Literal["in_process", "ray"] = "in_process"
+    """Whether the shards live in the run's own process or as Ray actors of their own."""
+    cpus_per_shard: float = Field(1, gt=0)
+    """CPUs of each Ray shard."""
+    gpus_per_shard: float = Field(0, ge=0)
+
+
+class ExperimentConfig(Config):
+    """One run: a data set, an imbalance, a model, a budget, a strategy and a seed."""
+
+    data: DataConfig = DataConfig()
+    imbalance: Imbalance = Balanced()
+    model: NamedConfig = NamedConfig(name="small_cnn")
+    training: TrainingConfig = TrainingConfig()
+    budget: BudgetConfig = BudgetConfig()
+    strategy: StrategyConfig = StrategyConfig(name="fisher_mask")
+    seed: int = Field(0, ge=0)
+    resources: ResourcesConfig = ResourcesConfig()
+
+    def fingerprint(self) -> str:
+        """Hash of all settings that the result depends on (not of where it was computed, nor of a label)."""
+        settings = self.model_dump(mode="json", exclude={"resources": True, "strategy": {"label"}})
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def parse(kind: type[ConfigT], value: Any, where: str = "") -> ConfigT:
+    """Validate ``value`` as a ``kind``; ``where`` is put before the paths in messages.
+
+    Raises:
+        InputError: a line for each mistake, with the dotted path, the value that came and what would be right.
+    """
+    if not isinstance(value, Mapping | str):
+        raise InputError(f"{where or 'the file'}: expected keys and values, got {short(value)}")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise InputError("\n".join(_mistake(kind, detail, where) for detail in error.errors())) from None
+
+
+def _mistake(kind: type[Config], detail: Any, where: str) -> str:
+    model, path = _resolve(kind, detail["loc"])
+    field = ".".join([where] * bool(where) + path) or "the file"
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"{field}: unknown key; there are {', '.join(model.model_fields)}"
+        case "missing":
+            return f"{field}: missing"
+        case "union_tag_invalid" | "union_tag_not_found":
+            return f"{field}.kind: expected one of {', '.join(IMBALANCES)}, got {short(detail['input'])}"
+        case "value_error":
+            return f"{field}: {detail['msg'].removeprefix('Value error, ')}"
+    message = detail["msg"].removeprefix("Input ")
+    return f"{field}: {message}, got {short(detail['input'])}"
+
+
+def _resolve(kind: type[Config], location: tuple[Any, ...]) -> tuple[type[Config], list[str]]:
+    """The settings class that holds the last key of pydantic's ``location``, and the path as the user wrote it."""
+    path: list[str] = []
+    for part in location:
+        if path == ["imbalance"] and part in IMBALANCES:
+            kind = IMBALANCES[part]  # pydantic names the union's member; the user's file has no such key
+            continue
+        path.append(str(part))
+        annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, Config):
+            kind = annotation
+    return kind, path
+
+
+def short(value: Any) -> str:
+    """``repr``, cut to what fits in a one-line message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

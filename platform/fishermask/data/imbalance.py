@@ -1,0 +1,84 @@
+"""Which training images a run's pool keeps, so that some classes are rare on purpose."""
+
+import torch
+from torch import Tensor
+
+from fishermask.config import Balanced, Counts, Imbalance, LongTail, Step
+from fishermask.errors import InputError
+
+
+def choose(labels: Tensor, num_classes: int, rule: Imbalance, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+    """Rows of ``labels`` [n] to keep, ascending, and the classes that remain.
+
+    Which classes are rare, and which of a class's images stay, is drawn by ``generator``.
+
+    Raises:
+        InputError: a class has too few images, or the rule names a class that there is not.
+    """
+    sizes = torch.bincount(labels, minlength=num_classes).tolist()
+    counts = class_counts(sizes, rule, generator)
+    rows = []
+    for c in sorted(counts):
+        members = (labels == c).nonzero()[:, 0]
+        rows.append(members[torch.randperm(len(members), generator=generator)[: counts[c]]])
+    return torch.cat(rows).sort().values, sorted(counts)
+
+
+def class_counts(sizes: list[int], rule: Imbalance, generator: torch.Generator) -> dict[int, int]:
+    """Class -> images kept, for classes of ``sizes``."""
+    if isinstance(rule, Counts):
+        counts = dict(rule.counts)
+        _check_classes("imbalance.counts", list(counts), len(sizes))
+        if rule.permute:
+            classes = sorted(counts)
+            dealt = torch.randperm(len(classes), generator=generator).tolist()
+            counts = {c: rule.counts[classes[i]] for c, i in zip(classes, dealt, strict=True)}
+    else:
+        largest = rule.per_class if rule.per_class is not None else min(sizes)
+        counts = dict.fromkeys(range(len(sizes)), largest)
+        if isinstance(rule, Step):
+            for c in _rare_classes(rule, len(sizes), generator):
+                counts[c] = _at_least_one(largest / rule.ratio, rule)
+        elif isinstance(rule, LongTail):
+            order = _order(rule, len(sizes), generator)
+            for rank, c in enumerate(order):
+                counts[c] = _at_least_one(largest * rule.ratio ** (-rank / max(1, len(sizes) - 1)), rule)
+        else:
+            assert isinstance(rule, Balanced)
+    for c, count in counts.items():
+        if count > sizes[c]:
+            raise InputError(f"imbalance: class {c} shall keep {count} images but has {sizes[c]}; lower its count")
+    return counts
+
+
+def _at_least_one(count: float, rule: Step | LongTail) -> int:
+    if round(count) < 1:
+        raise InputError(f"imbalance.ratio: {rule.ratio:g} leaves a class without images; lower it")
+    return round(count)
+
+
+def _rare_classes(rule: Step, num_classes: int, generator: torch.Generator) -> list[int]:
+    # Drawn even when it is not used, so that the images kept of a class do not depend on the choice being fixed.
+    drawn = torch.randperm(num_classes, generator=generator).tolist()
+    if rule.rare_classes is not None:
+        _check_classes("imbalance.rare_classes", rule.rare_classes, num_classes)
+        return rule.rare_classes
+    rare = rule.rare if rule.rare is not None else num_classes // 2
+    if rare >= num_classes:
+        raise InputError(f"imbalance.rare: {rare} of {num_classes} classes; at most {num_classes - 1} can be rare")
+    return drawn[:rare]
+
+
+def _order(rule: LongTail, num_classes: int, generator: torch.Generator) -> list[int]:
+    drawn = torch.randperm(num_classes, generator=generator).tolist()
+    if rule.order is None:
+        return drawn
+    if sorted(rule.order) != list(range(num_classes)):
+        raise InputError(f"imbalance.order: must name each of the {num_classes} classes once, got {rule.order}")
+    return rule.order
+
+
+def _check_classes(field: str, classes: list[int], num_classes: int) -> None:
+    wrong = [c for c in classes if not 0 <= c < num_classes]
+    if wrong:
+        raise InputError(f"{field}: no class {wrong[0]}; the data set has classes 0 to {num_classes - 1}")

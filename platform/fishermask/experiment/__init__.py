@@ -1,0 +1,1 @@
+"""One active-learning run: its random streams, its checks, its rounds."""

@@ -1,0 +1,146 @@
+"""The active-learning loop: train, evaluate, query, label, until the budget is spent."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishermask.experiment.setup import Setup
+from fishermask.experiment.streams import stream
+from fishermask.pool.pool import Pool, Progress
+from fishermask.pool.shards import Shards
+from fishermask.tensors.metrics import evaluate
+from fishermask.tensors.training import fit, predict
+
+MakeShards = Callable[[Tensor, Any], Shards]
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """One round: a model trained on ``labels`` images, and the batch that was queried with it."""
+
+    round: int
+    labels: int
+    accuracy: float
+    balanced_accuracy: float
+    macro_f1: float
+    recall: dict[str, float]
+    """By class name."""
+    epochs: int
+    train_accuracy: float
+    ended_by: str
+    """``target`` or ``cap``: what ended training."""
+    seconds: dict[str, float]
+    """By stage: train, evaluate, query."""
+    batch: list[str]
+    """Ids queried after this round's training, in the order of choice; empty in the last round."""
+    batch_classes: dict[str, int]
+    """How many of the batch belong to each class."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is written to ``rounds.jsonl``."""
+        return asdict(self)
+
+
+def num_rounds(initial: int, query: int, total: int) -> int:
+    """Trained models in a run: one on the initial set and one after each batch."""
+    return 1 - (initial - total) // query
+
+
+def run(
+    setup: Setup,
+    make_shards: MakeShards,
+    history: Sequence[dict[str, Any]] = (),
+    progress: Progress = lambda stage, done, total: None,
+) -> Iterator[RoundResult]:
+    """Yield the result of each round, from the first that is not in ``history``.
+
+    The state of a run is what it labelled and the number of the round, so a run goes on from its past results exactly
+    as if it had never stopped.
+    """
+    config, pool_data, test = setup.config, setup.data.train, setup.data.test
+    budget, training, seed = config.budget, config.training, config.seed
+    position = {name: i for i, name in enumerate(pool_data.ids)}
+    labeled = torch.cat([setup.initial, torch.tensor([position[i] for r in history for i in r["batch"]]).long()])
+    device = torch.device("cuda" if config.resources.gpus else "cpu")
+    augment = config.data.augment if config.data.augment is not None else setup.data.image_shape[0] == 3
+    shards: Shards | None = None
+    try:
+        for index in range(len(history), num_rounds(budget.initial, budget.query, budget.total)):
+            # Train a fresh model on what is labelled.
+            started = time.perf_counter()
+            progress("train", 0, 1)
+            model = setup.model(index).to(device)
+            report = fit(
+                model,
+                pool_data.images[labeled].to(device),
+                pool_data.labels[labeled].to(device),
+                setup.statistics,
+                stream(seed, "order", index),
+                **training.model_dump(),
+                augmentation=stream(seed, "augmentation", index) if augment else None,
+            )
+            # Evaluate it on the test set.
+            trained = time.perf_counter()
+            progress("evaluate", 0, 1)
+            predictions = predict(model, test.images.to(device), setup.statistics).argmax(-1).cpu()
+            metrics = evaluate(predictions, test.labels, len(setup.data.classes))
+            evaluated = time.perf_counter()
+            # Query the next batch and label it.
+            size = min(budget.query, budget.total - len(labeled))
+            batch = labeled[:0]
+            if size:
+                shards = shards or make_shards(pool_data.images, setup.statistics)
+                pool = Pool(
+                    shards,
+                    len(pool_data.labels),
+                    labeled,
+                    pool_data.labels[labeled],
+                    model.cpu(),
+                    stream(seed, f"strategy {config.strategy.name}", index),
+                    stream(seed, "fisher sample", index),
+                    progress,
+                )
+                batch = checked(setup.strategy.query(pool, size), pool.candidates, size)
+            queried = time.perf_counter()
+            counts = torch.bincount(pool_data.labels[batch], minlength=len(setup.data.classes)).tolist()
+            yield RoundResult(
+                round=index,
+                labels=len(labeled),
+                accuracy=metrics.accuracy,
+                balanced_accuracy=metrics.balanced_accuracy,
+                macro_f1=metrics.macro_f1,
+                recall=dict(zip(setup.data.classes, metrics.recall, strict=True)),
+                epochs=report.epochs,
+                train_accuracy=report.accuracy,
+                ended_by=report.ended_by,
+                seconds={
+                    "train": trained - started,
+                    "evaluate": evaluated - trained,
+                    "query": queried - evaluated,
+                },
+                batch=[pool_data.ids[i] for i in batch.tolist()],
+                batch_classes=dict(zip(setup.data.classes, counts, strict=True)),
+            )
+            labeled = torch.cat([labeled, batch])
+    finally:
+        if shards is not None:
+            shards.close()
+
+
+def checked(batch: Tensor, candidates: Tensor, size: int) -> Tensor:
+    """``batch`` if it is exactly ``size`` distinct candidates.
+
+    Raises:
+        RuntimeError: the strategy returned something else. Nothing is filled in or cut off in silence.
+    """
+    batch = batch.cpu().long()
+    if len(batch) != size or len(batch.unique()) != size or not torch.isin(batch, candidates).all():
+        raise RuntimeError(
+            f"the strategy returned {len(batch)} positions, {len(batch.unique())} distinct, "
+            f"{int(torch.isin(batch, candidates).sum())} of them candidates; {size} distinct candidates were due"
+        )
+    return batch

@@ -1,0 +1,73 @@
+"""What a run works on, made from its settings, with every check that can be made before anything is trained."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from fishermask import strategies
+from fishermask.config import DataConfig, ExperimentConfig, Imbalance
+from fishermask.data import dataset, imbalance
+from fishermask.data.dataset import Dataset
+from fishermask.errors import InputError
+from fishermask.experiment.streams import stream, stream_seed
+from fishermask.strategies import Strategy
+from fishermask.tensors import models
+from fishermask.tensors.images import Statistics, channel_statistics, normalise
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The pool, the test set and the strategy of one run."""
+
+    config: ExperimentConfig
+    data: Dataset
+    """Training part: the pool after imbalance. Only the remaining classes."""
+    initial: torch.Tensor
+    """Pool positions that are labelled at the start, ascending."""
+    statistics: Statistics
+    strategy: Strategy
+
+    def model(self, round_index: int) -> nn.Module:
+        """A fresh model for a round: the same for every strategy."""
+        config = self.config
+        seed = stream_seed(config.seed, "model", round_index)
+        return models.build(
+            config.model.name, config.model.params, self.data.image_shape, len(self.data.classes), seed
+        )
+
+
+def prepare(config: ExperimentConfig) -> Setup:
+    """Load the data, draw the pool and the initial set, and check all settings against them.
+
+    Raises:
+        InputError: settings that cannot work; the message names the field and what would be right.
+    """
+    strategy = strategies.load(config.strategy)
+    data = _pool(config.data, config.imbalance, config.seed)
+    size = len(data.train.labels)
+    for field in ("initial", "query", "total"):
+        if (value := getattr(config.budget, field)) > size:
+            raise InputError(f"budget.{field}: {value} exceeds the pool of {size} images; lower it")
+    drawn = torch.randperm(size, generator=stream(config.seed, "initial"))
+    if config.data.statistics == "published" and data.published is None:
+        raise InputError(f"data.statistics: there are no published ones for {config.data.name}; use pool")
+    own = config.data.statistics == "pool" or data.published is None
+    statistics = channel_statistics(data.train.images) if own or data.published is None else data.published
+    setup = Setup(config, data, drawn[: config.budget.initial].sort().values, statistics, strategy)
+    model = setup.model(0).eval()
+    try:
+        strategy.check(model, normalise(data.train.images[:1], statistics))
+    except InputError as error:
+        message = str(error)
+        raise InputError(message if message.startswith("model") else f"strategy.params.{message}") from None
+    return setup
+
+
+@lru_cache(maxsize=8)
+def _pool(data: DataConfig, rule: Imbalance, seed: int) -> Dataset:
+    """The data set after imbalance; the same for all strategies and budgets of a seed."""
+    whole = dataset.load(data)
+    rows, classes = imbalance.choose(whole.train.labels, len(whole.classes), rule, stream(seed, "imbalance"))
+    return whole.restrict(rows, classes)

@@ -1,0 +1,51 @@
+"""Shards as Ray actors: children of whichever process makes them, inside its placement group if it has one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from torch import Tensor
+
+from fishermask.pool.shard import Shard, cut
+from fishermask.tensors.images import Statistics
+
+START_TIMEOUT = 300
+"""Seconds until an actor that was never placed is given up: a pending actor raises no error by itself."""
+
+
+# The coordinator must know of a lost shard: a restarted actor would be empty, and would answer all the same.
+@ray.remote(max_restarts=0, max_task_retries=0)
+class ShardActor(Shard):
+    pass
+
+
+class RayShards:
+    """``count`` actors, each with ``cpus`` and ``gpus`` (fractions allowed) of its own."""
+
+    def __init__(self, images: Tensor, statistics: Statistics, count: int, cpus: float, gpus: float) -> None:
+        self.count = count
+        device = "cuda" if gpus else "cpu"
+        options = ShardActor.options(num_cpus=cpus, num_gpus=gpus)  # type: ignore[attr-defined]
+        pixels = images.numpy()
+        # One object a shard, so that a node fetches its own slices only; actors map it without a copy. The references
+        # are kept: an object may leave the store when its owner forgets it.
+        self.slices = [ray.put(pixels[start:end]) for start, end in cut(len(images), count)]
+        self.actors = [
+            options.remote(pixels, start, statistics, device, max(1, int(cpus)))
+            for pixels, (start, _) in zip(self.slices, cut(len(images), count), strict=True)
+        ]
+        ray.get([actor.clear.remote() for actor in self.actors], timeout=START_TIMEOUT)
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        shared = [ray.put(arg) for arg in args]  # once a node, not once a shard
+        return ray.get([getattr(actor, method).remote(*shared) for actor in self.actors])
+
+    def scatter(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return ray.get(
+            [getattr(actor, method).remote(*own) for actor, own in zip(self.actors, args, strict=False)]
+        )
+
+    def close(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+        self.actors, self.slices = [], []

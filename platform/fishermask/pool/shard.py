@@ -1,0 +1,160 @@
+"""A contiguous slice of the pool and all the work on it. The same class runs in process and as a Ray actor.
+
+Every computation goes block by block, and blocks are aligned to the whole pool's positions: how the pool is cut into
+shards decides where a block is computed, never what is computed.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fishermask.tensors.embedding import Embedding, concatenate, embed, information, take
+from fishermask.tensors.images import Statistics, normalise
+from fishermask.tensors.mask import Mask, fisher_diagonal
+from fishermask.tensors.trace import Scores, Update, advance, gains, start_scores
+
+BLOCK = 512
+"""Pool positions in a block; shards begin at multiples of it."""
+GRADIENT_BATCH = 128
+"""Images differentiated at once; divides ``BLOCK``."""
+
+
+class Offer(NamedTuple):
+    """A shard's best candidate."""
+
+    gain: float
+    position: int
+    """In the whole pool."""
+    embedding: Embedding
+    """Of this one image."""
+
+
+def cut(size: int, num_shards: int) -> list[tuple[int, int]]:
+    """``num_shards`` slices (start, end) of ``size`` pool positions, whole blocks each, as even as that allows."""
+    blocks = -(-size // BLOCK)
+    edges = [min(size, BLOCK * (blocks * s // num_shards)) for s in range(num_shards + 1)]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+class Shard:
+    """The pool's images ``start`` to ``start + n``.
+
+    Args:
+        images: uint8 [n, channels, height, width].
+        start: the pool position of the first image, a multiple of ``BLOCK``.
+        device: where to compute.
+        threads: CPU threads of this process; as it is when None.
+    """
+
+    def __init__(
+        self, images: np.ndarray, start: int, statistics: Statistics, device: str, threads: int | None
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        with warnings.catch_warnings():
+            # Ray maps arguments read-only; we never write to images.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            self.images = torch.from_numpy(images)
+        self.start, self.statistics, self.device = start, statistics, torch.device(device)
+        self.blocks = [slice(i, min(i + BLOCK, len(images))) for i in range(0, len(images), BLOCK)]
+        self.model: nn.Module = nn.Identity()
+        self.embeddings: list[Embedding] = []
+        self.scores: list[Scores] = []
+        self.available = torch.zeros(len(images), dtype=torch.bool)
+
+    def set_model(self, model: nn.Module) -> None:
+        """Use ``model``, in eval mode, from now on; what was computed with another is dropped."""
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.embeddings, self.scores = [], []
+
+    def clear(self) -> None:
+        """Free the embeddings and scores."""
+        self.embeddings, self.scores = [], []
+
+    def images_at(self, positions: Tensor) -> Tensor:
+        """The images at those of the ascending pool ``positions`` that lie in this slice."""
+        inside = (positions >= self.start) & (positions < self.start + len(self.images))
+        return self.images[positions[inside] - self.start]
+
+    @torch.no_grad()
+    def probabilities(self, piece: int, pieces: int) -> Tensor:
+        """Predicted probabilities [rows, C] of the images in the ``piece``-th of ``pieces`` runs of blocks."""
+        found = [self.model(self._inputs(block)).softmax(-1).cpu() for block in self._run(piece, pieces)]
+        return torch.cat(found) if found else torch.empty(0)
+
+    def fisher_diagonals(self, batches: list[Tensor], head: str) -> list[dict[str, Tensor]]:
+        """Sum of the Fisher diagonal over each batch of uint8 images."""
+        found = []
+        for images in batches:
+            inputs = normalise(images.to(self.device), self.statistics, self._dtype())
+            diagonal = fisher_diagonal(self.model, inputs, head)
+            found.append({name: value.cpu() for name, value in diagonal.items()})
+        return found
+
+    def embed(self, mask: Mask, piece: int, pieces: int) -> None:
+        """Embed the images in the ``piece``-th of ``pieces`` runs of blocks; call with each piece in turn."""
+        mask = Mask(mask.head, {name: entries.to(self.device) for name, entries in mask.entries.items()})
+        for block in self._run(piece, pieces):
+            batches = self._inputs(block).split(GRADIENT_BATCH)
+            self.embeddings.append(concatenate([embed(self.model, batch, mask) for batch in batches]))
+
+    def information(self, labeled: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of ``V^T V`` over all images and over those at the pool positions ``labeled``: two [k, k], float64."""
+        size = self.embeddings[0].size if self.embeddings else 0
+        everything = torch.zeros(size, size, dtype=torch.float64, device=self.device)
+        known = everything.clone()
+        for block, embedding in zip(self.blocks, self.embeddings, strict=True):
+            everything += information(embedding)
+            first, last = self.start + block.start, self.start + block.stop
+            rows = labeled[(labeled >= first) & (labeled < last)] - first
+            if len(rows):
+                known += information(take(embedding, rows.to(self.device)))
+        return everything.cpu(), known.cpu()
+
+    def start_selection(self, inverse: Tensor, sandwich: Tensor, candidates: Tensor) -> Offer | None:
+        """Score all images against R and H and offer the best of the pool positions ``candidates``."""
+        inside = (candidates >= self.start) & (candidates < self.start + len(self.images))
+        self.available = torch.zeros(len(self.images), dtype=torch.bool)
+        self.available[candidates[inside] - self.start] = True
+        inverse, sandwich = inverse.to(self.device), sandwich.to(self.device)
+        self.scores = [start_scores(embedding, inverse, sandwich) for embedding in self.embeddings]
+        return self._offer()
+
+    def advance(self, update: Update, taken: int) -> Offer | None:
+        """Bring the scores up to date with the pick of pool position ``taken``; offer the next best."""
+        update = Update(*(part.to(self.device) for part in update))
+        if self.start <= taken < self.start + len(self.images):
+            self.available[taken - self.start] = False
+        self.scores = [
+            advance(scores, embedding, update)
+            for scores, embedding in zip(self.scores, self.embeddings, strict=True)
+        ]
+        return self._offer()
+
+    def _offer(self) -> Offer | None:
+        if not self.available.any():
+            return None
+        gain = torch.cat([gains(scores) for scores in self.scores]).cpu()
+        if not torch.isfinite(gain[self.available]).all():
+            raise FloatingPointError(
+                "a candidate's gain is not a number: the model's outputs overflow, or strategy.params.damping is too "
+                "small for the information matrix to be inverted"
+            )
+        # argmax takes the first of equal values: ties go to the lowest position.
+        row = int(torch.where(self.available, gain, -torch.inf).argmax())
+        block, inside = divmod(row, BLOCK)
+        chosen = take(self.embeddings[block], slice(inside, inside + 1))
+        return Offer(float(gain[row]), self.start + row, Embedding(*(part.cpu() for part in chosen)))
+
+    def _run(self, piece: int, pieces: int) -> list[slice]:
+        count = len(self.blocks)
+        return self.blocks[count * piece // pieces : count * (piece + 1) // pieces]
+
+    def _inputs(self, block: slice) -> Tensor:
+        return normalise(self.images[block].to(self.device), self.statistics, self._dtype())
+
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype

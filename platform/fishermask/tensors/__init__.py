@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: models, training, Fisher information, the greedy objective. No files, no Ray."""

@@ -1,0 +1,117 @@
+"""One forward pass and C backward passes that give every sample's gradient with respect to every layer *output*.
+
+In eval mode no sample of a batch sees another, so one backward pass serves the whole batch. Gradients with respect to
+*parameters* are never formed by autograd: they follow from a layer's input and output gradient (``layer_rules``).
+
+Letters used in all shapes: n samples, C classes, E width of the last hidden layer, k masked parameters.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fishermask.errors import InputError
+
+
+class ForwardPass(NamedTuple):
+    """What a batch left behind on its way through the model."""
+
+    logits: Tensor
+    """[n, C], with the graph back to ``outputs``."""
+    hidden: Tensor
+    """[n, E] input of the last layer; [n, E + 1] with a column of ones where that layer has a bias."""
+    inputs: dict[str, Tensor]
+    """Layer name -> its input [n, ...]."""
+    outputs: dict[str, Tensor]
+    """Layer name -> its output [n, ...]."""
+
+    @property
+    def probabilities(self) -> Tensor:
+        """softmax of the logits, [n, C], without a graph."""
+        return self.logits.detach().softmax(-1)
+
+
+def find_head(model: nn.Module, images: Tensor) -> str:
+    """Name of the linear layer whose output is the model's logits.
+
+    Raises:
+        InputError: the model does not end in an ``nn.Linear``.
+    """
+    outputs: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda _m, _a, output, name=name: outputs.__setitem__(name, output))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with torch.no_grad():
+            logits = model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, output in outputs.items():
+        if output is logits:
+            return name
+    raise InputError(f"model: {type(model).__name__} does not end in a linear layer, which Fisher embeddings need")
+
+
+def forward(model: nn.Module, images: Tensor, head: str, layers: Sequence[str]) -> ForwardPass:
+    """Run ``images`` [n, ...] through ``model`` (in eval mode), keeping inputs and outputs of ``layers``.
+
+    The graph begins at the earliest of ``layers``: nothing before it is ever differentiated. With no ``layers`` there
+    is no graph at all. Model parameters must not require gradients.
+    """
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}
+
+    def keep(name: str, given: Tensor, output: Tensor) -> Tensor:
+        if name in inputs:
+            raise InputError(f"model: layer {name} is called twice in one pass, for which there is no gradient rule")
+        inputs[name] = given.detach()
+        versions[name] = given._version
+        if not output.requires_grad:
+            output.requires_grad_()
+        outputs[name] = output
+        # What follows gets a copy: an in-place activation would otherwise overwrite the tensor we differentiate by.
+        return output.clone()
+
+    modules = dict(model.named_modules())
+    hidden: list[Tensor] = []
+    handles = [modules[head].register_forward_hook(lambda _m, args, _o: hidden.append(args[0].detach()))]
+    handles += [
+        modules[name].register_forward_hook(lambda _m, args, output, name=name: keep(name, args[0], output))
+        for name in layers
+    ]
+    try:
+        with torch.set_grad_enabled(bool(layers)):
+            logits = model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, given in inputs.items():
+        if given._version != versions[name]:
+            raise InputError(f"model: the input of layer {name} is overwritten in place later in the same pass")
+    features = hidden[0]
+    if modules[head].bias is not None:
+        features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+    return ForwardPass(logits, features, inputs, outputs)
+
+
+def class_gradients(run: ForwardPass, weights: Tensor) -> Iterator[dict[str, Tensor]]:
+    """For each class c in turn: layer name -> d(weights_c * log p_c) / d(layer output), [n, ...] as the output.
+
+    ``weights`` [n, C] are constants. The softmax part rides in the cotangent, ``w_c (e_c - p)``, and so costs nothing
+    and does not cancel when a prediction is nearly certain.
+    """
+    probabilities = run.probabilities
+    num_classes = run.logits.shape[1]
+    for c in range(num_classes):
+        cotangent = -probabilities * weights[:, c : c + 1]
+        cotangent[:, c] += weights[:, c]
+        gradients = torch.autograd.grad(
+            run.logits, list(run.outputs.values()), cotangent, retain_graph=c + 1 < num_classes
+        )
+        yield dict(zip(run.outputs, gradients, strict=True))

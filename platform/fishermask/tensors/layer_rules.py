@@ -1,0 +1,123 @@
+"""Per-sample parameter gradients from a layer's input and output gradient, in closed form.
+
+Every rule is brought into one format: output gradients ``g`` [n, O, S] and input rows ``a`` [n, K, S], where S runs
+over positions (1 for a plain linear layer). Then, for one sample,
+
+* linear, convolution: ``dW[o, k] = sum_s g[o, s] a[k, s]`` (a convolution's k runs over channel and kernel position);
+* batch norm in eval mode: ``dW[o] = sum_s g[o, s] xhat[o, s]``;
+* any bias: ``db[o] = sum_s g[o, s]``.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fishermask.errors import InputError
+
+# The full product of the touched output rows and input rows is formed when it is at most this many times larger than
+# the masked entries; a matrix product does about that many more multiplications a second than a gathered sum.
+DENSE_FACTOR = 16
+
+
+def check_rules(model: nn.Module) -> None:
+    """Raise ``InputError`` unless every parameter of ``model`` belongs to a layer with a rule."""
+    for name, module in model.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        supported = isinstance(module, nn.Linear | nn.BatchNorm2d)
+        if isinstance(module, nn.Conv2d):
+            supported = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        if not supported:
+            raise InputError(
+                f"model: layer {name or 'at the top'} ({module}) has parameters but no gradient rule; there are rules "
+                "for Linear, Conv2d (one group, zero padding) and BatchNorm2d"
+            )
+
+
+def output_rows(module: nn.Module, gradient: Tensor) -> Tensor:
+    """Output gradient [n, ...] as [n, O, S]."""
+    if isinstance(module, nn.Linear):
+        return gradient.flatten(1, -2).mT if gradient.dim() > 2 else gradient.unsqueeze(-1)
+    return gradient.flatten(2)
+
+
+def input_rows(module: nn.Module, given: Tensor) -> Tensor:
+    """Layer input [n, ...] as [n, K, S]; for batch norm the normalised input [n, O, S]."""
+    if isinstance(module, nn.Conv2d):
+        return F.unfold(given, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
+    return _plain_rows(module, given)
+
+
+def _plain_rows(module: nn.Module, given: Tensor) -> Tensor:
+    if isinstance(module, nn.Linear):
+        return output_rows(module, given)
+    assert isinstance(module, nn.BatchNorm2d)
+    assert module.running_mean is not None and module.running_var is not None
+    scale = torch.rsqrt(module.running_var + module.eps)
+    return (given.flatten(2) - module.running_mean[:, None]) * scale[:, None]
+
+
+def _some_input_rows(module: nn.Module, given: Tensor, rows: Tensor) -> Tensor:
+    """``input_rows(module, given)[:, rows]`` without forming the others."""
+    if not isinstance(module, nn.Conv2d):
+        return _plain_rows(module, given)[:, rows]
+    (height, width), (down, right) = module.kernel_size, module.dilation
+    pad_h, pad_w = module.padding  # type: ignore[misc]
+    padded = F.pad(given, (pad_w, pad_w, pad_h, pad_h))  # type: ignore[has-type]
+    step_h, step_w = module.stride
+    out_h = (padded.shape[2] - down * (height - 1) - 1) // step_h + 1
+    out_w = (padded.shape[3] - right * (width - 1) - 1) // step_w + 1
+    # A view [n, I, kh, kw, out_h, out_w] of the padded input: nothing is copied but the rows asked for.
+    n_stride, i_stride, h_stride, w_stride = padded.stride()
+    patches = padded.as_strided(
+        (padded.shape[0], padded.shape[1], height, width, out_h, out_w),
+        (n_stride, i_stride, down * h_stride, right * w_stride, step_h * h_stride, step_w * w_stride),
+    )
+    channel, position = rows // (height * width), rows % (height * width)
+    return patches[:, channel, position // width, position % width].flatten(2)
+
+
+def squared_sums(module: nn.Module, given: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:
+    """A function: output gradient -> parameter -> sum over samples of the squared per-sample gradient.
+
+    What depends on the layer's input alone is done once, for all classes.
+    """
+    rows = input_rows(module, given)
+    elementwise = isinstance(module, nn.BatchNorm2d)
+
+    def sums(gradient: Tensor) -> dict[str, Tensor]:
+        g = output_rows(module, gradient)
+        if elementwise:
+            weight = (g * rows).sum(-1).square().sum(0)
+        elif g.shape[-1] == 1:
+            weight = g[..., 0].square().mT @ rows[..., 0].square()
+        else:
+            weight = torch.bmm(g, rows.mT).square().sum(0)
+        return {"weight": weight.flatten(), "bias": g.sum(-1).square().sum(0)}
+
+    return sums
+
+
+def masked_entries(module: nn.Module, given: Tensor, parameter: str, entries: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function: output gradient -> per-sample gradients [n, m] of ``entries`` [m] of one of the layer's parameters.
+
+    ``entries`` are flat indices into the parameter. What depends on the layer's input alone is done once.
+    """
+    if parameter == "bias":
+        return lambda gradient: output_rows(module, gradient)[:, entries].sum(-1)
+    if isinstance(module, nn.BatchNorm2d):
+        normalised = _plain_rows(module, given)[:, entries]
+        return lambda gradient: (output_rows(module, gradient)[:, entries] * normalised).sum(-1)
+    width = module.weight[0].numel()  # type: ignore[index, operator, union-attr]
+    out_row, in_row = entries // width, entries % width
+    outs, out_position = out_row.unique(return_inverse=True)
+    ins, in_position = in_row.unique(return_inverse=True)
+    rows = _some_input_rows(module, given, ins)
+    if len(outs) * len(ins) <= DENSE_FACTOR * len(entries):
+        transposed = rows.mT.contiguous()
+        flat = out_position * len(ins) + in_position
+        return lambda gradient: torch.bmm(output_rows(module, gradient)[:, outs], transposed).flatten(1)[:, flat]
+    chosen = rows[:, in_position]
+    return lambda gradient: (output_rows(module, gradient)[:, out_row] * chosen).sum(-1)

@@ -1,0 +1,112 @@
+"""The Fisher diagonal and the mask: which parameters describe an image (FISH mask, Sung et al. 2021; arXiv 2411.05752).
+
+A mask always holds the whole last layer, which the embeddings keep as an outer product; ``Mask.entries`` lists the
+masked entries of the other parameters (the body).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fishermask.errors import InputError
+from fishermask.tensors.backprop import class_gradients, forward
+from fishermask.tensors.layer_rules import squared_sums
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The whole last layer and ``entries`` of the other parameters."""
+
+    head: str
+    """Name of the last layer."""
+    entries: dict[str, Tensor]
+    """Parameter name -> ascending flat indices; parameters without an entry are left out."""
+
+    @property
+    def body_size(self) -> int:
+        """How many parameters outside the last layer are masked."""
+        return sum(len(indices) for indices in self.entries.values())
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers, other than the last, that hold masked parameters."""
+        return list(dict.fromkeys(split_name(name)[0] for name in self.entries))
+
+
+def split_name(parameter: str) -> tuple[str, str]:
+    """``layer1.0.conv1.weight`` -> (``layer1.0.conv1``, ``weight``)."""
+    layer, _, leaf = parameter.rpartition(".")
+    return layer, leaf
+
+
+def head_size(model: nn.Module, head: str) -> int:
+    """Number of parameters of the last layer."""
+    return sum(parameter.numel() for parameter in model.get_submodule(head).parameters())
+
+
+def body_parameters(model: nn.Module, head: str) -> dict[str, Tensor]:
+    """Name -> parameter, for all parameters outside the last layer, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if split_name(name)[0] != head}
+
+
+def fisher_diagonal(model: nn.Module, images: Tensor, head: str) -> dict[str, Tensor]:
+    """Sum over ``images`` [n, ...] of the Fisher information's diagonal, by body parameter, flat, in float64.
+
+    ``f_i = sum_x sum_c p_c (d log p_c / d theta_i)^2``: the expectation is over the model's own prediction, not over
+    labels. Divide by the number of images for the mean.
+    """
+    parameters = body_parameters(model, head)
+    layers = list(dict.fromkeys(split_name(name)[0] for name in parameters))
+    run = forward(model, images, head, layers)
+    modules = dict(model.named_modules())
+    sums = {name: squared_sums(modules[name], given) for name, given in run.inputs.items()}
+    total = {
+        name: torch.zeros(parameter.numel(), dtype=torch.float64, device=images.device)
+        for name, parameter in parameters.items()
+    }
+    for gradients in class_gradients(run, run.probabilities.sqrt()):
+        for layer, gradient in gradients.items():
+            for leaf, value in sums[layer](gradient).items():
+                if f"{layer}.{leaf}" in total:
+                    total[f"{layer}.{leaf}"] += value
+    return total
+
+
+def mask_size(model: nn.Module, head: str, fraction: float) -> int:
+    """Number of masked parameters for a ``fraction`` of all, the last layer included.
+
+    Raises:
+        InputError: the fraction is too small to hold the last layer; the message gives the smallest that works.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    size, needed = round(fraction * total), head_size(model, head)
+    if size < needed:
+        # Rounded up, so that the number we print does work.
+        smallest = math.ceil(needed / total * 1e4) / 1e4
+        raise InputError(
+            f"fraction: {fraction:g} of {total:,} parameters is {size:,}, too small to hold the last layer's {needed:,}; "
+            f"the smallest that works is {smallest:g}"
+        )
+    return size
+
+
+def global_mask(diagonal: Mapping[str, Tensor], head: str, body_size: int) -> Mask:
+    """The ``body_size`` largest entries over all body parameters together; ties to the lowest index."""
+    values = torch.cat(list(diagonal.values()))
+    # A stable sort keeps equal values in the parameters' order.
+    order = torch.sort(values, descending=True, stable=True).indices[:body_size].sort().values
+    entries, start = {}, 0
+    for name, value in diagonal.items():
+        inside = order[(order >= start) & (order < start + len(value))] - start
+        if len(inside):
+            entries[name] = inside
+        start += len(value)
+    return Mask(head, entries)
+
+
+def last_layer_mask(head: str) -> Mask:
+    """The last layer alone (BAIT, Ash et al. 2021)."""
+    return Mask(head, {})

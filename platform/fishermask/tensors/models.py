@@ -1,0 +1,101 @@
+"""The networks: thin ResNet-18 (arXiv 2411.05752), a small CNN for two cores, and an MLP. Each ends in a linear layer."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fishermask.errors import InputError
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016)."""
+
+    def __init__(self, channels: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != planes:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, planes, 1, stride, bias=False), nn.BatchNorm2d(planes)
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = F.relu(self.bn1(self.conv1(images)))
+        return F.relu(self.bn2(self.conv2(hidden)) + self.shortcut(images))
+
+
+def thin_resnet18(channels: int, size: int, num_classes: int) -> nn.Module:
+    """ResNet-18 with a CIFAR stem, planes 16-32-64-128 and a head without bias: 701,456 parameters for CIFAR-10."""
+    layers: list[nn.Module] = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    width = 16
+    for planes, stride in ((16, 1), (32, 2), (64, 2), (128, 2)):
+        layers += [BasicBlock(width, planes, stride), BasicBlock(planes, planes, 1)]
+        width = planes
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes, bias=False)]
+    return nn.Sequential(*layers)
+
+
+def small_cnn(channels: int, size: int, num_classes: int, width: int = 16) -> nn.Module:
+    """Three 3x3 convolutions, each followed by a 2x2 maximum, and one hidden layer of ``4 * width`` units."""
+    if size < 8 or width < 1:
+        raise InputError(f"model: small_cnn needs images of 8 pixels or more and width >= 1, got {size} and {width}")
+    side = size // 8
+    return nn.Sequential(
+        *(nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(2 * width * side * side, 4 * width), nn.ReLU()),
+        nn.Linear(4 * width, num_classes),
+    )
+
+
+def mlp(channels: int, size: int, num_classes: int, width: int = 128, depth: int = 2) -> nn.Module:
+    """``depth`` hidden layers of ``width`` rectified units."""
+    if width < 1 or depth < 1:
+        raise InputError(f"model: mlp needs width >= 1 and depth >= 1, got {width} and {depth}")
+    layers: list[nn.Module] = [nn.Flatten()]
+    inputs = channels * size * size
+    for _ in range(depth):
+        layers += [nn.Linear(inputs, width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, num_classes))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "thin_resnet18": thin_resnet18,
+    "small_cnn": small_cnn,
+    "mlp": mlp,
+}
+
+
+def build(
+    name: str, params: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int, seed: int
+) -> nn.Module:
+    """A freshly initialised model for images of ``image_shape`` (channels, height, width).
+
+    The global random state is left as it was: initial weights depend on ``seed`` alone.
+
+    Raises:
+        InputError: unknown name or parameter, or a parameter of the wrong type.
+    """
+    if name not in MODELS:
+        raise InputError(f"model.name: unknown model {name!r}; there are {', '.join(MODELS)}")
+    channels, height, width = image_shape
+    if height != width:
+        raise InputError(f"model: {name} needs square images, got {height} x {width}")
+    allowed = list(inspect.signature(MODELS[name]).parameters)[3:]
+    for key, value in params.items():
+        if key not in allowed:
+            raise InputError(f"model.params.{key}: unknown; {name} has {', '.join(allowed) or 'no parameters'}")
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise InputError(f"model.params.{key}: expected a whole number, got {value!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name](channels, height, num_classes, **params)

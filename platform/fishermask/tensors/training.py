@@ -1,0 +1,79 @@
+"""Training a classifier on the labelled images until it fits them, and predicting with it. Knows no active learning."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fishermask.tensors.images import Statistics, crop_and_flip, normalise
+
+PREDICTION_BATCH = 256
+
+
+class TrainingReport(NamedTuple):
+    """How training went."""
+
+    epochs: int
+    accuracy: float
+    """Of the last epoch, counted while it ran, so on augmented images where there is augmentation."""
+    ended_by: str
+    """``target`` when the accuracy asked for was reached, ``cap`` when the epochs ran out."""
+
+
+def fit(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    statistics: Statistics,
+    order: torch.Generator,
+    *,
+    learning_rate: float,
+    batch_size: int,
+    target_accuracy: float,
+    max_epochs: int,
+    clip: float | None,
+    augmentation: torch.Generator | None,
+) -> TrainingReport:
+    """Train ``model`` in place with Adam and cross-entropy on uint8 ``images`` [n, ...] and ``labels`` [n].
+
+    Args:
+        order: shuffles the images of each epoch.
+        clip: gradients are clamped to +- this.
+        augmentation: random crop and flip from this generator; none when None.
+
+    Raises:
+        FloatingPointError: the loss is no longer a number.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    model.train()
+    accuracy = 0.0
+    for epoch in range(1, max_epochs + 1):
+        correct = 0
+        for batch in torch.randperm(len(images), generator=order).to(images.device).split(batch_size):
+            inputs = images[batch]
+            if augmentation is not None:
+                inputs = crop_and_flip(inputs, augmentation)
+            logits = model(normalise(inputs, statistics))
+            loss = F.cross_entropy(logits, labels[batch])
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"the training loss became {loss.item()} in epoch {epoch}; lower training.learning_rate"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if clip is not None:
+                nn.utils.clip_grad_value_(model.parameters(), clip)
+            optimizer.step()
+            correct += int((logits.argmax(-1) == labels[batch]).sum())
+        accuracy = correct / len(images)
+        if accuracy >= target_accuracy:
+            return TrainingReport(epoch, accuracy, "target")
+    return TrainingReport(max_epochs, accuracy, "cap")
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, statistics: Statistics) -> Tensor:
+    """Logits [n, C] of uint8 ``images`` in eval mode, without augmentation."""
+    model.eval()
+    return torch.cat([model(normalise(batch, statistics)) for batch in images.split(PREDICTION_BATCH)])

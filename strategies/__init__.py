@@ -1,0 +1,62 @@
+"""One strategy a file. A file ``strategies/NAME.py`` is the strategy ``NAME``; there is no list to add it to.
+
+A strategy file holds
+
+* a docstring whose first line says what it chooses, and where it is published;
+* ``query(pool, budget, params)``: the positions of ``budget`` distinct candidates, as an integer tensor;
+* if it has parameters, ``class Params(Config)``;
+* if some parameters do not go with some models, ``check(params, model, image)``, which raises ``InputError``.
+"""
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from torch import Tensor, nn
+
+from fishermask.config import Config, StrategyConfig, parse
+from fishermask.errors import InputError
+from fishermask.pool.pool import Pool
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A strategy with its parameters."""
+
+    module: ModuleType
+    params: Config
+
+    def query(self, pool: Pool, budget: int) -> Tensor:
+        """Positions of ``budget`` candidates, in the order of choice."""
+        return self.module.query(pool, budget, self.params)
+
+    def check(self, model: nn.Module, image: Tensor) -> None:
+        """Raise ``InputError`` if the parameters do not go with ``model``, which takes ``image`` [1, ...]."""
+        check: Callable[[Config, nn.Module, Tensor], None] | None = getattr(self.module, "check", None)
+        if check is not None:
+            check(self.params, model, image)
+
+
+def available() -> list[str]:
+    """Names of all strategies."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def describe(name: str) -> tuple[str, type[Config]]:
+    """First line of a strategy's docstring, and the class of its parameters."""
+    module = import_module(f"{__name__}.{name}")
+    return (module.__doc__ or "").split("\n")[0], getattr(module, "Params", Config)
+
+
+def load(config: StrategyConfig) -> Strategy:
+    """Find a strategy and check its parameters.
+
+    Raises:
+        InputError: there is no such strategy, or it has no such parameters.
+    """
+    if config.name not in available():
+        raise InputError(f"strategy.name: unknown strategy {config.name!r}; there are {', '.join(available())}")
+    module = import_module(f"{__name__}.{config.name}")
+    return Strategy(module, parse(getattr(module, "Params", Config), config.params, "strategy.params"))

@@ -1,0 +1,25 @@
+"""Batch that best covers the pool's Fisher information on the last layer (BAIT, Ash et al. 2021)."""
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from fishermask.config import Config
+from fishermask.pool.pool import Pool
+from fishermask.pool.selection import minimise_trace
+from fishermask.tensors.backprop import find_head
+from fishermask.tensors.mask import last_layer_mask
+
+
+class Params(Config):
+    damping: float = Field(1.0, gt=0)
+    """lambda: how much identity is added to the labelled images' information."""
+
+
+def check(params: Params, model: nn.Module, image: Tensor) -> None:
+    """The model must end in a linear layer."""
+    find_head(model, image)
+
+
+def query(pool: Pool, budget: int, params: Params) -> Tensor:
+    """Positions of ``budget`` candidates that greedily minimise the trace of the inverse information."""
+    return minimise_trace(pool, last_layer_mask(pool.head()), budget, damping=params.damping)

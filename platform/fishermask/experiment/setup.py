@@ -33,9 +33,7 @@ class Setup:
         """A fresh model for a round: the same for every strategy."""
         config = self.config
         seed = stream_seed(config.seed, "model", round_index)
-        return models.build(
-            config.model.name, config.model.params, self.data.image_shape, len(self.data.classes), seed
-        )
+        return models.build(config.model.name, config.model.params, self.data.image_shape, len(self.data.classes), seed)
 
 
 def prepare(config: ExperimentConfig) -> Setup:

@@ -41,9 +41,7 @@ class RayShards:
         return ray.get([getattr(actor, method).remote(*shared) for actor in self.actors])
 
     def scatter(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
-        return ray.get(
-            [getattr(actor, method).remote(*own) for actor, own in zip(self.actors, args, strict=False)]
-        )
+        return ray.get([getattr(actor, method).remote(*own) for actor, own in zip(self.actors, args, strict=False)])
 
     def close(self) -> None:
         for actor in self.actors:

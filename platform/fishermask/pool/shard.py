@@ -129,8 +129,7 @@ class Shard:
         if self.start <= taken < self.start + len(self.images):
             self.available[taken - self.start] = False
         self.scores = [
-            advance(scores, embedding, update)
-            for scores, embedding in zip(self.scores, self.embeddings, strict=True)
+            advance(scores, embedding, update) for scores, embedding in zip(self.scores, self.embeddings, strict=True)
         ]
         return self._offer()
 

@@ -32,5 +32,8 @@ def evaluate(predictions: Tensor, labels: Tensor, num_classes: int) -> Metrics:
     # 2 hits / (true + predicted) is F1 without the division by zero of its usual form.
     f1 = 2 * hits / (true + predicted)
     return Metrics(
-        float(hits.sum() / true.sum()), float(recall[present].mean()), float(f1[present].mean()), recall.tolist()
+        float(hits.sum() / true.sum()),
+        float(recall[present].mean()),
+        float(f1[present].mean()),
+        recall.tolist(),
     )

@@ -22,9 +22,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels != planes:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels, planes, 1, stride, bias=False), nn.BatchNorm2d(planes)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = F.relu(self.bn1(self.conv1(images)))

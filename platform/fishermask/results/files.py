@@ -1,0 +1,115 @@
+"""The folder of one sweep, and in it the folder of each run. Any of it can be read while a sweep writes.
+
+results/<sweep>/config.yaml               the sweep as resolved
+results/<sweep>/runs/<run>/config.yaml    the run's settings, defaults included
+results/<sweep>/runs/<run>/pool.csv       id, class, and whether it was labelled at the start
+results/<sweep>/runs/<run>/rounds.jsonl   a line a round
+results/<sweep>/runs/<run>/error.txt      traceback of the last attempt, if it failed
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fishermask.config import ExperimentConfig, parse
+from fishermask.errors import InputError
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write to a temporary name, then rename: a reader sees the old file or the whole new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.replace(path)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that can be written to.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"output: cannot write to {path} ({error.strerror}); choose another with output=DIR") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Contents of a YAML file.
+
+    Raises:
+        InputError: it is not there, or not YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rounds = path / "rounds.jsonl"
+        self.error = path / "error.txt"
+
+    def config(self) -> ExperimentConfig | None:
+        """The settings of the run that the folder holds; None if it holds none yet."""
+        path = self.path / "config.yaml"
+        return parse(ExperimentConfig, read_yaml(path), str(path)) if path.exists() else None
+
+    def create(self, config: ExperimentConfig, pool: Iterable[tuple[str, str, bool]]) -> None:
+        """Make the folder of a run with this config and pool (id, class, labelled at the start).
+
+        A run of the same fingerprint may be there already, and is then continued.
+        """
+        make_folder(self.path)
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["id", "class", "initial"])
+        writer.writerows((name, label, int(initial)) for name, label, initial in pool)
+        write_atomically(self.path / "pool.csv", table.getvalue())
+        settings = config.model_dump(mode="json")
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+
+    def history(self) -> list[dict[str, Any]]:
+        """The rounds so far. A last line that a kill cut short does not count.
+
+        Raises:
+            InputError: a line in the middle is not what we wrote.
+        """
+        if not self.rounds.exists():
+            return []
+        lines = self.rounds.read_text().split("\n")[:-1]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError:
+            raise InputError(f"{self.rounds}: a line is damaged; remove the file to run again") from None
+
+    def append(self, result: dict[str, Any]) -> None:
+        """Add a round; it is on disk when this returns."""
+        with self.rounds.open("r+b" if self.rounds.exists() else "w+b") as file:
+            content = file.read()
+            file.seek(content.rfind(b"\n") + 1)  # over what a kill cut short
+            file.truncate()
+            file.write(json.dumps(result).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.error.unlink(missing_ok=True)
+
+
+def run_folders(sweep: Path) -> list[RunFolder]:
+    """The run folders of a sweep, by name."""
+    return [RunFolder(path.parent) for path in sorted((sweep / "runs").glob("*/config.yaml"))]

@@ -1,0 +1,98 @@
+"""All rounds of a sweep as one table, and what is read off it."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fishermask.config import ExperimentConfig
+from fishermask.errors import InputError
+from fishermask.results.files import read_yaml, run_folders
+
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
+BASELINE = "random"
+
+
+def setting(config: ExperimentConfig, path: str) -> Any:
+    """The value at a dotted path of a config, as one printable cell."""
+    value: Any = config.model_dump(mode="json")
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        return " ".join(f"{key}={inner}" for key, inner in value.items() if inner not in (None, {}, []))
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def strategy_label(config: ExperimentConfig) -> str:
+    """What tables and pictures call the run's strategy."""
+    strategy = config.strategy
+    given = ",".join(f"{key}={value}" for key, value in strategy.params.items())
+    return strategy.label or (f"{strategy.name}({given})" if given else strategy.name)
+
+
+def varied_settings(sweep: Path) -> list[str]:
+    """Dotted paths that a sweep varies, but for strategy and seed, which have columns of their own."""
+    path = sweep / "config.yaml"
+    if not path.exists():
+        raise InputError(f"{sweep}: holds no results of a sweep (no config.yaml)")
+    return [key for key in read_yaml(path)["grid"] if key not in ("strategy", "strategy.name", "seed")]
+
+
+def collect(sweep: Path) -> pd.DataFrame:
+    """One row a round: run, strategy, seed, each setting that varies, labels, metrics, recalls, seconds.
+
+    Raises:
+        InputError: the folder holds no finished round.
+    """
+    varied = varied_settings(sweep)
+    rows = []
+    for folder in run_folders(sweep):
+        config = folder.config()
+        assert config is not None
+        start = {"run": folder.path.name, "strategy": strategy_label(config)}
+        start |= {path: setting(config, path) for path in varied} | {"seed": config.seed}
+        for result in folder.history():
+            row = {key: value for key, value in result.items() if not isinstance(value, dict | list)}
+            for group in ("recall", "batch_classes", "seconds"):
+                row |= {f"{group}.{name}": value for name, value in result[group].items()}
+            rows.append(start | row)
+    if not rows:
+        raise InputError(f"{sweep}: no round is finished yet")
+    return pd.DataFrame(rows)
+
+
+def setting_columns(table: pd.DataFrame) -> list[str]:
+    """The columns that hold varied settings."""
+    names = list(table.columns)
+    return names[names.index("strategy") + 1 : names.index("seed")]
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """One row for each setting and strategy: means and deviations over seeds, and pairs against random.
+
+    Columns: ``runs``; for each metric its mean over a run's rounds (``*_curve``) and in the last round (``*_final``),
+    each with ``_sd``; ``gain`` and ``gain_sd``: the difference in balanced accuracy over the rounds to random with the
+    same seed, ``wins`` of ``pairs`` such seeds. Runs that are not finished count with the rounds they have.
+    """
+    settings = setting_columns(table)
+    keys = [*settings, "strategy", "seed"]
+    runs = table.sort_values("labels").groupby(keys, sort=False, dropna=False)[list(METRICS)]
+    curve, final = runs.mean().add_suffix("_curve"), runs.last().add_suffix("_final")
+    per_run = pd.concat([curve, final, table.groupby(keys, dropna=False)["labels"].max()], axis=1).reset_index()
+    score = "balanced_accuracy_curve"
+    baseline = per_run[per_run["strategy"] == BASELINE]
+    baseline = baseline[[*settings, "seed", "labels", score]].rename(columns={score: "baseline"})
+    # Only runs that got as far as their partner are compared with it.
+    paired = per_run.merge(baseline, how="left", on=[*settings, "seed", "labels"])
+    paired["gain"] = paired[score] - paired["baseline"]
+    rows = []
+    for values, group in paired.groupby([*settings, "strategy"], sort=False, dropna=False):
+        row = dict(zip([*settings, "strategy"], values, strict=True)) | {"runs": len(group)}
+        row |= {"labels": group["labels"].max()}
+        for column in [f"{metric}_{kind}" for metric in METRICS for kind in ("curve", "final")]:
+            row |= {column: group[column].mean(), f"{column}_sd": group[column].std()}
+        gain = group["gain"].dropna()
+        row |= {"gain": gain.mean(), "gain_sd": gain.std(), "wins": int((gain > 0).sum()), "pairs": len(gain)}
+        rows.append(row)
+    order = [*settings, score]
+    return pd.DataFrame(rows).sort_values(order, ascending=[True] * len(settings) + [False], kind="stable")

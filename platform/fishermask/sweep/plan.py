@@ -1,0 +1,224 @@
+"""A sweep file and the runs that it means.
+
+name: demo
+base: {data: ..., strategy: ..., ...}     # settings of every run (fishermask.config.ExperimentConfig)
+grid:                                     # every combination of these; keys are dotted paths into base
+  strategy: [fisher_mask, margin, random]
+  seed: [0, 1, 2]
+"""
+
+import copy
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from fishermask.config import Config, ExperimentConfig, parse, short
+from fishermask.errors import InputError
+from fishermask.results.files import RunFolder, read_yaml
+from fishermask.results.tables import strategy_label
+
+
+class SweepConfig(Config):
+    """A sweep file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Results lie in ``<output>/<name>``."""
+    description: str = ""
+    base: dict[str, Any] = {}
+    """Settings of every run."""
+    grid: dict[str, list[Any]] = {}
+    """Dotted path into ``base`` -> the values it takes."""
+    output: str = "results"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One combination of the grid."""
+
+    name: str
+    config: ExperimentConfig
+    folder: RunFolder
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file as resolved."""
+
+    config: SweepConfig
+    folder: Path
+    runs: list[Run]
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Read a sweep file and apply ``key=value`` settings to it.
+
+    A key is ``name``, ``output`` or a dotted path into ``base``. For a path that the grid varies, a list gives the
+    values it shall take, and anything else the only one. ``grid.PATH=[...]`` makes the grid vary another path.
+
+    Raises:
+        InputError: the file or a setting is wrong; nothing has been run.
+    """
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected the keys name, base and grid")
+    content = copy.deepcopy(content)
+    content.setdefault("base", {})
+    content.setdefault("grid", {})
+    config = parse(SweepConfig, content, str(path))
+    content = config.model_dump()
+    for setting in overrides:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise InputError(f"{setting!r}: expected key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"{key}: {text!r} is not YAML") from None
+        if key in ("name", "output", "description"):
+            content[key] = text
+        elif key.startswith("grid."):
+            content["grid"][key.removeprefix("grid.")] = value
+        elif key in content["grid"]:
+            content["grid"][key] = value if isinstance(value, list) else [value]
+        else:
+            _set(content["base"], key, value)
+    config = parse(SweepConfig, content, str(path))
+    for key, values in config.grid.items():
+        if not values:
+            raise InputError(f"grid.{key}: no values; give at least one")
+    return config
+
+
+def expand(config: SweepConfig) -> Sweep:
+    """All runs of a sweep, the seed varying slowest and the strategy fastest.
+
+    Raises:
+        InputError: a combination that is not valid, or two that are the same.
+    """
+    # Seeds outermost: a sweep that is cut short has compared all strategies on the seeds it reached.
+    keys = sorted(config.grid, key=lambda key: (key.startswith("strategy"), key != "seed"))
+    configs, values_of = [], []
+    for values in itertools.product(*(config.grid[key] for key in keys)):
+        settings = copy.deepcopy(config.base)
+        for key, value in zip(keys, values, strict=True):
+            _set(settings, key, copy.deepcopy(value))
+        configs.append(parse(ExperimentConfig, settings))
+        values_of.append(dict(zip(keys, values, strict=True)))
+    configs = _label_strategies(configs)
+    folder = Path(config.output).expanduser().absolute() / config.name
+    runs, seen = [], dict[str, str]()
+    for run_config, values in zip(configs, values_of, strict=True):
+        name = _name(run_config, values)
+        fingerprint = run_config.fingerprint()
+        if name in seen:
+            what = "twice in the grid" if seen[name] == fingerprint else "the name of two runs; give strategy.label"
+            raise InputError(f"grid: {name} is {what}")
+        seen[name] = fingerprint
+        runs.append(Run(name, run_config, RunFolder(folder / "runs" / name)))
+    return Sweep(config, folder, runs)
+
+
+def single(config: SweepConfig) -> SweepConfig:
+    """The sweep of one run that ``fishermask run`` means: the first value of every path that the grid varies.
+
+    Its folder has the run's fingerprint in its name, so that it never mixes with a sweep's results.
+    """
+    config = config.model_copy(update={"grid": {key: values[:1] for key, values in config.grid.items()}})
+    fingerprint = expand(config).runs[0].config.fingerprint()
+    return config.model_copy(update={"name": f"{config.name}-{fingerprint[:8]}"})
+
+
+def check_folder(sweep: Sweep) -> None:
+    """Raise ``InputError`` if the sweep's folder holds the results of another sweep.
+
+    The same base and the same varied paths make it the same sweep: values may be added to a path at any time.
+    """
+    remedy = "choose another name=NAME, or move it away"
+    path = sweep.folder / "config.yaml"
+    if not path.exists():
+        if sweep.folder.exists() and any(sweep.folder.iterdir()):
+            raise InputError(f"name: {sweep.folder} exists and is no sweep's results; {remedy}")
+        return
+    there = parse(SweepConfig, read_yaml(path), str(path))
+    if set(there.grid) != set(sweep.config.grid):
+        raise InputError(
+            f"name: {sweep.folder} holds another sweep's results, which varies {', '.join(there.grid) or 'nothing'}; "
+            + remedy
+        )
+    found = _first_difference(expand(there).runs[0].config, sweep.runs[0].config, ignored=set(there.grid))
+    for run in sweep.runs:
+        present = run.folder.config()
+        if found is None and present is not None and present.fingerprint() != run.config.fingerprint():
+            found = _first_difference(present, run.config, ignored=set())
+    if found is not None:
+        raise InputError(f"name: {sweep.folder} holds another sweep's results: {found}; {remedy}")
+
+
+def _first_difference(old: ExperimentConfig, new: ExperimentConfig, ignored: set[str]) -> str | None:
+    left, right = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    for key in sorted(left.keys() | right.keys()):
+        skip = key.startswith("resources.") or key == "strategy.label"
+        skip = skip or any(key == path or key.startswith(f"{path}.") for path in ignored)
+        if not skip and left.get(key) != right.get(key):
+            return f"{key} is {short(left.get(key))} there, {short(right.get(key))} here"
+    return None
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _set(settings: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for part in parents:
+        inner = settings.get(part)
+        if isinstance(inner, str):  # strategy: margin is short for strategy: {name: margin}
+            inner = settings[part] = {"name": inner}
+        elif inner is None:
+            inner = settings[part] = {}
+        elif not isinstance(inner, dict):
+            raise InputError(f"{path}: {part} is {short(inner)}, which has no keys")
+        settings = inner
+    settings[last] = value
+
+
+def _label_strategies(configs: list[ExperimentConfig]) -> list[ExperimentConfig]:
+    """A strategy whose name is enough to tell it apart goes by its name."""
+    variants = defaultdict(set)
+    for config in configs:
+        variants[config.strategy.name].add(strategy_label(config))
+    labeled = []
+    for config in configs:
+        strategy = config.strategy
+        if strategy.label is None and len(variants[strategy.name]) == 1:
+            strategy = strategy.model_copy(update={"label": strategy.name})
+        labeled.append(config.model_copy(update={"strategy": strategy}))
+    return labeled
+
+
+def _name(config: ExperimentConfig, values: dict[str, Any]) -> str:
+    parts = [strategy_label(config)]
+    for key, value in values.items():
+        if not key.startswith("strategy"):
+            leaf = key.rpartition(".")[2]
+            unique = [other.rpartition(".")[2] for other in values].count(leaf) == 1
+            parts.append(f"{leaf if unique else key}={_brief(value)}")
+    # The seed varies slowest but reads best at the end.
+    parts.sort(key=lambda part: part.startswith("seed="))
+    return re.sub(r"[^A-Za-z0-9._=,()+-]+", "_", "-".join(parts))
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{key}={_brief(inner)}" for key, inner in value.items())
+    return "+".join(map(_brief, value)) if isinstance(value, list) else str(value)

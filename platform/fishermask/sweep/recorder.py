@@ -1,0 +1,121 @@
+"""Where rounds go as they come: files, TensorBoard, and the eyes of whoever waits."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fishermask.experiment.loop import num_rounds
+from fishermask.sweep.plan import Run
+from fishermask.sweep.tensorboard import RunEvents
+
+
+def rounds_of(run: Run) -> int:
+    """Rounds that a finished run has."""
+    budget = run.config.budget
+    return num_rounds(budget.initial, budget.query, budget.total)
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Recorder:
+    """Records the rounds of several runs and shows progress: a live bar in a terminal, plain lines elsewhere.
+
+    Use as a context manager.
+
+    Args:
+        runs: the runs still to finish, with the rounds each has already.
+        finished: how many runs of the sweep were finished before.
+        every_round: one plain line a round, not only one a run.
+    """
+
+    def __init__(
+        self,
+        runs: list[tuple[Run, list[dict[str, Any]]]],
+        varied: list[str],
+        console: Console,
+        finished: int = 0,
+        every_round: bool = False,
+    ) -> None:
+        self.console, self.varied, self.every_round = console, varied, every_round
+        self.history = {run.name: list(history) for run, history in runs}
+        self.runs = {run.name: run for run, _ in runs}
+        self.events: dict[str, RunEvents] = {}
+        self.failed: dict[str, str] = {}
+        self.finished, self.total_runs = finished, finished + len(runs)
+        self.total = sum(rounds_of(run) - len(history) for run, history in runs)
+        self.done = 0
+        self.started = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds"))
+        self.bar = Progress(
+            *columns,
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[eta]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=self.total, eta="")
+
+    def __enter__(self) -> "Recorder":
+        self.bar.start()
+        self._show("starting")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        for events in self.events.values():
+            events.writer.close()
+
+    def eta(self) -> str:
+        """Time left, from the mean time of a round so far."""
+        if not self.done:
+            return "ETA unknown"
+        return f"ETA {clock((time.monotonic() - self.started) / self.done * (self.total - self.done))}"
+
+    def stage(self, stage: str, done: int, total: int) -> None:
+        """Show how far the current stage of a round is."""
+        self._show(f"{stage} {done}/{total}" if total > 1 else stage)
+
+    def record(self, name: str, result: dict[str, Any]) -> None:
+        """Write a round of the run ``name`` to its folder and to TensorBoard, and show it."""
+        run = self.runs[name]
+        run.folder.append(result)
+        if name not in self.events:
+            self.events[name] = RunEvents(run.folder, run.config, self.varied, self.history[name])
+        self.events[name].add(result)
+        self.history[name].append(result)
+        self.done += 1
+        last = len(self.history[name]) == rounds_of(run)
+        if last:
+            self.events.pop(name).finish()
+            self.finished += 1
+        if last or self.every_round:
+            place = f"[{self.finished}/{self.total_runs} runs, {self.done}/{self.total} rounds, {self.eta()}]"
+            facts = f"labels {result['labels']}, balanced accuracy {result['balanced_accuracy']:.3f}"
+            if self.every_round:
+                stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result["seconds"].items())
+                facts += f", {result['epochs']} epochs ({result['ended_by']}), {stages}"
+            self.console.print(f"{place} {name}: {facts}", markup=False, highlight=False, soft_wrap=True)
+        self._show(name)
+
+    def fail(self, name: str, error: str) -> None:
+        """Keep what made a run fail in its folder."""
+        run = self.runs[name]
+        run.folder.error.write_text(error)
+        lines = error.strip().splitlines()
+        self.failed[name] = lines[-1] if lines else "unknown error"
+        self.console.print(f"failed: {name}: {self.failed[name]}", markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self, what: str) -> None:
+        self.bar.update(
+            self.task,
+            completed=self.done,
+            description=f"{self.finished}/{self.total_runs} runs  {what}",
+            eta=self.eta(),
+        )

@@ -2,15 +2,22 @@
 
 import argparse
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from fishermask import __version__
 from fishermask.errors import InputError
 from fishermask.results.tables import METRICS
+
+if TYPE_CHECKING:
+    from fishermask.sweep.plan import Sweep
+    from fishermask.sweep.recorder import Recorder
 
 EXIT_FAILED_RUNS, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -34,8 +41,14 @@ key=value settings:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, 1 (a run failed), 2 (bad input) or 130 (Ctrl-C)."""
-    console = Console()
-    arguments = _parser().parse_args(argv)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    parser = _parser()
+    # argparse takes no settings after an option; what it leaves over are settings, or it is right to complain.
+    arguments, rest = parser.parse_known_args(argv)
+    if not hasattr(arguments, "settings") or any(word.startswith("-") for word in rest):
+        arguments = parser.parse_args(argv)
+    else:
+        arguments.settings += rest
     try:
         return int(arguments.command(arguments, console))
     except InputError as error:
@@ -87,13 +100,12 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     sweep = plan.expand(config)
     runner.check(sweep, console)
     for key, values in config.grid.items():
-        console.print(f"{key} = {values[0]}", markup=False, highlight=False)
-    context = nullcontext()
-    if sweep.runs[0].config.resources.workers == "ray":
-        from fishermask.sweep import cluster
+        console.print(f"{key} = {values[0]}")
+    with ExitStack() as stack:
+        if sweep.runs[0].config.resources.workers == "ray":
+            from fishermask.sweep import cluster
 
-        context = cluster.connected()
-    with context:
+            stack.enter_context(cluster.connected())
         return _finish(sweep, lambda: runner.run_here(sweep, console), console)
 
 
@@ -105,31 +117,22 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
     todo = runner.missing(sweep)
     count = len(sweep.runs)
     rounds = sum(runner.rounds_of(run) - len(history) for run, history in todo)
-    console.print(
-        f"{sweep.config.name}: {count} runs, {count - len(todo)} finished, {rounds} rounds to go; results in {sweep.folder}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    state = f"{count} runs, {count - len(todo)} finished, {rounds} rounds to go"
+    console.print(f"{sweep.config.name}: {state}; results in {sweep.folder}")
     if arguments.dry_run:
         missing = {run.name for run, _ in todo}
         for run in sweep.runs:
-            console.print(
-                f"  {'missing ' if run.name in missing else 'finished'}  {run.name}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            console.print(f"  {'missing ' if run.name in missing else 'finished'}  {run.name}")
         return 0
     if not todo:
         return _show(sweep.folder, "balanced_accuracy", console)
     from fishermask.sweep import cluster, tune_runner
 
-    with cluster.connected():
-        return _finish(sweep, lambda: tune_runner.run_on_ray(sweep, console), console)
+    with cluster.connected() as own:
+        return _finish(sweep, lambda: tune_runner.run_on_ray(sweep, console, fixed_size=own), console)
 
 
-def _finish(sweep, work, console: Console) -> int:
+def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) -> int:
     """Do the work of a sweep and show what came of it; Ctrl-C and failed runs leave what is finished."""
     from fishermask.sweep import runner
 
@@ -165,25 +168,20 @@ def _show(folder: Path, metric: str, console: Console) -> int:
     from fishermask.results import report
 
     summary = report.write(folder, metric)
-    header, rows = report.cells(summary)
-    table = Table(*header)
+    header, rows = report.cells(summary, brief=True)
+    table = Table(*header, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*row)
-    console.print(table)
-    shown = folder if folder.is_absolute() is False else _relative(folder)
+    console.print(table, soft_wrap=False)
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     for line in (
         report.caveat(summary),
         f"curves:      {shown / 'curves.png'}",
         f"tables:      {shown / 'summary.md'}, {shown / 'results.csv'}",
         f"tensorboard: tensorboard --logdir {shown}",
     ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line)
     return 0
-
-
-def _relative(path: Path) -> Path:
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _strategies(arguments: argparse.Namespace, console: Console) -> int:
@@ -191,9 +189,9 @@ def _strategies(arguments: argparse.Namespace, console: Console) -> int:
 
     for name in strategies.available():
         summary, params = strategies.describe(name)
-        console.print(f"{name}: {summary}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{name}: {summary}")
         for key, field in params.model_fields.items():
-            console.print(f"    {key} = {field.default}", markup=False, highlight=False)
+            console.print(f"    {key} = {field.default}")
     return 0
 
 

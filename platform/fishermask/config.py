@@ -18,6 +18,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
 
 class NamedConfig(Config):
     """Something chosen by name, with parameters of its own. ``margin`` is short for ``{name: margin}``."""
@@ -131,15 +134,18 @@ class StrategyConfig(NamedConfig):
 
 class ResourcesConfig(Config):
     cpus: float = Field(1, gt=0)
-    """CPUs of the run's own process: training, evaluation and the greedy coordinator."""
+    """CPUs of the run's own process: training and evaluation use as many threads, and in-process shards live here."""
     gpus: float = Field(0, ge=0)
     shards: int = Field(1, ge=1)
     """Parts that the pool is cut into. The chosen batch does not depend on it."""
     workers: Literal["in_process", "ray"] = "in_process"
     """Whether the shards live in the run's own process or as Ray actors of their own."""
     cpus_per_shard: float = Field(1, gt=0)
-    """CPUs of each Ray shard."""
+    """CPUs reserved for each Ray shard. A shard computes on one thread: use more shards for more cores."""
     gpus_per_shard: float = Field(0, ge=0)
+
+
+SHARDING = {"shards", "workers", "cpus_per_shard", "gpus_per_shard"}
 
 
 class ExperimentConfig(Config):
@@ -155,8 +161,11 @@ class ExperimentConfig(Config):
     resources: ResourcesConfig = ResourcesConfig()
 
     def fingerprint(self) -> str:
-        """Hash of all settings that the result depends on (not of where it was computed, nor of a label)."""
-        settings = self.model_dump(mode="json", exclude={"resources": True, "strategy": {"label"}})
+        """Hash of all settings that the result depends on, to the last bit.
+
+        How the pool is sharded does not count. What trains does: sums over other threads round otherwise.
+        """
+        settings = self.model_dump(mode="json", exclude={"resources": SHARDING, "strategy": {"label"}})
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

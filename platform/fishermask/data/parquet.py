@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fishermask.config import DataConfig
 from fishermask.data.split import Split, row_ids
@@ -55,7 +55,8 @@ def read(source: str, split: str, config: DataConfig) -> tuple[Split, list[str]]
 
 def _files(source: str, split: str) -> list[Path]:
     path = Path(source).expanduser()
-    found = sorted(path.glob("*.parquet")) if path.is_dir() else [Path(name) for name in sorted(glob.glob(str(path)))]
+    # Path.glob takes no absolute pattern.
+    found = sorted(path.glob("*.parquet")) if path.is_dir() else [Path(f) for f in sorted(glob.glob(str(path)))]  # noqa: PTH207
     if not found:
         raise InputError(f"data.{split}: no Parquet file at {source}")
     return found
@@ -95,13 +96,13 @@ def _decode(
     image: dict[str, bytes] | None, file: Path, row: int, first: np.ndarray | None, size: int | None
 ) -> np.ndarray:
     try:
-        picture = Image.open(io.BytesIO((image or {})["bytes"]))
+        picture: Image.Image = Image.open(io.BytesIO((image or {})["bytes"]))
         # The first image decides between grey and colour; palettes and transparency become colour.
         mode = ("L" if picture.mode in ("L", "1") else "RGB") if first is None else ("L", "RGB")[first.shape[2] == 3]
         picture = picture.convert(mode)
         if size is not None and picture.size != (size, size):
             picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-    except (UnidentifiedImageError, OSError, SyntaxError, KeyError, TypeError, ValueError) as error:
+    except (Image.DecompressionBombError, OSError, SyntaxError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"data: {file} row {row}: the image does not decode ({error})") from None
     pixels = np.asarray(picture)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels

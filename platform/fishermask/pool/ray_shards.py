@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import ray
+import torch
 from torch import Tensor
 
 from fishermask.pool.shard import Shard, cut
@@ -16,7 +18,9 @@ START_TIMEOUT = 300
 # The coordinator must know of a lost shard: a restarted actor would be empty, and would answer all the same.
 @ray.remote(max_restarts=0, max_task_retries=0)
 class ShardActor(Shard):
-    pass
+    def __init__(self, images: np.ndarray, start: int, statistics: Statistics, device: str) -> None:
+        torch.set_num_threads(1)
+        super().__init__(images, start, statistics, device)
 
 
 class RayShards:
@@ -31,7 +35,7 @@ class RayShards:
         # are kept: an object may leave the store when its owner forgets it.
         self.slices = [ray.put(pixels[start:end]) for start, end in cut(len(images), count)]
         self.actors = [
-            options.remote(pixels, start, statistics, device, max(1, int(cpus)))
+            options.remote(pixels, start, statistics, device)
             for pixels, (start, _) in zip(self.slices, cut(len(images), count), strict=True)
         ]
         ray.get([actor.clear.remote() for actor in self.actors], timeout=START_TIMEOUT)

@@ -21,6 +21,8 @@ def minimise_trace(pool: Pool, mask: Mask, budget: int, *, damping: float) -> Te
     pool.progress("information", 0, 1)
     sums = [pair for pair in pool.shards.call("information", pool.labeled) if len(pair[0])]
     everything, known = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+    if not torch.isfinite(everything).all():
+        raise FloatingPointError("the pool's Fisher information is not finite: the model's outputs overflow")
     num_labeled = len(pool.labeled)
     start = damping * torch.eye(len(everything), dtype=torch.float64) + known / (num_labeled + budget)
     objective = Objective(start, everything / pool.size, math.sqrt(budget / (num_labeled + budget)))

@@ -1,9 +1,11 @@
 """A contiguous slice of the pool and all the work on it. The same class runs in process and as a Ray actor.
 
 Every computation goes block by block, and blocks are aligned to the whole pool's positions: how the pool is cut into
-shards decides where a block is computed, never what is computed.
+shards decides where a block is computed, never what is computed. For the same reason a shard computes on one CPU
+thread, whoever calls it: the rounding of a sum over threads depends on their number. More shards use more cores.
 """
 
+import copy
 import warnings
 from typing import NamedTuple
 
@@ -46,14 +48,9 @@ class Shard:
         images: uint8 [n, channels, height, width].
         start: the pool position of the first image, a multiple of ``BLOCK``.
         device: where to compute.
-        threads: CPU threads of this process; as it is when None.
     """
 
-    def __init__(
-        self, images: np.ndarray, start: int, statistics: Statistics, device: str, threads: int | None
-    ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
+    def __init__(self, images: np.ndarray, start: int, statistics: Statistics, device: str) -> None:
         with warnings.catch_warnings():
             # Ray maps arguments read-only; we never write to images.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -67,7 +64,8 @@ class Shard:
 
     def set_model(self, model: nn.Module) -> None:
         """Use ``model``, in eval mode, from now on; what was computed with another is dropped."""
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        # A copy: the hooks of one shard must not see the passes of another in the same process.
+        self.model = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
         self.embeddings, self.scores = [], []
 
     def clear(self) -> None:

@@ -1,8 +1,10 @@
 """Calling all shards of a pool: what the greedy loop needs, and its simplest kind, shards in this process."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fishermask.pool.shard import Shard, cut
@@ -25,7 +27,7 @@ class Shards(Protocol):
 
 
 class LocalShards:
-    """Shards that live in this process, one after the other: for one machine, for tests and for a debugger.
+    """Shards that live in this process, each on a thread of its own.
 
     Args:
         images: the whole pool, uint8 [n, channels, height, width].
@@ -34,15 +36,19 @@ class LocalShards:
     def __init__(self, images: Tensor, statistics: Statistics, count: int = 1, device: str = "cpu") -> None:
         self.count = count
         pixels = images.numpy()
-        self.shards = [
-            Shard(pixels[start:end], start, statistics, device, None) for start, end in cut(len(images), count)
-        ]
+        self.shards = [Shard(pixels[start:end], start, statistics, device) for start, end in cut(len(images), count)]
+        # The number of threads that torch computes with is kept by thread: the caller's own stays as it is.
+        self.threads = ThreadPoolExecutor(count, "shard", torch.set_num_threads, (1,))
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        return [getattr(shard, method)(*args) for shard in self.shards]
+        return self.scatter(method, [args] * self.count)
 
     def scatter(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
-        return [getattr(shard, method)(*own) for shard, own in zip(self.shards, args, strict=False)]
+        calls = [
+            self.threads.submit(getattr(shard, method), *own) for shard, own in zip(self.shards, args, strict=False)
+        ]
+        return [call.result() for call in calls]
 
     def close(self) -> None:
+        self.threads.shutdown()
         self.shards = []

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -56,11 +57,12 @@ def draw(table: pd.DataFrame, metric: str, title: str) -> Figure:
         axis.remove()
     for row in range(rows):
         axes[row * columns].set_ylabel(metric.replace("_", " "))
-    handles: dict[str, object] = {}
+    handles: dict[str, Artist] = {}
     for axis in axes[: len(panels)]:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        lines, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, lines, strict=True))
     figure.suptitle(title)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(4, len(handles)))
     return figure
 
 

@@ -32,24 +32,29 @@ def spread(mean: float, deviation: float, sign: str = "") -> str:
     return f"{mean:{sign}.3f}" + ("" if pd.isna(deviation) else f" ± {deviation:.3f}")
 
 
-def cells(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the summary as text."""
+def cells(summary: pd.DataFrame, brief: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the summary as text; ``brief`` leaves out what a narrow terminal has no room for."""
     settings = list(summary.columns[: list(summary.columns).index("strategy")])
-    header = [path.rpartition(".")[2] for path in settings] + [
-        *("strategy", "seeds", "labels", "accuracy", "balanced accuracy", "macro F1"),
-        *("balanced accuracy, mean over rounds", "gain on random", "seeds better"),
+    columns: dict[str, list[str]] = {path.rpartition(".")[2]: [str(v) for v in summary[path]] for path in settings}
+    records = summary.to_dict("records")
+    columns["strategy"] = [str(r["strategy"]) for r in records]
+    columns["seeds"] = [str(r["runs"]) for r in records]
+    if not brief:
+        columns["labels"] = [str(r["labels"]) for r in records]
+    for metric in ("balanced_accuracy",) if brief else METRICS:
+        columns[f"{metric.replace('_', ' ')} at the end"] = [
+            spread(r[f"{metric}_final"], r[f"{metric}_final_sd"]) for r in records
+        ]
+    name = "mean over rounds" if brief else "balanced accuracy, mean over rounds"
+    columns[name] = [spread(r["balanced_accuracy_curve"], r["balanced_accuracy_curve_sd"]) for r in records]
+    paired = [r["strategy"] != BASELINE and r["pairs"] > 0 for r in records]
+    columns["gain on random"] = [
+        spread(r["gain"], r["gain_sd"], "+") if pair else "–" for r, pair in zip(records, paired, strict=True)
     ]
-    rows = []
-    for record in summary.to_dict("records"):
-        row = [str(record[path]) for path in settings]
-        row += [str(record["strategy"]), str(record["runs"]), str(record["labels"])]
-        row += [spread(record[f"{metric}_final"], record[f"{metric}_final_sd"]) for metric in METRICS]
-        row += [spread(record["balanced_accuracy_curve"], record["balanced_accuracy_curve_sd"])]
-        paired = record["strategy"] != BASELINE and record["pairs"]
-        row += [spread(record["gain"], record["gain_sd"], "+") if paired else "–"]
-        row += [f"{record['wins']} of {record['pairs']}" if paired else "–"]
-        rows.append(row)
-    return header, rows
+    columns["seeds better"] = [
+        f"{r['wins']} of {r['pairs']}" if pair else "–" for r, pair in zip(records, paired, strict=True)
+    ]
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
 def caveat(summary: pd.DataFrame) -> str:

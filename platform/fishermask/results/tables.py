@@ -14,12 +14,14 @@ BASELINE = "random"
 
 
 def setting(config: ExperimentConfig, path: str) -> Any:
-    """The value at a dotted path of a config, as one printable cell."""
+    """The value at a dotted path of a config, as one cell: whole numbers and text as they are, the rest as text."""
     value: Any = config.model_dump(mode="json")
     for part in path.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if isinstance(value, dict):
         return " ".join(f"{key}={inner}" for key, inner in value.items() if inner not in (None, {}, []))
+    if isinstance(value, float):
+        return f"{value:g}"
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 

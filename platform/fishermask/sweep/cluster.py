@@ -1,18 +1,23 @@
 """Joining a Ray cluster, or starting one on this machine."""
 
+import logging
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fishermask.config import ResourcesConfig
 from fishermask.errors import InputError
 
-# Read by Ray when it is imported: no telemetry, one TensorBoard tree (ours), and Ctrl-C is ours to handle.
+# Read by Ray when it is imported: no telemetry, one TensorBoard tree and one progress display (ours), paths in a
+# sweep file mean the same in a trial as outside, and Ctrl-C is ours to handle.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
+if not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & os.environ.keys() and "ray" not in sys.modules:
     # A cluster of our own listens on this machine's address: it takes commands from holders of this token only, which
     # lives as long as the process. Without it Ray would write one to the home folder.
     os.environ["RAY_AUTH_MODE"] = "token"
@@ -36,7 +41,7 @@ def connected() -> Iterator[bool]:
             address=address or "local",
             include_dashboard=None if address else False,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"RAY_ADDRESS: no Ray cluster answers at {address} ({error})") from None

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from fishermask.config import Config, ExperimentConfig, parse, short
+from fishermask.config import SHARDING, Config, ExperimentConfig, parse, short
 from fishermask.errors import InputError
 from fishermask.results.files import RunFolder, read_yaml
 from fishermask.results.tables import strategy_label
@@ -114,8 +114,8 @@ def expand(config: SweepConfig) -> Sweep:
     configs = _label_strategies(configs)
     folder = Path(config.output).expanduser().absolute() / config.name
     runs, seen = [], dict[str, str]()
-    for run_config, values in zip(configs, values_of, strict=True):
-        name = _name(run_config, values)
+    for run_config, varied in zip(configs, values_of, strict=True):
+        name = _name(run_config, varied)
         fingerprint = run_config.fingerprint()
         if name in seen:
             what = "twice in the grid" if seen[name] == fingerprint else "the name of two runs; give strategy.label"
@@ -162,9 +162,10 @@ def check_folder(sweep: Sweep) -> None:
 
 
 def _first_difference(old: ExperimentConfig, new: ExperimentConfig, ignored: set[str]) -> str | None:
+    ignored_always = {"strategy.label", *(f"resources.{name}" for name in SHARDING)}
     left, right = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     for key in sorted(left.keys() | right.keys()):
-        skip = key.startswith("resources.") or key == "strategy.label"
+        skip = key in ignored_always
         skip = skip or any(key == path or key.startswith(f"{path}.") for path in ignored)
         if not skip and left.get(key) != right.get(key):
             return f"{key} is {short(left.get(key))} there, {short(right.get(key))} here"

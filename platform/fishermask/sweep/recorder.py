@@ -101,7 +101,7 @@ class Recorder:
             if self.every_round:
                 stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result["seconds"].items())
                 facts += f", {result['epochs']} epochs ({result['ended_by']}), {stages}"
-            self.console.print(f"{place} {name}: {facts}", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(f"{place} {name}: {facts}")
         self._show(name)
 
     def fail(self, name: str, error: str) -> None:
@@ -110,7 +110,7 @@ class Recorder:
         run.folder.error.write_text(error)
         lines = error.strip().splitlines()
         self.failed[name] = lines[-1] if lines else "unknown error"
-        self.console.print(f"failed: {name}: {self.failed[name]}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(f"failed: {name}: {self.failed[name]}")
 
     def _show(self, what: str) -> None:
         self.bar.update(

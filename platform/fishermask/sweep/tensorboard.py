@@ -18,7 +18,8 @@ class RunEvents:
     ) -> None:
         for old in folder.path.glob("events.out.tfevents.*"):
             old.unlink()
-        self.config, self.varied, self.results = config, varied, []
+        self.config, self.varied = config, varied
+        self.results: list[dict[str, Any]] = []
         self.writer = SummaryWriter(str(folder.path))
         for result in history:
             self.add(result)

@@ -2,7 +2,10 @@
 
 import functools
 import json
+import os
 import tempfile
+import traceback
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -16,22 +19,26 @@ from fishermask.sweep.recorder import Recorder
 from fishermask.sweep.runner import History, create_folders, missing, rounds
 
 
-def run_on_ray(sweep: Sweep, console: Console) -> Recorder:
+def run_on_ray(sweep: Sweep, console: Console, fixed_size: bool) -> Recorder:
     """Run what is missing of a sweep; Ray must be connected.
 
     A trial sends its rounds to this process, which alone writes: workers need no common file system.
+
+    Args:
+        fixed_size: the cluster has all that it will ever have, so that a run which asks for more is refused.
 
     Raises:
         InputError: a run asks for more than the cluster has.
     """
     runs = missing(sweep)
-    for run, _ in runs:
-        check_resources(run.config.resources)
+    if fixed_size:
+        for run, _ in runs:
+            check_resources(run.config.resources)
     create_folders(sweep, runs)
     recorder = Recorder(runs, varied_settings(sweep.folder), console, len(sweep.runs) - len(runs))
     configs = {run.name: (run.config, history) for run, history in runs}
     trainable = tune.with_resources(
-        functools.partial(trial, runs=configs),
+        functools.partial(trial, runs=configs, folder=str(Path.cwd())),
         lambda settings: tune.PlacementGroupFactory(bundles(configs[settings["run"]][0].resources)),
     )
     # Tune keeps records of its own, which are of no use once the rounds are written.
@@ -58,12 +65,21 @@ class _Listener(tune.Callback):
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any) -> None:
         if "round" in result:
             self.recorder.record(trial.config["run"], json.loads(result["round"]))
+        elif "error" in result:
+            self.recorder.fail(trial.config["run"], result["error"])
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        self.recorder.fail(trial.config["run"], str(trial.get_error() or "the trial's process was lost"))
+        if trial.config["run"] not in self.recorder.failed:
+            self.recorder.fail(trial.config["run"], "the trial's process was lost")
 
 
-def trial(settings: dict[str, Any], runs: dict[str, tuple[ExperimentConfig, History]]) -> None:
-    """One run as a trial: each round is reported as it ends."""
+def trial(settings: dict[str, Any], runs: dict[str, tuple[ExperimentConfig, History]], folder: str) -> None:
+    """One run as a trial: each round is reported as it ends. Relative paths start at ``folder`` if it is there."""
+    if Path(folder).is_dir():
+        os.chdir(folder)
     config, history = runs[settings["run"]]
-    rounds(config, history, lambda result: tune.report({"round": json.dumps(result)}))
+    try:
+        rounds(config, history, lambda result: tune.report({"round": json.dumps(result)}))
+    except Exception:
+        tune.report({"error": traceback.format_exc()})
+        raise

@@ -34,6 +34,9 @@ def normalise(images: Tensor, statistics: Statistics, dtype: torch.dtype = torch
     shape = (1, -1, 1, 1)
     mean = torch.tensor(statistics.mean, dtype=dtype, device=images.device).view(shape)
     std = torch.tensor(statistics.std, dtype=dtype, device=images.device).view(shape)
+    # One grey channel may carry any stride, and a convolution takes another path, with another rounding, for some:
+    # the same pixels must give the same floats wherever they come from.
+    images = images.reshape(-1).view(images.shape)
     return (images.to(dtype) / 255 - mean) / std
 
 

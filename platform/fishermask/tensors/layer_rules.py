@@ -64,8 +64,8 @@ def _some_input_rows(module: nn.Module, given: Tensor, rows: Tensor) -> Tensor:
     if not isinstance(module, nn.Conv2d):
         return _plain_rows(module, given)[:, rows]
     (height, width), (down, right) = module.kernel_size, module.dilation
-    pad_h, pad_w = module.padding  # type: ignore[misc]
-    padded = F.pad(given, (pad_w, pad_w, pad_h, pad_h))  # type: ignore[has-type]
+    pad_h, pad_w = (int(side) for side in module.padding)
+    padded = F.pad(given, (pad_w, pad_w, pad_h, pad_h))
     step_h, step_w = module.stride
     out_h = (padded.shape[2] - down * (height - 1) - 1) // step_h + 1
     out_w = (padded.shape[3] - right * (width - 1) - 1) // step_w + 1
@@ -106,11 +106,12 @@ def masked_entries(module: nn.Module, given: Tensor, parameter: str, entries: Te
     ``entries`` are flat indices into the parameter. What depends on the layer's input alone is done once.
     """
     if parameter == "bias":
-        return lambda gradient: output_rows(module, gradient)[:, entries].sum(-1)
+        return lambda gradient: output_rows(module, gradient).sum(-1)[:, entries]
     if isinstance(module, nn.BatchNorm2d):
         normalised = _plain_rows(module, given)[:, entries]
         return lambda gradient: (output_rows(module, gradient)[:, entries] * normalised).sum(-1)
-    width = module.weight[0].numel()  # type: ignore[index, operator, union-attr]
+    assert isinstance(module, nn.Linear | nn.Conv2d)
+    width = module.weight[0].numel()
     out_row, in_row = entries // width, entries % width
     outs, out_position = out_row.unique(return_inverse=True)
     ins, in_position = in_row.unique(return_inverse=True)

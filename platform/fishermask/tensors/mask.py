@@ -84,11 +84,12 @@ def mask_size(model: nn.Module, head: str, fraction: float) -> int:
     total = sum(parameter.numel() for parameter in model.parameters())
     size, needed = round(fraction * total), head_size(model, head)
     if size < needed:
-        # Rounded up, so that the number we print does work.
-        smallest = math.ceil(needed / total * 1e4) / 1e4
+        # Four significant digits, rounded up, so that the number we print does work.
+        unit = 10.0 ** (math.floor(math.log10(needed / total)) - 3)
+        smallest = math.ceil(needed / total / unit) * unit
         raise InputError(
-            f"fraction: {fraction:g} of {total:,} parameters is {size:,}, too small to hold the last layer's {needed:,}; "
-            f"the smallest that works is {smallest:g}"
+            f"fraction: {fraction:g} of {total:,} parameters is {size:,}, too small to hold the last layer's "
+            f"{needed:,}; the smallest that works is {smallest:g}"
         )
     return size
 

@@ -1,4 +1,4 @@
-"""The networks: thin ResNet-18 (arXiv 2411.05752), a small CNN for two cores, and an MLP. Each ends in a linear layer."""
+"""The networks: thin ResNet-18 (arXiv 2411.05752), a small CNN for two cores, an MLP. Each ends in a linear layer."""
 
 import inspect
 from collections.abc import Callable

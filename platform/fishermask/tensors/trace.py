@@ -1,9 +1,9 @@
 """Choosing images one by one so that ``tr(M^-1 F)`` falls the most, without ever forming a k x k product per image.
 
-``Objective`` is the coordinator's part, ``R = M^-1`` and ``H = R F R`` [k, k]. ``Scores`` is a shard's part, for each of
-its images ``P = V R V^T`` and ``Q = V H V^T`` [C, C]. Adding an image with embedding V changes both by terms of rank C
-(Woodbury), so a pick costs one structured product with 2 C columns over the pool. docs/method.md derives it;
-BAIT (Ash et al. 2021) defines the objective.
+``Objective`` is the coordinator's part, ``R = M^-1`` and ``H = R F R`` [k, k]. ``Scores`` is a shard's part, for each
+of its images ``P = V R V^T`` and ``Q = V H V^T`` [C, C]. Adding an image with embedding V changes both by terms of rank
+C (Woodbury), so a pick costs one structured product with 2 C columns over the pool. BAIT (Ash et al. 2021) defines the
+objective.
 """
 
 from typing import NamedTuple

@@ -1,0 +1,53 @@
+"""The slow twins: every quantity by its definition, one image at a time, dense. Written to be obvious, in float64."""
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_vector_jacobian(model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+    """For one image: logits [C], and d log p_c / d theta for all parameters, flat in the model's order, [C, P]."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def log_probabilities(values):
+        return torch.func.functional_call(model, values, image[None])[0].log_softmax(-1)
+
+    jacobian = torch.func.jacrev(log_probabilities)(parameters)
+    return log_probabilities(parameters), torch.cat([j.flatten(1) for j in jacobian.values()], dim=1)
+
+
+def information_rows(model: nn.Module, images: Tensor) -> Tensor:
+    """sqrt(p_c) d log p_c / d theta for each image, [n, C, P]."""
+    rows = []
+    for image in images:
+        log_p, jacobian = parameter_vector_jacobian(model, image)
+        rows.append(log_p.exp().sqrt()[:, None] * jacobian)
+    return torch.stack(rows)
+
+
+def head_entries(model: nn.Module, head: str) -> Tensor:
+    """Which of all parameters, flat, belong to the last layer, in the order (o, e) with a bias as the last e."""
+    positions, start = {}, 0
+    for name, parameter in model.named_parameters():
+        positions[name] = torch.arange(start, start + parameter.numel()).view(parameter.shape)
+        start += parameter.numel()
+    weight = positions[f"{head}.weight"]
+    if f"{head}.bias" in positions:
+        weight = torch.cat([weight, positions[f"{head}.bias"][:, None]], dim=1)
+    return weight.flatten()
+
+
+def trace(matrix: Tensor, target: Tensor) -> float:
+    """tr(M^-1 F)."""
+    return float(torch.trace(torch.linalg.inv(matrix) @ target))
+
+
+def greedy(rows: Tensor, candidates: list[int], start: Tensor, target: Tensor, budget: int, scale: float) -> list[int]:
+    """Add, ``budget`` times, the candidate that leaves the smallest tr(M^-1 F); the first of equal ones."""
+    matrix, chosen = start.clone(), []
+    for _ in range(budget):
+        left = [c for c in candidates if c not in chosen]
+        values = [trace(matrix + scale**2 * rows[c].mT @ rows[c], target) for c in left]
+        best = left[min(range(len(left)), key=lambda i: values[i])]
+        matrix += scale**2 * rows[best].mT @ rows[best]
+        chosen.append(best)
+    return chosen

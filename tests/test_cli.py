@@ -1,0 +1,170 @@
+"""The command as a user types it: exit status, one line on stderr, and nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fishermask import __version__, cli, strategies
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "name": "tiny",
+    "base": {
+        "imbalance": {"kind": "balanced", "per_class": 30},
+        "model": "mlp",
+        "budget": {"initial": 10, "query": 10, "total": 30},
+        "training": {"max_epochs": 3},
+    },
+    "grid": {"strategy": ["random", "margin"], "seed": [0]},
+}
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return tmp_path
+
+
+def fishermask(*arguments, **settings):
+    return subprocess.run(
+        [sys.executable, "-m", "fishermask.cli", *arguments], capture_output=True, text=True, timeout=120, **settings
+    )
+
+
+def test_run_prints_progress_summary_and_where_to_look(sweep, capsys):
+    assert cli.main(["run", "tiny.yaml", "strategy=margin"]) == 0
+    out = capsys.readouterr().out
+    assert "[1/1 runs, 3/3 rounds, ETA 0:00] margin-seed=0: labels 30" in out
+    assert "strategy = margin" in out
+    folder = next((sweep / "results").iterdir())
+    assert f"tensorboard --logdir results/{folder.name}" in out
+    assert {"results.parquet", "results.csv", "curves.png", "summary.md", "config.yaml", "runs"} == {
+        path.name for path in folder.iterdir()
+    }
+    before = (folder / "runs/margin-seed=0/rounds.jsonl").stat().st_mtime_ns
+    assert cli.main(["run", "tiny.yaml", "strategy=margin"]) == 0
+    assert (folder / "runs/margin-seed=0/rounds.jsonl").stat().st_mtime_ns == before
+
+
+def test_sweep_runs_everything_from_a_plain_shell(sweep):
+    done = fishermask("sweep", "tiny.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "tiny: 2 runs, 0 finished, 6 rounds to go" in done.stdout
+    assert "[2/2 runs, 6/6 rounds, ETA 0:00]" in done.stdout
+    assert "curves:      results/tiny/curves.png" in done.stdout
+    assert done.stderr == ""
+    assert not (Path.home() / ".ray").exists() or os.environ.get("CI") != "true"
+    again = fishermask("sweep", "tiny.yaml")
+    assert "2 runs, 2 finished, 0 rounds to go" in again.stdout
+    assert again.returncode == 0
+
+
+def test_a_dry_run_lists_the_runs_and_writes_nothing(sweep, capsys):
+    assert cli.main(["sweep", "tiny.yaml", "--dry-run", "seed=[0,1]"]) == 0
+    out = capsys.readouterr().out
+    assert "4 runs, 0 finished, 12 rounds to go" in out
+    assert "missing   margin-seed=1" in out
+    assert [path.name for path in sweep.iterdir()] == ["tiny.yaml"]
+
+
+def test_report_makes_the_files_again(sweep, capsys):
+    cli.main(["run", "tiny.yaml"])
+    folder = next((sweep / "results").iterdir())
+    (folder / "curves.png").unlink()
+    assert cli.main(["report", str(folder), "--metric", "accuracy"]) == 0
+    assert (folder / "curves.png").exists()
+    assert "summary.md" in capsys.readouterr().out
+
+
+def test_strategies_are_listed_with_their_parameters(capsys):
+    assert cli.main(["strategies"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split(":")[0] for line in out.splitlines() if line[0] != " "] == strategies.available()
+    assert set(strategies.available()) >= {"random", "margin", "entropy", "least_confidence", "bait", "fisher_mask"}
+    assert "fraction = 0.01" in out
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["run", "--help"], ["sweep", "--help"]):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        assert exit_.value.code == 0
+    assert "fishermask sweep sweeps/demo.yaml" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"fishermask {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep", "none.yaml"], "none.yaml: cannot be read (No such file or directory)"),
+        (["run", "tiny.yaml", "budget.query"], "'budget.query': expected key=value"),
+        (["run", "tiny.yaml", "budget.query=[1"], "budget.query: '[1' is not YAML"),
+        (["run", "tiny.yaml", "budget.querry=1"], "budget.querry: unknown key; there are initial, query, total"),
+        (["sweep", "tiny.yaml", "budget.total=999"], "budget.total: 999 exceeds the pool of 300 images; lower it"),
+        (["run", "tiny.yaml", "strategy=best"], "strategy.name: unknown strategy 'best'; there are bait,"),
+        (["run", "tiny.yaml", "strategy=fisher_mask"], "strategy.params.fraction: 0.01 of"),
+        (["run", "tiny.yaml", "model=vgg"], "model.name: unknown model 'vgg'; there are thin_resnet18"),
+        (["run", "tiny.yaml", "data=coco"], "data: "),
+        (["run", "tiny.yaml", "data.name=coco"], "data.name: unknown data set 'coco'; there are fashion_mnist_small"),
+        (["run", "tiny.yaml", "imbalance={kind: counts, counts: {0: 3, 1: 4000}}"], "class 1 shall keep 4000 images"),
+        (["run", "tiny.yaml", "resources.gpus=1"], "resources.gpus: this machine has no GPU"),
+        (["run", "tiny.yaml", "output=/proc/fishermask"], "output: cannot write to /proc/fishermask"),
+        (["sweep", "broken.yaml"], "broken.yaml: is not YAML"),
+        (["sweep", "list.yaml"], "list.yaml: expected the keys name, base and grid"),
+        (["report", "nowhere"], "nowhere: no such folder"),
+        (["report", "."], "holds no results of a sweep"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_status_2_and_leaves_no_trace(sweep, capsys, arguments, message):
+    if "resources.gpus=1" in arguments:
+        torch = pytest.importorskip("torch")
+        if torch.cuda.is_available():
+            arguments[-1], message = "resources.gpus=-1", "resources.gpus: "
+    Path("broken.yaml").write_text("a: [")
+    Path("list.yaml").write_text("[1, 2]")
+    before = sorted(sweep.rglob("*"))
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("fishermask: ")
+    assert err.count("\n") == 1
+    assert sorted(sweep.rglob("*")) == before
+
+
+def test_another_sweeps_results_are_refused_and_kept(sweep, capsys):
+    folder = sweep / "results/tiny"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    assert cli.main(["sweep", "tiny.yaml"]) == 2
+    assert "is no sweep's results; choose another name=NAME" in capsys.readouterr().err
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_ctrl_c_keeps_and_names_what_was_finished(sweep, command):
+    """SIGINT to the whole group, as a terminal sends it, once a round is finished."""
+    slow = ["budget={initial: 10, query: 1, total: 300}", "output=out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fishermask.cli", command, "tiny.yaml", *slow],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not list(sweep.glob("out/*/runs/*/rounds.jsonl")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; 0 of" in err
+    assert "Traceback" not in err
+    lines = next(sweep.glob("out/*/runs/*/rounds.jsonl")).read_text().splitlines()
+    assert lines

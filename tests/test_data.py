@@ -1,0 +1,258 @@
+"""The embedded data, Parquet files, torchvision's data sets, and imbalance."""
+
+import gzip
+import importlib.util
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import scipy.io
+import torch
+import torchvision.datasets
+from PIL import Image
+
+from fishermask.config import DataConfig, ExperimentConfig, parse
+from fishermask.data import dataset
+from fishermask.data.imbalance import choose
+from fishermask.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+EMBEDDED = ROOT / "platform/fishermask/data/fashion_mnist"
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+DIGEST = "9f0053cf56ccd94f6af8870d7983a947afbea5c5309fae3b5231f8b1ebb686d1"
+
+spec = importlib.util.spec_from_file_location("make_embedded_data", ROOT / "scripts/make_embedded_data.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes(), 1))
+
+
+def embedded():
+    return dataset.load(DataConfig())
+
+
+def test_the_embedded_data_are_1000_and_200_images_of_each_class_in_8_megabytes():
+    data = embedded()
+    assert torch.bincount(data.train.labels).tolist() == [1000] * 10
+    assert torch.bincount(data.test.labels).tolist() == [200] * 10
+    assert data.image_shape == (1, 28, 28)
+    assert data.classes[9] == "Ankle boot"
+    assert len(set(data.train.ids)) == 10_000
+    assert sum(file.stat().st_size for file in EMBEDDED.iterdir()) < 8e6
+
+
+def test_the_embedded_data_are_what_the_script_makes_of_idx_files(tmp_path):
+    """From the original files where Debian's package is installed, else from IDX files that hold the same images."""
+    assert script.digest(EMBEDDED) == DIGEST
+    source = DEBIAN
+    if not DEBIAN.exists():
+        source = tmp_path / "idx"
+        source.mkdir()
+        data = embedded()
+        for prefix, split in (("train", data.train), ("t10k", data.test)):
+            rows = [int(name.split("/")[1].removesuffix(".png")) for name in split.ids]
+            # The images between ours belong to classes that have had their share: a repeated image of class 9 last.
+            images, labels = np.zeros((max(rows) + 1, 28, 28), np.uint8), np.full(max(rows) + 1, 255, np.uint8)
+            images[rows], labels[rows] = split.images[:, 0].numpy(), split.labels.numpy()
+            write_idx(source / f"{prefix}-images-idx3-ubyte.gz", images)
+            write_idx(source / f"{prefix}-labels-idx1-ubyte.gz", labels)
+    assert script.make(source, tmp_path / "made") == DIGEST
+
+
+def encode(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def png(shape=(8, 8), value=0) -> bytes:
+    return encode(np.full(shape, value, np.uint8))
+
+
+NOISE = encode(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8))
+
+
+def write_parquet(path: Path, images: list, labels: list, image="image", label="label", paths=None) -> Path:
+    paths = paths or [None] * len(images)
+    structs = [None if b is None else {"bytes": b, "path": p} for b, p in zip(images, paths, strict=True)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({image: pa.array(structs, kind), label: pa.array(labels)}), path)
+    return path
+
+
+def load_parquet(path: Path, **settings):
+    return dataset.load(DataConfig(name="parquet", train=str(path), test=str(path), **settings))
+
+
+def test_parquet_images_come_with_their_paths_as_ids(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", [png(value=v) for v in (1, 2, 3)], [0, 2, 1], "img", paths=list("xyz"))
+    data = load_parquet(file)
+    assert data.train.ids == ["x", "y", "z"]
+    assert data.train.images[:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert data.train.labels.tolist() == [0, 2, 1]
+    assert data.classes == ["0", "1", "2"]
+
+
+def test_parquet_folders_and_globs_are_read_in_order_and_unnamed_rows_get_ids(tmp_path):
+    write_parquet(tmp_path / "b.parquet", [png(value=2)], [1])
+    write_parquet(tmp_path / "a.parquet", [png(value=1)], [0])
+    for source in (tmp_path, tmp_path / "*.parquet"):
+        data = load_parquet(source)
+        assert data.train.images[:, 0, 0, 0].tolist() == [1, 2]
+        assert data.train.ids == ["train-00000000", "train-00000001"]
+
+
+def test_colour_images_stay_colour_and_sizes_can_be_brought_together(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", [png((8, 8, 3)), png((16, 16, 3))], [0, 1])
+    with pytest.raises(InputError, match="row 1 is 16 x 16 pixels.*set data.image_size"):
+        load_parquet(file)
+    assert load_parquet(file, image_size=12).image_shape == (3, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: write_parquet(f, [png(), b"no image"], [0, 1]), "row 1: the image does not decode"),
+        (lambda f: write_parquet(f, [png(), None], [0, 1]), "row 1: the image does not decode"),
+        (lambda f: write_parquet(f, [png(), NOISE[: len(NOISE) // 2]], [0, 1]), "row 1: the image does not decode"),
+        (lambda f: write_parquet(f, [png(), png()], [0, None]), "row 1: label must be 0 or more, got None"),
+        (lambda f: write_parquet(f, [png()], [0], label="y"), "data.label_column: .* integer columns there: y"),
+        (lambda f: pq.write_table(pa.table({"label": [1]}), f), "no single image column; .* none"),
+        (lambda f: f.write_text("hello"), "cannot be read as Parquet"),
+        (lambda f: None, "no Parquet file at"),
+    ],
+)
+def test_a_bad_parquet_file_is_one_line_that_names_it(tmp_path, make, message):
+    file = tmp_path / "bad.parquet"
+    make(file)
+    with pytest.raises(InputError, match=message) as caught:
+        load_parquet(file)
+    assert "bad.parquet" in str(caught.value)
+
+
+def test_fashion_mnist_is_read_from_a_torchvision_root(tmp_path):
+    data = embedded()
+    raw = tmp_path / "FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    for prefix, split in (("train", data.train), ("t10k", data.test)):
+        for kind, array in (("images-idx3", split.images[:30, 0]), ("labels-idx1", split.labels[:30].to(torch.uint8))):
+            write_idx(raw / "x.gz", array.numpy())
+            (raw / f"{prefix}-{kind}-ubyte").write_bytes(gzip.decompress((raw / "x.gz").read_bytes()))
+    found = dataset.load(DataConfig(name="FashionMNIST", root=str(tmp_path)))
+    assert torch.equal(found.train.images, data.train.images[:30])
+    assert torch.equal(found.test.labels, data.test.labels[:30])
+    assert found.published is not None
+
+
+def test_cifar10_and_svhn_keep_channels_and_pixels_in_place(tmp_path, monkeypatch):
+    """Files as torchvision expects them, but for the checksums of the originals."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (10, 3, 32, 32), np.uint8)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        content = {"data": images.reshape(10, -1), "labels": list(range(10))}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a, **k: True)
+    found = dataset.load(DataConfig(name="CIFAR10", root=str(tmp_path)))
+    assert torch.equal(found.train.images[:10], torch.from_numpy(images))
+    assert found.classes[3] == "c3"
+
+    for split in ("train", "test"):
+        mat = {"X": images.transpose(2, 3, 1, 0), "y": np.arange(1, 11, dtype=np.uint8)[:, None]}
+        scipy.io.savemat(tmp_path / f"{split}_32x32.mat", mat)
+    monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)
+    found = dataset.load(DataConfig(name="SVHN", root=str(tmp_path)))
+    assert torch.equal(found.train.images, torch.from_numpy(images))
+    assert found.train.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "imagenet"}, "unknown data set 'imagenet'; there are fashion_mnist_small, CIFAR10"),
+        ({"name": "CIFAR10"}, "data.root: missing"),
+        ({"name": "MNIST", "root": "/nowhere"}, "set data.download to true"),
+        ({"name": "parquet", "train": "a"}, "data.train: no Parquet file at a|data.test: missing"),
+    ],
+)
+def test_data_that_are_not_there_are_one_line(settings, message):
+    with pytest.raises(InputError, match=message):
+        dataset.load(DataConfig(**settings))
+
+
+def rule(**settings):
+    return parse(ExperimentConfig, {"imbalance": settings}).imbalance
+
+
+def counts(seed=0, sizes=(100, 100, 100, 100), **settings):
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    generator = torch.Generator().manual_seed(seed)
+    rows, classes = choose(labels, len(sizes), rule(**settings), generator)
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    kept = torch.bincount(labels[rows], minlength=len(sizes)).tolist()
+    assert classes == [c for c, count in enumerate(kept) if count]
+    return kept
+
+
+def test_balanced_keeps_as_many_of_each_class_as_the_smallest_has():
+    assert counts(kind="balanced", sizes=(50, 80, 60)) == [50, 50, 50]
+    assert counts(kind="balanced", per_class=7, sizes=(50, 80, 60)) == [7, 7, 7]
+
+
+def test_step_keeps_some_classes_at_one_in_ratio():
+    assert sorted(counts(kind="step", ratio=20)) == [5, 5, 100, 100]
+    assert counts(kind="step", ratio=10, rare_classes=[1, 2, 3]) == [100, 10, 10, 10]
+    assert counts(kind="step", ratio=1) == [100] * 4
+
+
+def test_long_tail_falls_exponentially_from_the_largest_to_one_in_ratio():
+    assert counts(kind="long_tail", ratio=8, order=[2, 0, 3, 1], per_class=80) == [40, 10, 80, 20]
+
+
+def test_explicit_counts_drop_the_other_classes_and_can_be_dealt_anew():
+    paper = {"kind": "counts", "counts": {0: 10, 1: 90, 2: 10}}
+    assert counts(**paper) == [10, 90, 10, 0]
+    dealt = {tuple(counts(seed, **paper, permute=True)) for seed in range(20)}
+    assert dealt == {(10, 90, 10, 0), (90, 10, 10, 0), (10, 10, 90, 0)}
+
+
+def test_the_seed_draws_which_classes_are_rare_and_repeats_itself():
+    drawn = [tuple(counts(seed, kind="step", ratio=20)) for seed in range(20)]
+    assert len(set(drawn)) > 3
+    assert drawn == [tuple(counts(seed, kind="step", ratio=20)) for seed in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "balanced", "per_class": 101}, "class 0 shall keep 101 images but has 100"),
+        ({"kind": "step", "ratio": 1000}, "ratio: 1000 leaves a class without images"),
+        ({"kind": "step", "ratio": 2, "rare": 4}, "at most 3 can be rare"),
+        ({"kind": "step", "ratio": 2, "rare_classes": [4]}, "no class 4; the data set has classes 0 to 3"),
+        ({"kind": "long_tail", "ratio": 2, "order": [0, 1]}, "each of the 4 classes once"),
+        ({"kind": "counts", "counts": {0: 5, 9: 5}}, "no class 9"),
+    ],
+)
+def test_an_imbalance_that_the_data_cannot_give_is_one_line(settings, message):
+    with pytest.raises(InputError, match=message):
+        counts(**settings)
+
+
+def test_the_test_set_keeps_the_classes_of_the_pool_with_labels_from_zero():
+    data = embedded()
+    rows, classes = choose(data.train.labels, 10, rule(kind="counts", counts={2: 5, 7: 9}), torch.Generator())
+    small = data.restrict(rows, classes)
+    assert small.classes == [data.classes[2], data.classes[7]]
+    assert torch.bincount(small.train.labels).tolist() == [5, 9]
+    assert torch.bincount(small.test.labels).tolist() == [200, 200]
+    assert [data.train.ids[row] for row in rows] == small.train.ids

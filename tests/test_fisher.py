@@ -1,0 +1,163 @@
+"""Fisher diagonal, mask, embeddings and their products against the slow twins."""
+
+import cases
+import pytest
+import reference
+import torch
+from torch import nn
+
+from fishermask.errors import InputError
+from fishermask.tensors.backprop import find_head
+from fishermask.tensors.embedding import concatenate, dense, embed, information, product, quadratic, take
+from fishermask.tensors.layer_rules import check_rules
+from fishermask.tensors.mask import (
+    Mask,
+    fisher_diagonal,
+    global_mask,
+    head_size,
+    last_layer_mask,
+    mask_size,
+)
+from fishermask.tensors.trace import Objective, advance, gains, start_scores
+
+
+def flat_mask(model, mask: Mask) -> torch.Tensor:
+    """The mask's entries as indices into all parameters, head first, as an embedding's columns are ordered."""
+    found, start = [reference.head_entries(model, mask.head)], 0
+    for name, parameter in model.named_parameters():
+        if name in mask.entries:
+            found.append(mask.entries[name] + start)
+        start += parameter.numel()
+    return torch.cat(found)
+
+
+def made(name: str, body_size: int = 40):
+    """Model, images and a mask of the largest Fisher information."""
+    model, images = cases.model(name), cases.images(name, 6)
+    head = find_head(model, images[:1])
+    return model, images, global_mask(fisher_diagonal(model, images, head), head, body_size)
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_the_fisher_diagonal_is_the_mean_squared_score_under_the_models_own_prediction(name):
+    model, images = cases.model(name), cases.images(name, 5)
+    head = find_head(model, images[:1])
+    expected = reference.information_rows(model, images).square().sum((0, 1))
+    body = torch.ones(len(expected), dtype=torch.bool)
+    body[reference.head_entries(model, head)] = False
+    found = torch.cat(list(fisher_diagonal(model, images, head).values()))
+    torch.testing.assert_close(found, expected[body], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_embeddings_are_the_masked_columns_of_the_dense_ones(name):
+    model, images, mask = made(name)
+    expected = reference.information_rows(model, images)[:, :, flat_mask(model, mask)]
+    torch.testing.assert_close(dense(embed(model, images, mask)), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_a_mask_of_all_parameters_gives_all_columns(name):
+    """Every entry of every layer once, by the dense and by the gathered path."""
+    model, images = cases.model(name), cases.images(name, 2)
+    head = find_head(model, images[:1])
+    body = {k: p for k, p in model.named_parameters() if not k.startswith(f"{head}.")}
+    everything = Mask(head, {name: torch.arange(p.numel()) for name, p in body.items()})
+    sparse = Mask(head, {name: torch.arange(0, p.numel(), max(1, p.numel() // 3)) for name, p in body.items()})
+    rows = reference.information_rows(model, images)
+    for mask in (everything, sparse):
+        expected = rows[:, :, flat_mask(model, mask)]
+        torch.testing.assert_close(dense(embed(model, images, mask)), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_global_mask_holds_the_largest_entries_and_breaks_ties_to_the_lowest_index():
+    diagonal = {"a.weight": torch.tensor([1.0, 5.0, 5.0, 0.0]), "b.weight": torch.tensor([5.0, 7.0, 5.0])}
+    mask = global_mask(diagonal, "head", 4)
+    assert {name: entries.tolist() for name, entries in mask.entries.items()} == {
+        "a.weight": [1, 2],
+        "b.weight": [0, 1],
+    }
+    assert mask.body_size == 4
+    assert mask.layers == ["a", "b"]
+
+
+def test_a_fraction_too_small_for_the_last_layer_is_refused_with_one_that_works():
+    model = cases.model("mlp")
+    head = find_head(model, cases.images("mlp", 1))
+    with pytest.raises(InputError, match="the smallest that works is (.*)") as caught:
+        mask_size(model, head, 0.001)
+    smallest = float(str(caught.value).rsplit(" ", 1)[1])
+    needed, total = head_size(model, head), sum(p.numel() for p in model.parameters())
+    assert mask_size(model, head, smallest) >= needed
+    assert smallest < 1.001 * needed / total
+    with pytest.raises(InputError):
+        mask_size(model, head, (needed - 1) / total)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolutions"])
+def test_products_by_structure_equal_dense_products(name):
+    model, images, mask = made(name)
+    embedding = embed(model, images, mask)
+    v = dense(embedding)
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(embedding.size, 5, generator=generator, dtype=torch.float64)
+    square = torch.randn(embedding.size, embedding.size, generator=generator, dtype=torch.float64)
+    square = square + square.mT
+    torch.testing.assert_close(product(embedding, matrix), v @ matrix)
+    torch.testing.assert_close(quadratic(embedding, square), v @ square @ v.mT)
+    torch.testing.assert_close(information(embedding), torch.einsum("nck,ncl->kl", v, v))
+
+
+@pytest.mark.parametrize("body_size", [0, 30])
+def test_scores_are_the_fall_of_the_trace_before_and_after_picks(body_size):
+    model, images, mask = made("small_cnn", body_size)
+    embedding = embed(model, images, mask)
+    v, scale = dense(embedding), 0.6
+    target = torch.einsum("nck,ncl->kl", v, v) / len(v)
+    matrix = torch.eye(v.shape[2], dtype=torch.float64) + 0.1 * target
+    objective = Objective(matrix, target, scale)
+    scores = start_scores(embedding, *objective.matrices())
+    for pick in (2, 0, 5):
+        before = reference.trace(matrix, target)
+        expected = [before - reference.trace(matrix + scale**2 * row.mT @ row, target) for row in v]
+        torch.testing.assert_close(gains(scores), torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-10)
+        assert objective.value == pytest.approx(before, rel=1e-9)
+        scores = advance(scores, embedding, objective.add(take(embedding, slice(pick, pick + 1))))
+        matrix = matrix + scale**2 * v[pick].mT @ v[pick]
+
+
+def test_embeddings_do_not_depend_on_the_batch_they_are_computed_in():
+    model, images, mask = made("thin_resnet18")
+    whole = embed(model, images, mask)
+    parts = concatenate([embed(model, part, mask) for part in images.split(4)])
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_last_layer_alone_needs_no_gradients():
+    model, images = cases.model("mlp"), cases.images("mlp", 3)
+    head = find_head(model, images[:1])
+    mask = last_layer_mask(head)
+    expected = reference.information_rows(model, images)[:, :, flat_mask(model, mask)]
+    torch.testing.assert_close(dense(embed(model, images, mask)), expected)
+
+
+def test_models_without_rules_or_linear_head_are_refused_by_name():
+    with pytest.raises(InputError, match="layer 0 .*LayerNorm"):
+        check_rules(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 2)))
+    with pytest.raises(InputError, match="does not end in a linear layer"):
+        find_head(nn.Sequential(nn.Linear(8, 2), nn.LogSoftmax(-1)), torch.zeros(1, 8))
+
+
+def test_a_layer_that_is_called_twice_is_refused_not_counted_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.inner(self.inner(x)))
+
+    model = Twice().requires_grad_(False)
+    with pytest.raises(InputError, match="inner is called twice"):
+        fisher_diagonal(model, torch.randn(2, 8), "head")

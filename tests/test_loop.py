@@ -1,0 +1,84 @@
+"""The active-learning loop, in process, on the embedded data."""
+
+import pytest
+
+from fishermask.config import ExperimentConfig, parse
+from fishermask.experiment.loop import num_rounds, run
+from fishermask.experiment.setup import prepare
+from fishermask.pool.shards import LocalShards
+from fishermask.tensors.images import channel_statistics
+
+
+def setup(strategy="margin", **settings):
+    base = {
+        "imbalance": {"kind": "step", "ratio": 10, "per_class": 60},
+        "model": {"name": "mlp", "params": {"width": 16, "depth": 1}},
+        "budget": {"initial": 10, "query": 7, "total": 30},
+        "training": {"max_epochs": 5},
+        "strategy": strategy,
+    }
+    return prepare(parse(ExperimentConfig, base | settings))
+
+
+def results(prepared, history=()):
+    found = [r.as_dict() for r in run(prepared, LocalShards, history)]
+    return [{key: value for key, value in r.items() if key != "seconds"} for r in found]
+
+
+@pytest.fixture(scope="module")
+def margin_run():
+    return results(setup())
+
+
+def test_rounds_buy_the_budget_exactly_and_the_last_buys_what_is_left(margin_run):
+    assert [r["labels"] for r in margin_run] == [10, 17, 24, 30]
+    assert [len(r["batch"]) for r in margin_run] == [7, 7, 6, 0]
+    bought = [name for r in margin_run for name in r["batch"]]
+    assert len(set(bought)) == 20
+    prepared = setup()
+    assert not set(bought) & {prepared.data.train.ids[i] for i in prepared.initial.tolist()}
+    assert set(bought) <= set(prepared.data.train.ids)
+
+
+@pytest.mark.parametrize(
+    ("budget", "rounds"), [((10, 7, 30), 4), ((10, 10, 30), 3), ((10, 50, 30), 2), ((10, 5, 10), 1)]
+)
+def test_the_number_of_rounds_is_known_before(budget, rounds):
+    assert num_rounds(*budget) == rounds
+
+
+def test_a_run_goes_on_from_its_history_as_if_it_had_never_stopped(margin_run):
+    for stopped in (1, 3):
+        assert results(setup(), margin_run[:stopped]) == margin_run[stopped:]
+    assert results(setup(), margin_run) == []
+
+
+def test_the_same_seed_repeats_and_another_differs(margin_run):
+    assert results(setup()) == margin_run
+    assert results(setup(seed=1))[0]["accuracy"] != margin_run[0]["accuracy"]
+
+
+def test_all_strategies_of_a_seed_start_from_the_same_set_and_model(margin_run):
+    other = results(setup("random"))
+    same = {"labels", "accuracy", "balanced_accuracy", "macro_f1", "recall", "epochs", "train_accuracy"}
+    assert {key: other[0][key] for key in same} == {key: margin_run[0][key] for key in same}
+    assert other[0]["batch"] != margin_run[0]["batch"]
+
+
+def test_a_batchs_classes_are_counted(margin_run):
+    prepared = setup()
+    label = dict(zip(prepared.data.train.ids, prepared.data.train.labels.tolist(), strict=True))
+    for r in margin_run:
+        classes = [prepared.data.classes[label[name]] for name in r["batch"]]
+        assert r["batch_classes"] == {name: classes.count(name) for name in prepared.data.classes}
+
+
+def test_statistics_of_the_pool_are_those_of_its_own_images():
+    prepared = setup(data={"statistics": "pool"})
+    assert prepared.statistics == channel_statistics(prepared.data.train.images)
+    assert prepared.statistics != setup().statistics
+
+
+def test_the_whole_pool_can_be_bought():
+    everything = results(setup(budget={"initial": 20, "query": 200, "total": 330}))
+    assert [r["labels"] for r in everything] == [20, 220, 330]

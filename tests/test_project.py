@@ -1,0 +1,95 @@
+"""The package, the cluster file and the documents."""
+
+import platform
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fishermask import strategies
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_standard_librarys_platform_is_not_shadowed():
+    assert not (ROOT / "platform/__init__.py").exists()
+    assert platform.system()
+    code = "import platform; print(platform.system())"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == platform.system()
+
+
+def test_a_wheel_holds_the_strategies_the_data_and_the_command(tmp_path):
+    source = tmp_path / "clone"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    for name in filter(None, tracked):
+        target, path = source / name, ROOT / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            target.symlink_to(path.readlink())
+        elif path.exists():
+            target.write_bytes(path.read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    subprocess.run(command, check=True, capture_output=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {f"fishermask/strategies/{name}.py" for name in strategies.available()} <= set(names)
+    assert {"fishermask/data/fashion_mnist/train.parquet", "fishermask/data/fashion_mnist/LICENSE"} <= set(names)
+    package = ROOT / "platform/fishermask"
+    modules = {f"fishermask/{p.relative_to(package)}" for p in package.glob("**/*.py")}
+    assert modules <= set(names)
+    assert not [name for name in names if name.startswith(("strategies/", "platform/", "tests/"))]
+    assert any(name.endswith("entry_points.txt") for name in names)
+
+
+def test_the_cluster_file_is_valid_by_rays_own_check():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    content = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    validate_config(prepare_config(content))
+    assert any("RAY_AUTH_MODE=token" in option for option in content["docker"]["run_options"])
+    content["clustername"] = "x"
+    with pytest.raises(Exception, match="clustername"):
+        validate_config(prepare_config(content))
+
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_in_documents_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text()):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), target
+
+
+def test_the_readme_is_short_and_its_example_is_a_valid_sweep_and_strategy(tmp_path):
+    from fishermask.sweep import plan
+
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert "make demo" in text
+    assert "make test" in text
+    file = tmp_path / "example.yaml"
+    file.write_text(re.search(r"```yaml\n(.*?)```", text, re.S).group(1))
+    assert plan.expand(plan.load(file)).runs
+    example = re.search(r"```python\n(# strategies/\w+\.py\n.*?)```", text, re.S).group(1)
+    assert "def query(pool: Pool, budget: int, params: Params)" in example
+    compile(example, "example", "exec")
+
+
+def test_every_dependency_has_a_reason():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "docs/dependencies.md").read_text()
+    for requirement in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        name = re.match(r"[A-Za-z0-9-]+", requirement).group()
+        assert f"| {name} " in text or f"| {name}[" in text, name
+        assert "<" not in requirement
+        assert "==" not in requirement

@@ -1,0 +1,144 @@
+"""Files that survive a kill, and tables and pictures made of them."""
+
+import json
+
+import pandas as pd
+import pytest
+import yaml
+
+from fishermask.config import ExperimentConfig, parse
+from fishermask.errors import InputError
+from fishermask.results import report
+from fishermask.results.files import RunFolder, make_folder, write_atomically
+from fishermask.results.tables import collect, summarise
+
+
+def result(index, accuracy, labels=None):
+    return {
+        "round": index,
+        "labels": labels or 10 * (index + 1),
+        "accuracy": accuracy,
+        "balanced_accuracy": accuracy / 2,
+        "macro_f1": accuracy / 4,
+        "recall": {"cat": accuracy, "T-shirt/top": 0.0},
+        "epochs": 3,
+        "train_accuracy": 1.0,
+        "ended_by": "cap" if index else "target",
+        "seconds": {"train": 1.0, "evaluate": 0.5, "query": 2.0},
+        "batch": ["a"] * (1 - index),
+        "batch_classes": {"cat": 1 - index, "T-shirt/top": 0},
+    }
+
+
+def make_sweep(folder, finals, rounds=2):
+    """finals: (strategy, ratio, seed) -> accuracy in round 1; round 0 is 0.2 for all."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "s", "grid": {"imbalance.ratio": [], "seed": []}}))
+    for (strategy, ratio, seed), accuracy in finals.items():
+        settings = {"strategy": strategy, "imbalance": {"kind": "step", "ratio": ratio}, "seed": seed}
+        run = RunFolder(folder / "runs" / f"{strategy}-{ratio}-{seed}")
+        run.create(parse(ExperimentConfig, settings), [("a", "cat", True)])
+        for index, value in enumerate([0.2, accuracy][:rounds]):
+            run.append(result(index, value))
+    return folder
+
+
+FINALS = {
+    ("margin", 1, 0): 0.6, ("margin", 1, 1): 0.8, ("random", 1, 0): 0.4, ("random", 1, 1): 0.9,
+    ("margin", 20, 0): 0.5, ("random", 20, 0): 0.4,
+}  # fmt: skip
+
+
+def test_a_table_has_a_row_a_round_and_a_column_for_each_setting_that_varies(tmp_path):
+    table = collect(make_sweep(tmp_path / "s", FINALS))
+    assert len(table) == 2 * len(FINALS)
+    assert list(table.columns[:4]) == ["run", "strategy", "imbalance.ratio", "seed"]
+    assert {"labels", "accuracy", "recall.cat", "batch_classes.cat", "seconds.query", "ended_by"} <= set(table.columns)
+    row = table[(table["run"] == "margin-1-1") & (table["round"] == 1)].iloc[0]
+    assert (row["accuracy"], row["seed"], row["labels"], row["imbalance.ratio"]) == (0.8, 1, 20, "1")
+
+
+def test_the_summary_pairs_each_strategy_with_random_of_the_same_seed(tmp_path):
+    summary = summarise(collect(make_sweep(tmp_path / "s", FINALS))).set_index(["imbalance.ratio", "strategy"])
+    margin = summary.loc[("1", "margin")]
+    # Balanced accuracy over the rounds: margin (.2 .25) for seeds 0 and 1, random (.15 .275).
+    assert margin["balanced_accuracy_curve"] == pytest.approx(0.225)
+    assert margin["gain"] == pytest.approx((0.05 - 0.025) / 2)
+    assert margin["gain_sd"] == pytest.approx(0.075 / 2**0.5)
+    assert (margin["wins"], margin["pairs"], margin["runs"]) == (1, 2, 2)
+    assert margin["accuracy_final"] == pytest.approx(0.7)
+    assert pd.isna(summary.loc[("20", "margin")]["gain_sd"])
+
+
+def test_unfinished_runs_are_not_compared_with_finished_ones(tmp_path):
+    folder = make_sweep(tmp_path / "s", {("margin", 1, 0): 0.9})
+    make = RunFolder(folder / "runs/random-1-0")
+    make.create(parse(ExperimentConfig, {"strategy": "random", "imbalance": {"kind": "step", "ratio": 1}}), [])
+    make.append(result(0, 0.2))
+    summary = summarise(collect(folder)).set_index("strategy")
+    assert summary.loc["margin", "pairs"] == 0
+
+
+def test_a_report_writes_tables_a_picture_and_a_page(tmp_path):
+    folder = make_sweep(tmp_path / "s", FINALS)
+    report.write(folder)
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "results.parquet"), collect(folder))
+    assert len(pd.read_csv(folder / "results.csv")) == 2 * len(FINALS)
+    assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page = (folder / "summary.md").read_text()
+    assert "smoke test" in page
+    assert "0.700 ± 0.141" in page
+    assert "1 of 2" in page
+    assert "in 6 of 12 rounds" in page
+    assert not list(folder.glob(".*partial"))
+
+
+def test_curves_have_one_panel_a_setting_and_one_line_a_strategy(tmp_path):
+    from fishermask.results.curves import draw
+
+    figure = draw(collect(make_sweep(tmp_path / "s", FINALS)), "accuracy", "s")
+    assert [axis.get_title() for axis in figure.axes] == ["ratio = 1", "ratio = 20"]
+    assert [line.get_label() for line in figure.axes[0].lines] == ["margin", "random"]
+    assert list(figure.axes[0].lines[0].get_ydata()) == pytest.approx([0.2, 0.7])
+
+
+def test_a_round_that_a_kill_cut_short_does_not_count_and_is_overwritten(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(parse(ExperimentConfig, {}), [])
+    folder.append(result(0, 0.2))
+    with folder.rounds.open("a") as file:
+        file.write(json.dumps(result(1, 0.3))[:40])
+    assert [r["round"] for r in folder.history()] == [0]
+    folder.append(result(1, 0.4))
+    assert [r["accuracy"] for r in folder.history()] == [0.2, 0.4]
+
+
+def test_a_damaged_file_is_an_error_not_a_shorter_history(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(parse(ExperimentConfig, {}), [])
+    folder.rounds.write_text('{"round": 0\n{"round": 1}\n')
+    with pytest.raises(InputError, match="a line is damaged"):
+        folder.history()
+
+
+def test_the_pool_of_a_run_is_written_with_ids_and_classes(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(parse(ExperimentConfig, {"seed": 3}), [("train/1.png", "Ankle boot", True), ("x,y", "cat", False)])
+    table = pd.read_csv(folder.path / "pool.csv")
+    assert table.to_dict("list") == {"id": ["train/1.png", "x,y"], "class": ["Ankle boot", "cat"], "initial": [1, 0]}
+    assert folder.config() == parse(ExperimentConfig, {"seed": 3})
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    file = tmp_path / "a"
+    file.write_text("old")
+    write_atomically(file, "new")
+    assert file.read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file/results", "/proc/fishermask"):
+        with pytest.raises(InputError, match="output: cannot write to .*; choose another with output=DIR"):
+            make_folder(tmp_path / place)

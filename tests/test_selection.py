@@ -1,0 +1,205 @@
+"""The greedy loop over shards: what it chooses, and that how the pool is cut never changes it."""
+
+import cases
+import pytest
+import reference
+import torch
+from torch import nn
+
+from fishermask import strategies
+from fishermask.config import ExperimentConfig, parse
+from fishermask.experiment.loop import checked
+from fishermask.experiment.setup import prepare
+from fishermask.experiment.streams import stream
+from fishermask.pool.pool import Pool
+from fishermask.pool.ray_shards import RayShards
+from fishermask.pool.selection import best_offer, minimise_trace
+from fishermask.pool.shard import BLOCK, Offer, cut
+from fishermask.pool.shards import LocalShards
+from fishermask.tensors.backprop import find_head
+from fishermask.tensors.images import Statistics, normalise
+from fishermask.tensors.mask import fisher_diagonal, global_mask, last_layer_mask
+from fishermask.tensors.training import fit
+
+GREY = Statistics((0.5,), (0.25,))
+
+
+def pixels(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+
+
+def pool_of(images, model, labeled, shards=1):
+    labels = torch.zeros(len(labeled), dtype=torch.long)
+    local = LocalShards(images, GREY, shards)
+    return Pool(local, len(images), torch.tensor(labeled), labels, model, stream(0, "a"), stream(0, "b"))
+
+
+@pytest.mark.parametrize("body_size", [0, 25])
+def test_the_batch_is_the_one_that_dense_greedy_selection_chooses(body_size):
+    model, images, labeled, budget, damping = cases.model("small_cnn"), pixels(24), [3, 4, 11, 20], 6, 0.5
+    inputs = normalise(images, GREY, torch.float64)
+    head = find_head(model, inputs[:1])
+    mask = global_mask(fisher_diagonal(model, inputs, head), head, body_size) if body_size else last_layer_mask(head)
+    found = minimise_trace(pool_of(images, model, labeled), mask, budget, damping=damping)
+
+    columns, start = [reference.head_entries(model, head)], 0
+    for name, parameter in model.named_parameters():
+        columns.append(mask.entries.get(name, torch.tensor([], dtype=torch.long)) + start)
+        start += parameter.numel()
+    rows = reference.information_rows(model, inputs)[:, :, torch.cat(columns)]
+    every = torch.einsum("nck,ncl->nkl", rows, rows)
+    # fisher-math: M = lambda I + nL/(nL+K) I_L, candidates scaled by sqrt(K/(nL+K)).
+    total = len(labeled) + budget
+    matrix = damping * torch.eye(rows.shape[2]) + len(labeled) / total * every[labeled].mean(0)
+    candidates = [i for i in range(len(images)) if i not in labeled]
+    expected = reference.greedy(rows, candidates, matrix.double(), every.mean(0), budget, (budget / total) ** 0.5)
+    assert found.tolist() == expected
+
+
+def test_equal_candidates_are_taken_from_the_lowest_position():
+    """A pool of two images, many times over, in several blocks and shards."""
+    pair = pixels(2)
+    images = pair[torch.arange(2 * BLOCK + 6) % 2]
+    model = cases.model("mlp")
+    found = minimise_trace(pool_of(images, model, [0, 1], shards=2), last_layer_mask("5"), 6, damping=1.0).tolist()
+    for kind in (0, 1):
+        same = [position for position in found if position % 2 == kind]
+        assert same == list(range(2 + kind, 2 + kind + 2 * len(same), 2))
+
+
+def test_slices_cover_the_pool_once_in_whole_blocks():
+    for size in (1, 5, BLOCK, BLOCK + 1, 10 * BLOCK + 3):
+        for count in (1, 2, 3, 7):
+            slices = cut(size, count)
+            assert len(slices) == count
+            assert [i for start, end in slices for i in range(start, end)] == list(range(size))
+            assert all(start % BLOCK == 0 or start == end for start, end in slices)
+
+
+def test_the_best_offer_has_the_largest_gain_and_of_equal_ones_the_lowest_position():
+    offers = [Offer(1.0, 9, None), None, Offer(2.0, 7, None), Offer(2.0, 5, None)]
+    assert best_offer(offers).position == 5
+
+
+def test_a_model_that_overflows_is_an_error_not_a_choice():
+    model = cases.model("mlp")
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.dim() == 2).mul_(1e200).mul_(1e200)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        minimise_trace(pool_of(pixels(10), model, [0]), last_layer_mask("5"), 2, damping=1.0)
+
+
+@pytest.mark.parametrize("batch", [[1, 2], [1, 2, 2], [1, 2, 7]])
+def test_a_strategy_that_returns_too_few_or_equal_or_labelled_positions_is_an_error(batch):
+    with pytest.raises(RuntimeError, match="3 distinct candidates were due"):
+        checked(torch.tensor(batch), torch.tensor([1, 2, 3]), 3)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A CNN trained on 40 images of the embedded data, and the pool of 3,000 that they come from: six blocks."""
+    settings = {"imbalance": {"kind": "balanced", "per_class": 300}, "budget": {"initial": 40}, "strategy": "random"}
+    setup = prepare(parse(ExperimentConfig, settings))
+    model = setup.model(0)
+    training = setup.config.training.model_dump() | {"max_epochs": 20}
+    train = setup.data.train
+    fit(
+        model,
+        train.images[setup.initial],
+        train.labels[setup.initial],
+        setup.statistics,
+        stream(0, "order"),
+        **training,
+        augmentation=None,
+    )
+    return setup, model
+
+
+def choose(name, shards, setup, model, budget=15):
+    params = {"fraction": 0.03, "fisher_samples": 256} if name == "fisher_mask" else {}
+    train = setup.data.train
+    pool = Pool(
+        shards,
+        len(train.labels),
+        setup.initial,
+        train.labels[setup.initial],
+        model.cpu(),
+        stream(0, "strategy"),
+        stream(0, "sample"),
+    )
+    config = parse(ExperimentConfig, {"strategy": {"name": name, "params": params}}).strategy
+    batch = strategies.load(config).query(pool, budget)
+    shards.close()
+    return checked(batch, pool.candidates, budget).tolist()
+
+
+@pytest.mark.parametrize("name", strategies.available())
+def test_every_strategy_chooses_the_same_batch_for_any_number_of_shards(name, trained):
+    setup, model = trained
+    images = setup.data.train.images
+    batches = [choose(name, LocalShards(images, setup.statistics, count), setup, model) for count in (1, 2, 3, 7)]
+    assert batches[1:] == batches[:1] * 3
+
+
+@pytest.mark.parametrize("name", ["fisher_mask", "bait", "margin"])
+def test_ray_shards_choose_the_batch_that_shards_in_process_choose(name, trained, ray_session):
+    setup, model = trained
+    images = setup.data.train.images
+    here = choose(name, LocalShards(images, setup.statistics), setup, model)
+    for count in (1, 3):
+        assert choose(name, RayShards(images, setup.statistics, count, 1, 0), setup, model) == here
+
+
+def test_the_threads_of_the_caller_do_not_change_the_batch_and_stay_as_they_are(trained):
+    setup, model = trained
+    before, batches = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        batches.append(choose("bait", LocalShards(setup.data.train.images, setup.statistics, 2), setup, model))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert batches[0] == batches[1]
+
+
+def test_baselines_choose_what_their_definitions_say(trained):
+    setup, model = trained
+    images, n = setup.data.train.images, len(setup.data.train.labels)
+    with torch.no_grad():
+        p = model.eval()(normalise(images, setup.statistics)).softmax(-1).double()
+    ranked = p.sort(descending=True).values
+    scores = {
+        "margin": ranked[:, 0] - ranked[:, 1],
+        "least_confidence": ranked[:, 0],
+        "entropy": (p * p.clamp_min(1e-300).log()).sum(-1),
+    }
+    candidates = sorted(set(range(n)) - set(setup.initial.tolist()))
+    for name, score in scores.items():
+        expected = sorted(candidates, key=lambda i, score=score: float(score[i]))[:15]
+        assert set(choose(name, LocalShards(images, setup.statistics), setup, model)) == set(expected)
+
+
+def test_images_in_any_memory_layout_give_the_same_embedding(trained):
+    """A grey channel may have any stride, for some of which convolutions round differently."""
+    setup, model = trained
+    images = setup.data.train.images[:600]
+    other = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    found = []
+    for layout in (images, other):
+        shards = LocalShards(layout, setup.statistics)
+        shards.call("set_model", model)
+        found.append(shards.call("probabilities", 0, 1)[0])
+        shards.close()
+    assert torch.equal(*found)
+
+
+def test_batch_norm_models_are_embedded_in_eval_mode(trained):
+    """Whatever mode the model comes in: no sample may see another."""
+    setup, _ = trained
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * 26 * 26, 10)).train()
+    shards = LocalShards(setup.data.train.images[:20], setup.statistics)
+    shards.call("set_model", model)
+    shards.call("embed", last_layer_mask("3"), 0, 1)
+    assert not shards.shards[0].model.training
+    assert model.training
+    shards.close()

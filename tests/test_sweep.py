@@ -1,0 +1,143 @@
+"""A whole sweep on real Ray Tune: files, TensorBoard, a failing run, and running the same command again."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import yaml
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from fishermask.errors import InputError
+from fishermask.results import report
+from fishermask.sweep import plan, runner, tune_runner
+
+QUIET = Console(quiet=True)
+SWEEP = {
+    "name": "s",
+    "base": {
+        "imbalance": {"kind": "balanced", "per_class": 60},
+        "model": {"name": "mlp", "params": {"width": 8, "depth": 1}},
+        "budget": {"initial": 10, "query": 10, "total": 30},
+        "training": {"max_epochs": 3},
+        # Two trials side by side; each has a bundle for itself and one for each shard.
+        "resources": {"cpus": 1, "shards": 2, "workers": "ray", "cpus_per_shard": 0.5},
+    },
+    # A learning rate so large that training fails: one failing run must not end the sweep.
+    "grid": {"strategy": ["bait", "random"], "training.learning_rate": [0.001, 1e30], "seed": [0]},
+}
+
+
+def load(folder, *overrides):
+    file = folder / "s.yaml"
+    file.write_text(yaml.safe_dump(SWEEP | {"output": str(folder / "results")}))
+    return plan.expand(plan.load(file, overrides))
+
+
+def without_seconds(folder):
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in folder.history()]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, ray_session):
+    folder = tmp_path_factory.mktemp("sweep")
+    sweep = load(folder)
+    runner.check(sweep, QUIET)
+    recorder = tune_runner.run_on_ray(sweep, QUIET, fixed_size=True)
+    report.write(sweep.folder)
+    return folder, sweep, recorder
+
+
+def by_name(sweep, start):
+    return next(run for run in sweep.runs if run.name.startswith(start))
+
+
+def test_every_run_has_a_folder_with_its_settings_pool_and_rounds(swept):
+    _, sweep, _ = swept
+    run = by_name(sweep, "bait-learning_rate=0.001")
+    assert run.folder.config().fingerprint() == run.config.fingerprint()
+    assert [r["labels"] for r in run.folder.history()] == [10, 20, 30]
+    pool = pd.read_csv(run.folder.path / "pool.csv")
+    assert (len(pool), pool["initial"].sum()) == (600, 10)
+    assert yaml.safe_load((sweep.folder / "config.yaml").read_text())["grid"] == SWEEP["grid"]
+
+
+def test_a_failing_run_leaves_its_traceback_and_does_not_end_the_sweep(swept):
+    _, sweep, recorder = swept
+    failed = by_name(sweep, "random-learning_rate=1e+30")
+    assert set(recorder.failed) == {run.name for run in sweep.runs if "1e+30" in run.name}
+    assert "lower training.learning_rate" in recorder.failed[failed.name]
+    assert "Traceback" in failed.folder.error.read_text()
+    assert failed.folder.history() == []
+    assert recorder.finished == 2
+
+
+def test_the_table_holds_the_finished_rounds(swept):
+    _, sweep, _ = swept
+    table = pd.read_parquet(sweep.folder / "results.parquet")
+    assert sorted(table.groupby("strategy")["labels"].apply(list).to_dict().items()) == [
+        ("bait", [10, 20, 30]),
+        ("random", [10, 20, 30]),
+    ]
+
+
+def test_tensorboard_shows_metrics_by_labels_and_the_hyper_parameters(swept):
+    _, sweep, _ = swept
+    run = by_name(sweep, "bait-learning_rate=0.001")
+    events = EventAccumulator(str(run.folder.path)).Reload()
+    shown = [(e.step, e.value) for e in events.Scalars("metrics/accuracy")]
+    assert shown == [(r["labels"], pytest.approx(r["accuracy"])) for r in run.folder.history()]
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    values = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert values["strategy"].string_value == "bait"
+    assert values["training.learning_rate"].string_value == "0.001"
+    assert values["seed"].number_value == 0
+    # One tidy tree: a run of TensorBoard's is a run of ours, and nothing else lies there.
+    found = {path.parent for path in sweep.folder.rglob("events.out.tfevents.*")}
+    assert found == {run.folder.path for run in sweep.runs if run.folder.history()}
+
+
+def test_the_same_command_again_finishes_what_is_missing_and_repeats_nothing(swept, tmp_path):
+    """One run cut short in the middle of a line, one not begun, two untouched."""
+    folder, first, _ = swept
+    shutil.copytree(folder / "results", tmp_path / "results")
+    sweep = load(tmp_path, "training.learning_rate=0.001", "seed=[0,1]")
+    cut, whole = by_name(sweep, "random-learning_rate=0.001-seed=0"), by_name(sweep, "bait-learning_rate=0.001-seed=0")
+    lines = cut.folder.rounds.read_text().splitlines(keepends=True)
+    cut.folder.rounds.write_text(lines[0] + lines[1][:50])
+    before = {path: path.stat().st_mtime_ns for path in whole.folder.path.iterdir()}
+    recorder = tune_runner.run_on_ray(sweep, QUIET, fixed_size=True)
+    assert recorder.total == 2 + 3 + 3
+    assert {path: path.stat().st_mtime_ns for path in whole.folder.path.iterdir()} == before
+    assert cut.folder.rounds.read_text().startswith(lines[0])
+    original = by_name(first, "random-learning_rate=0.001-seed=0")
+    assert without_seconds(cut.folder) == without_seconds(original.folder)
+    events = EventAccumulator(str(cut.folder.path)).Reload()
+    assert [e.step for e in events.Scalars("metrics/accuracy")] == [10, 20, 30]
+    assert runner.missing(sweep) == []
+
+
+def test_a_run_in_this_process_gives_what_the_trial_gave(swept, tmp_path):
+    folder, first, _ = swept
+    sweep = load(tmp_path, "training.learning_rate=0.001", "resources.workers=in_process", "resources.shards=1")
+    runner.run_here(sweep, QUIET)
+    for run in sweep.runs:
+        assert without_seconds(run.folder) == without_seconds(by_name(first, run.name).folder)
+
+
+def test_a_run_that_asks_for_more_than_there_is_is_refused_before_any_starts(tmp_path, ray_session):
+    sweep = load(tmp_path, "resources.shards=99")
+    with pytest.raises(InputError, match=r"asks for 50.5 CPUs in all, but there are 4; lower cpus"):
+        tune_runner.run_on_ray(sweep, QUIET, fixed_size=True)
+    assert not sweep.folder.exists()
+
+
+def test_rounds_are_plain_json_lines(swept):
+    _, sweep, _ = swept
+    lines = by_name(sweep, "bait-learning_rate=0.001").folder.rounds.read_text().splitlines()
+    first = json.loads(lines[0])
+    assert first["ended_by"] == "cap"
+    assert len(first["batch"]) == 10
+    assert set(first["seconds"]) == {"train", "evaluate", "query"}

@@ -103,8 +103,8 @@ def test_products_by_structure_equal_dense_products(name):
     matrix = torch.randn(embedding.size, 5, generator=generator, dtype=torch.float64)
     square = torch.randn(embedding.size, embedding.size, generator=generator, dtype=torch.float64)
     square = square + square.mT
-    torch.testing.assert_close(product(embedding, matrix), v @ matrix)
-    torch.testing.assert_close(quadratic(embedding, square), v @ square @ v.mT)
+    torch.testing.assert_close(product(embedding, matrix).permute(2, 0, 1), v @ matrix)
+    torch.testing.assert_close(quadratic(embedding, square).permute(2, 0, 1), v @ square @ v.mT)
     torch.testing.assert_close(information(embedding), torch.einsum("nck,ncl->kl", v, v))
 
 
@@ -122,7 +122,7 @@ def test_scores_are_the_fall_of_the_trace_before_and_after_picks(body_size):
         expected = [before - reference.trace(matrix + scale**2 * row.mT @ row, target) for row in v]
         torch.testing.assert_close(gains(scores), torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-10)
         assert objective.value == pytest.approx(before, rel=1e-9)
-        scores = advance(scores, embedding, objective.add(take(embedding, slice(pick, pick + 1))))
+        advance(scores, embedding, objective.add(take(embedding, slice(pick, pick + 1))))
         matrix = matrix + scale**2 * v[pick].mT @ v[pick]
 
 

@@ -87,7 +87,7 @@ def test_a_report_writes_tables_a_picture_and_a_page(tmp_path):
     assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     page = (folder / "summary.md").read_text()
     assert "smoke test" in page
-    assert "0.700 ± 0.141" in page
+    assert "0.700±0.141" in page
     assert "1 of 2" in page
     assert "in 6 of 12 rounds" in page
     assert not list(folder.glob(".*partial"))

@@ -140,4 +140,6 @@ def test_rounds_are_plain_json_lines(swept):
     first = json.loads(lines[0])
     assert first["ended_by"] == "cap"
     assert len(first["batch"]) == 10
-    assert set(first["seconds"]) == {"train", "evaluate", "query"}
+    stages = ["query: embed", "query: information", "query: pick"]
+    assert list(first["seconds"]) == ["train", "evaluate", "query", *stages]
+    assert sum(first["seconds"][stage] for stage in stages) <= first["seconds"]["query"]

@@ -34,7 +34,7 @@ class RoundResult:
     ended_by: str
     """``target`` or ``cap``: what ended training."""
     seconds: dict[str, float]
-    """By stage: train, evaluate, query."""
+    """By stage: train, evaluate, query, and within the query ``query: embed`` and so on."""
     batch: list[str]
     """Ids queried after this round's training, in the order of choice; empty in the last round."""
     batch_classes: dict[str, int]
@@ -92,6 +92,7 @@ def run(
             # Query the next batch and label it.
             size = min(budget.query, budget.total - len(labeled))
             batch = labeled[:0]
+            stages = StageClock(progress)
             if size:
                 shards = shards or make_shards(pool_data.images, setup.statistics)
                 pool = Pool(
@@ -102,7 +103,7 @@ def run(
                     model.cpu(),
                     stream(seed, f"strategy {config.strategy.name}", index),
                     stream(seed, "fisher sample", index),
-                    progress,
+                    stages,
                 )
                 batch = checked(setup.strategy.query(pool, size), pool.candidates, size)
             queried = time.perf_counter()
@@ -121,6 +122,7 @@ def run(
                     "train": trained - started,
                     "evaluate": evaluated - trained,
                     "query": queried - evaluated,
+                    **{f"query: {stage}": seconds for stage, seconds in stages.finish().items()},
                 },
                 batch=[pool_data.ids[i] for i in batch.tolist()],
                 batch_classes=dict(zip(setup.data.classes, counts, strict=True)),
@@ -129,6 +131,29 @@ def run(
     finally:
         if shards is not None:
             shards.close()
+
+
+class StageClock:
+    """Passes progress on, and keeps how long each stage was the current one."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self.current, self.since = "", time.perf_counter()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self.current:
+            self.finish()
+            self.current = stage
+        self.progress(stage, done, total)
+
+    def finish(self) -> dict[str, float]:
+        """Seconds by stage; the current stage ends now."""
+        now = time.perf_counter()
+        if self.current:
+            self.seconds[self.current] = self.seconds.get(self.current, 0.0) + now - self.since
+        self.current, self.since = "", now
+        return self.seconds
 
 
 def checked(batch: Tensor, candidates: Tensor, size: int) -> Tensor:

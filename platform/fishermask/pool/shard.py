@@ -18,7 +18,7 @@ from fishermask.tensors.images import Statistics, normalise
 from fishermask.tensors.mask import Mask, fisher_diagonal
 from fishermask.tensors.trace import Scores, Update, advance, gains, start_scores
 
-BLOCK = 512
+BLOCK = 1024
 """Pool positions in a block; shards begin at multiples of it."""
 GRADIENT_BATCH = 128
 """Images differentiated at once; divides ``BLOCK``."""
@@ -126,9 +126,8 @@ class Shard:
         update = Update(*(part.to(self.device) for part in update))
         if self.start <= taken < self.start + len(self.images):
             self.available[taken - self.start] = False
-        self.scores = [
-            advance(scores, embedding, update) for scores, embedding in zip(self.scores, self.embeddings, strict=True)
-        ]
+        for scores, embedding in zip(self.scores, self.embeddings, strict=True):
+            advance(scores, embedding, update)
         return self._offer()
 
     def _offer(self) -> Offer | None:

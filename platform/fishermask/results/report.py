@@ -26,10 +26,10 @@ def write(sweep: Path, metric: str = "balanced_accuracy") -> pd.DataFrame:
 
 
 def spread(mean: float, deviation: float, sign: str = "") -> str:
-    """``0.612 ± 0.011``; no deviation where there is one run only, a dash where there is none."""
+    """``0.612±0.011``; no deviation where there is one run only, a dash where there is none."""
     if pd.isna(mean):
         return "–"
-    return f"{mean:{sign}.3f}" + ("" if pd.isna(deviation) else f" ± {deviation:.3f}")
+    return f"{mean:{sign}.3f}" + ("" if pd.isna(deviation) else f"±{deviation:.3f}")
 
 
 def cells(summary: pd.DataFrame, brief: bool = False) -> tuple[list[str], list[list[str]]]:

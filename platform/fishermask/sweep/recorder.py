@@ -99,7 +99,9 @@ class Recorder:
             place = f"[{self.finished}/{self.total_runs} runs, {self.done}/{self.total} rounds, {self.eta()}]"
             facts = f"labels {result['labels']}, balanced accuracy {result['balanced_accuracy']:.3f}"
             if self.every_round:
-                stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result["seconds"].items())
+                stages = ", ".join(
+                    f"{stage} {seconds:.1f} s" for stage, seconds in result["seconds"].items() if ":" not in stage
+                )
                 facts += f", {result['epochs']} epochs ({result['ended_by']}), {stages}"
             self.console.print(f"{place} {name}: {facts}")
         self._show(name)

@@ -100,18 +100,29 @@ def forward(model: nn.Module, images: Tensor, head: str, layers: Sequence[str]) 
     return ForwardPass(logits, features, inputs, outputs)
 
 
-def class_gradients(run: ForwardPass, weights: Tensor) -> Iterator[dict[str, Tensor]]:
-    """For each class c in turn: layer name -> d(weights_c * log p_c) / d(layer output), [n, ...] as the output.
+def class_gradients(run: ForwardPass, weights: Tensor, classes: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Gradients of ``weights_c * log p_c`` with respect to the layers' outputs, one backward pass after the other.
 
-    ``weights`` [n, C] are constants. The softmax part rides in the cotangent, ``w_c (e_c - p)``, and so costs nothing
-    and does not cancel when a prediction is nearly certain.
+    Args:
+        weights: [n, C], constants.
+        classes: [n, r]: in pass i, image x is differentiated for class ``classes[x, i]``.
+
+    Yields:
+        The classes of the pass, [n], and layer name -> gradient, [n, ...] as the layer's output.
+
+    The softmax part rides in the cotangent, ``w_c (e_c - p)``, and so costs nothing and does not cancel when a
+    prediction is nearly certain.
     """
     probabilities = run.probabilities
-    num_classes = run.logits.shape[1]
-    for c in range(num_classes):
-        cotangent = -probabilities * weights[:, c : c + 1]
-        cotangent[:, c] += weights[:, c]
-        gradients = torch.autograd.grad(
-            run.logits, list(run.outputs.values()), cotangent, retain_graph=c + 1 < num_classes
-        )
-        yield dict(zip(run.outputs, gradients, strict=True))
+    outputs = list(run.outputs.values())
+    for i, current in enumerate(classes.unbind(1)):
+        cotangent = torch.zeros_like(probabilities).scatter_(1, current[:, None], 1.0) - probabilities
+        cotangent *= weights.gather(1, current[:, None])
+        gradients = torch.autograd.grad(run.logits, outputs, cotangent, retain_graph=i + 1 < classes.shape[1])
+        yield current, dict(zip(run.outputs, gradients, strict=True))
+
+
+def all_classes(run: ForwardPass) -> Tensor:
+    """[n, C]: every class in turn, the same for all images."""
+    n, num_classes = run.logits.shape
+    return torch.arange(num_classes, device=run.logits.device).expand(n, -1)

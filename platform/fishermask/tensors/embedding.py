@@ -6,6 +6,9 @@ an outer product, ``V_head[c, (o, e)] = w_c (delta_co - p_o) h_e``: we keep p, w
 body only: ``C * k_body + E + 2 C`` numbers an image in place of ``C * (k_body + C * E)``.
 
 Columns are ordered head first, (o, e) with e fastest and a bias as the last e, then the body in the mask's order.
+
+The images are the *last* axis of every tensor: all that is done image by image then runs along contiguous memory, and
+all products are few large matrix products in place of many small ones.
 """
 
 from typing import NamedTuple
@@ -22,119 +25,128 @@ class Embedding(NamedTuple):
     """Fisher embeddings of n images."""
 
     probabilities: Tensor
-    """[n, C]"""
+    """[C, n]"""
     weights: Tensor
-    """[n, C], the w_c."""
+    """[C, n], the w_c."""
     hidden: Tensor
-    """[n, E]"""
+    """[E, n]"""
     body: Tensor
-    """[n, C, k_body]"""
+    """[C, k_body, n]"""
 
     @property
     def head_size(self) -> int:
-        return self.probabilities.shape[1] * self.hidden.shape[1]
+        return self.probabilities.shape[0] * self.hidden.shape[0]
 
     @property
     def size(self) -> int:
         """k, the number of columns."""
-        return self.head_size + self.body.shape[2]
+        return self.head_size + self.body.shape[1]
 
 
 def embed(model: nn.Module, images: Tensor, mask: Mask) -> Embedding:
-    """Fisher embeddings of ``images`` [n, ...] under ``mask``, with w_c = sqrt(p_c)."""
+    """Fisher embeddings of ``images`` [n, ...] under ``mask``, with w_c = sqrt(p_c).
+
+    The rows of V are linearly dependent, ``sum_c w_c V_c = sum_c p_c d log p_c = 0``, so the row of each image's most
+    probable class follows from the others, and C - 1 backward passes do. Its divisor is the largest w there is: no
+    accuracy is lost.
+    """
     run = forward(model, images, mask.head, mask.layers)
     probabilities = run.probabilities
     weights = probabilities.sqrt()
-    body = probabilities.new_empty(*probabilities.shape, mask.body_size)
+    body = probabilities.new_zeros(*probabilities.shape, mask.body_size)
     if mask.entries:
         modules = dict(model.named_modules())
         pieces = []
         for name, entries in mask.entries.items():
             layer, leaf = split_name(name)
             pieces.append((layer, masked_entries(modules[layer], run.inputs[layer], leaf, entries)))
-        for c, gradients in enumerate(class_gradients(run, weights)):
-            torch.cat([gradient_of(gradients[layer]) for layer, gradient_of in pieces], dim=1, out=body[:, c])
-    return Embedding(probabilities, weights, run.hidden, body)
+        order = probabilities.argsort(descending=True, stable=True)
+        every = torch.arange(len(images), device=images.device)
+        for classes, gradients in class_gradients(run, weights, order[:, 1:]):
+            row = torch.cat([gradient_of(gradients[layer]) for layer, gradient_of in pieces], dim=1)
+            body[every, classes] = row
+            body[every, order[:, 0]] -= (weights[every, classes] / weights[every, order[:, 0]])[:, None] * row
+    return Embedding(probabilities.mT, weights.mT, run.hidden.mT, body.permute(1, 2, 0))
 
 
 def take(embedding: Embedding, rows: slice | Tensor) -> Embedding:
     """The embeddings of some of the images."""
-    return Embedding(*(part[rows] for part in embedding))
+    return Embedding(*(part[..., rows] for part in embedding))
 
 
 def concatenate(parts: list[Embedding]) -> Embedding:
-    """The embeddings of ``parts`` one after the other."""
-    return Embedding(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    """The embeddings of ``parts`` one after the other, images contiguous."""
+    return Embedding(*(torch.cat(fields, dim=-1).contiguous() for fields in zip(*parts, strict=True)))
 
 
 def _mix(embedding: Embedding, by_class: Tensor) -> Tensor:
-    """``diag(w) (I - 1 p^T)`` applied to the class axis of ``by_class`` [n, C, ...]."""
-    shape = (*embedding.weights.shape, *[1] * (by_class.dim() - 2))
-    mean = (embedding.probabilities.view(shape) * by_class).sum(1, keepdim=True)
-    return embedding.weights.view(shape) * (by_class - mean)
+    """``diag(w) (I - 1 p^T)`` applied to the class axis, in place, of ``by_class`` [C, m, n]."""
+    mean = (embedding.probabilities[:, None] * by_class).sum(0)
+    return by_class.sub_(mean).mul_(embedding.weights[:, None])
 
 
 def dense(embedding: Embedding) -> Tensor:
     """V itself, [n, C, k]."""
-    n, num_classes = embedding.probabilities.shape
-    eye = torch.eye(num_classes, dtype=embedding.hidden.dtype, device=embedding.hidden.device)
-    mixing = embedding.weights[:, :, None] * (eye - embedding.probabilities[:, None, :])
-    head = mixing[..., None] * embedding.hidden[:, None, None, :]
-    return torch.cat([head.reshape(n, num_classes, -1), embedding.body], dim=2)
+    num_classes, n = embedding.probabilities.shape
+    p, w, hidden = embedding.probabilities.mT, embedding.weights.mT, embedding.hidden.mT
+    mixing = w[:, :, None] * (torch.eye(num_classes, dtype=p.dtype, device=p.device) - p[:, None, :])
+    head = mixing[..., None] * hidden[:, None, None, :]
+    return torch.cat([head.reshape(n, num_classes, -1), embedding.body.permute(2, 0, 1)], dim=2)
 
 
 def product(embedding: Embedding, matrix: Tensor) -> Tensor:
-    """``V @ matrix`` for ``matrix`` [k, m]: [n, C, m], in O(n C (k_body + E) m)."""
-    n, num_classes = embedding.probabilities.shape
-    head = matrix[: embedding.head_size].view(num_classes, embedding.hidden.shape[1], -1)
-    by_class = embedding.hidden @ head.transpose(0, 1).flatten(1)
-    result = _mix(embedding, by_class.view(n, num_classes, -1))
-    if embedding.body.shape[2]:
-        result += embedding.body @ matrix[embedding.head_size :]
+    """``V @ matrix`` for ``matrix`` [k, m]: [C, m, n], in O(n C (k_body + E) m)."""
+    num_classes, n = embedding.probabilities.shape
+    head = matrix[: embedding.head_size].view(num_classes, -1, matrix.shape[1])
+    by_class = head.mT.flatten(0, 1) @ embedding.hidden
+    result = _mix(embedding, by_class.view(num_classes, -1, n))
+    if embedding.body.shape[1]:
+        result.baddbmm_(matrix[embedding.head_size :].mT.expand(num_classes, -1, -1), embedding.body)
     return result
 
 
 def quadratic(embedding: Embedding, matrix: Tensor) -> Tensor:
-    """``V @ matrix @ V^T`` for a symmetric ``matrix`` [k, k]: [n, C, C]."""
-    n, num_classes = embedding.probabilities.shape
+    """``V @ matrix @ V^T`` for a symmetric ``matrix`` [k, k]: [C, C, n]."""
+    num_classes, n = embedding.probabilities.shape
     hidden, body, head_size = embedding.hidden, embedding.body, embedding.head_size
-    width = hidden.shape[1]
+    width = len(hidden)
     pairs = matrix[:head_size, :head_size].view(num_classes, width, num_classes, width)
-    head = hidden.new_empty(n, num_classes, num_classes)
+    head = hidden.new_empty(num_classes, num_classes, n)
     for o in range(num_classes):  # h^T matrix[o, o'] h, each pair of classes once
-        right = (hidden @ pairs[o, :, o:].flatten(1)).view(n, num_classes - o, width)
-        head[:, o, o:] = head[:, o:, o] = (right @ hidden[:, :, None])[..., 0]
-    result = _mix(embedding, _mix(embedding, head).mT)
-    if body.shape[2]:
-        across = hidden @ matrix[:head_size, head_size:].view(num_classes, width, -1).transpose(0, 1).flatten(1)
-        cross = _mix(embedding, across.view(n, num_classes, -1)) @ body.mT
-        result = result + cross + cross.mT + (body @ matrix[head_size:, head_size:]) @ body.mT
+        right = (pairs[o, :, o:].flatten(1).mT @ hidden).view(num_classes - o, width, n)
+        head[o, o:] = head[o:, o] = (right * hidden).sum(1)
+    result = _mix(embedding, _mix(embedding, head).transpose(0, 1).contiguous())
+    if body.shape[1]:
+        across = matrix[:head_size, head_size:].view(num_classes, width, -1).mT.flatten(0, 1) @ hidden
+        mixed = _mix(embedding, across.view(num_classes, -1, n))
+        cross = torch.einsum("ckn,dkn->cdn", mixed, body)
+        inner = matrix[head_size:, head_size:].expand(num_classes, -1, -1) @ body
+        result = result + cross + cross.transpose(0, 1) + torch.einsum("ckn,dkn->cdn", inner, body)
     return result
 
 
 def information(embedding: Embedding) -> Tensor:
     """Sum over images of ``V^T V``: [k, k] in float64."""
-    n, num_classes = embedding.probabilities.shape
-    hidden, body = embedding.hidden, embedding.body
-    width, head_size = hidden.shape[1], embedding.head_size
+    num_classes, n = embedding.probabilities.shape
+    p, w, hidden, body = embedding
+    width, head_size = len(hidden), embedding.head_size
     result = torch.zeros(embedding.size, embedding.size, dtype=torch.float64, device=hidden.device)
-    squared = embedding.weights.square()
-    eye = torch.eye(num_classes, dtype=hidden.dtype, device=hidden.device)
-    mixing = eye - embedding.probabilities[:, None, :]
-    # B = A^T diag(w^2) A [n, C, C]; the head block is sum_n B_n (x) h_n h_n^T.
-    between = mixing.mT @ (squared[:, :, None] * mixing)
+    mixing = torch.eye(num_classes, dtype=p.dtype, device=p.device)[:, :, None] - p
+    # B = A^T diag(w^2) A [C, C, n]; the head block is sum_n B_n (x) h_n h_n^T.
+    between = torch.einsum("con,cpn->opn", mixing * w.square()[:, None], mixing)
     head = result[:head_size, :head_size].view(num_classes, width, num_classes, width)
     for o in range(num_classes):
-        for other in range(o, num_classes):
-            block = hidden.mT @ (between[:, o, other, None] * hidden)
-            head[o, :, other] = block
-            head[other, :, o] = block.mT
-    if body.shape[2]:
-        # V_head^T V_body: h_n (x) (A^T diag(w) body)_n.
-        mixed = (embedding.weights[:, :, None] * mixing).mT @ body
-        cross = (hidden.mT @ mixed.flatten(1)).view(width, num_classes, -1).transpose(0, 1).flatten(0, 1)
-        result[:head_size, head_size:] = cross
-        result[head_size:, :head_size] = cross.mT
-        rows = body.flatten(0, 1)
-        result[head_size:, head_size:] = rows.mT @ rows
+        scaled = (between[o, o:, None] * hidden).flatten(0, 1) @ hidden.mT
+        block = scaled.view(num_classes - o, width, width)
+        head[o, :, o:] = block.transpose(0, 1)
+        head[o:, :, o] = block
+    if body.shape[1]:
+        # V_head^T V_body: (A^T diag(w) body)_n (x) h_n, class by class.
+        for o in range(num_classes):
+            mixed = torch.einsum("cn,ckn->kn", mixing[:, o] * w, body)
+            cross = hidden @ mixed.mT
+            result[o * width : (o + 1) * width, head_size:] = cross
+            result[head_size:, o * width : (o + 1) * width] = cross.mT
+        for rows in body:
+            result[head_size:, head_size:] += rows @ rows.mT
     return result

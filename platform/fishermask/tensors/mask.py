@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fishermask.errors import InputError
-from fishermask.tensors.backprop import class_gradients, forward
+from fishermask.tensors.backprop import all_classes, class_gradients, forward
 from fishermask.tensors.layer_rules import squared_sums
 
 
@@ -67,7 +67,7 @@ def fisher_diagonal(model: nn.Module, images: Tensor, head: str) -> dict[str, Te
         name: torch.zeros(parameter.numel(), dtype=torch.float64, device=images.device)
         for name, parameter in parameters.items()
     }
-    for gradients in class_gradients(run, run.probabilities.sqrt()):
+    for _, gradients in class_gradients(run, run.probabilities.sqrt(), all_classes(run)):
         for layer, gradient in gradients.items():
             for leaf, value in sums[layer](gradient).items():
                 if f"{layer}.{leaf}" in total:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fishermask.tensors.embedding import Embedding, dense, product, quadratic
 
+LAZY_PICKS = 16
+"""Picks whose terms are applied to R and H together: more wastes time on the terms, fewer on moving the matrices."""
+
 
 class Update(NamedTuple):
     """What one pick changes, all that a shard must be told."""
@@ -28,10 +31,16 @@ class Update(NamedTuple):
 class Objective:
     """``tr(M^-1 F)`` and its inverse matrices, in float64.
 
+    R and H are changed by every pick by a term of rank C and 2 C. The terms are gathered and applied to the k x k
+    matrices ``LAZY_PICKS`` at a time: one large product moves each matrix through memory once, not once a pick.
+
     Args:
         start: M before any pick, symmetric positive definite, [k, k].
         target: F, [k, k].
         scale: every candidate's V counts ``scale`` times V.
+
+    Raises:
+        torch.linalg.LinAlgError: ``start`` is not positive definite.
     """
 
     def __init__(self, start: Tensor, target: Tensor, scale: float = 1.0) -> None:
@@ -39,28 +48,45 @@ class Objective:
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(start.double()))
         self.sandwich = self.inverse @ target.double() @ self.inverse
         self.value = float((self.inverse * target).sum())
+        # R = inverse - sum ug u^T; H = sandwich - sum (y ug^T + ug y^T), with ug = U G, y = T - ug s / 2.
+        self._u: list[Tensor] = []
+        self._ug: list[Tensor] = []
+        self._y: list[Tensor] = []
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """R and H as unscaled embeddings meet them: both times scale^2."""
+        self._apply()
         return self.inverse * self.scale**2, self.sandwich * self.scale**2
 
     def add(self, embedding: Embedding) -> Update:
         """Add the one image of ``embedding`` to M and return what the scores of all others need."""
-        v = dense(embedding)[0].double() * self.scale
-        u, t = self.inverse @ v.mT, self.sandwich @ v.mT
-        eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
-        inner = torch.linalg.inv(eye + v @ u)
-        middle = v @ t
-        ug = u @ inner
+        v = dense(embedding)[0].double().mT * self.scale
+        u, t = self.inverse @ v, self.sandwich @ v
+        if self._u:
+            past_u, past_ug, past_y = (torch.cat(past, dim=1) for past in (self._u, self._ug, self._y))
+            u -= past_ug @ (past_u.mT @ v)
+            t -= past_y @ (past_ug.mT @ v) + past_ug @ (past_y.mT @ v)
+        inner = torch.linalg.inv(torch.eye(v.shape[1], dtype=v.dtype, device=v.device) + v.mT @ u)
+        middle = v.mT @ t
         self.value -= float((inner * middle).sum())
-        self.inverse -= ug @ u.mT
-        change = t @ ug.mT
-        self.sandwich -= change + change.mT - ug @ middle @ ug.mT
+        ug = u @ inner
+        self._u.append(u)
+        self._ug.append(ug)
+        self._y.append(t - 0.5 * ug @ middle)
+        if len(self._u) == LAZY_PICKS:
+            self._apply()
         return Update(torch.cat([u, t], dim=1) * self.scale, inner, middle)
+
+    def _apply(self) -> None:
+        if self._u:
+            u, ug, y = (torch.cat(past, dim=1) for past in (self._u, self._ug, self._y))
+            self.inverse.addmm_(ug, u.mT, alpha=-1)
+            self.sandwich.addmm_(torch.cat([y, ug], dim=1), torch.cat([ug, y], dim=1).mT, alpha=-1)
+            self._u, self._ug, self._y = [], [], []
 
 
 class Scores(NamedTuple):
-    """P and Q of n images, each [n, C, C]."""
+    """P and Q of n images, each [C, C, n]."""
 
     p: Tensor
     q: Tensor
@@ -72,18 +98,41 @@ def start_scores(embedding: Embedding, inverse: Tensor, sandwich: Tensor) -> Sco
     return Scores(quadratic(embedding, inverse.to(dtype)), quadratic(embedding, sandwich.to(dtype)))
 
 
-def advance(scores: Scores, embedding: Embedding, update: Update) -> Scores:
-    """P and Q after a pick."""
-    num_classes = scores.p.shape[1]
+def advance(scores: Scores, embedding: Embedding, update: Update) -> None:
+    """Bring P and Q up to date with a pick, in place.
+
+    ``P -= x a^T`` and ``Q -= y x^T + x y^T``, with a = V U, b = V T, x = a G, y = b - x s / 2, written out as sums of
+    outer products along the classes, so that the images stay the contiguous axis.
+    """
+    num_classes = len(scores.p)
     dtype = scores.p.dtype
     both = product(embedding, update.basis.to(dtype))
-    a, b = both[..., :num_classes], both[..., num_classes:]
-    x = a @ update.inner.to(dtype)
-    cross = b @ x.mT
-    return Scores(scores.p - x @ a.mT, scores.q - cross - cross.mT + x @ update.middle.to(dtype) @ x.mT)
+    a, y = both[:, :num_classes], both[:, num_classes:]
+    x = update.inner.to(dtype) @ a
+    y.baddbmm_((-0.5 * update.middle.to(dtype)).expand(num_classes, -1, -1), x)
+    for j in range(num_classes):
+        scores.p.addcmul_(x[:, None, j], a[None, :, j], value=-1)
+        scores.q.addcmul_(y[:, None, j], x[None, :, j], value=-1)
+        scores.q.addcmul_(x[:, None, j], y[None, :, j], value=-1)
 
 
 def gains(scores: Scores) -> Tensor:
-    """By how much each image would lower ``tr(M^-1 F)``: ``tr((I + P)^-1 Q)``, [n]."""
-    eye = torch.eye(scores.p.shape[1], dtype=scores.p.dtype, device=scores.p.device)
-    return torch.linalg.solve(eye + scores.p, scores.q).diagonal(dim1=1, dim2=2).sum(-1)
+    """By how much each image would lower ``tr(M^-1 F)``: ``tr((I + P)^-1 Q)``, [n].
+
+    Symmetric elimination of I + P, carried out on both sides of Q, for all images at once: when pivot k is reached,
+    ``Q_kk / pivot`` is its share of the trace. LAPACK on n small systems takes longer.
+    """
+    num_classes = len(scores.p)
+    left, right = scores.p.clone(), scores.q.clone()
+    left.diagonal().add_(1.0)
+    total = torch.zeros_like(left[0, 0])
+    for k in range(num_classes):
+        pivot, corner = left[k, k], right[k, k]
+        total.addcdiv_(corner, pivot)
+        if k + 1 < num_classes:
+            factor = left[k + 1 :, k] / pivot
+            y = right[k + 1 :, k] - 0.5 * factor * corner
+            left[k + 1 :, k + 1 :].addcmul_(factor[:, None], left[None, k, k + 1 :], value=-1)
+            right[k + 1 :, k + 1 :].addcmul_(y[:, None], factor[None], value=-1)
+            right[k + 1 :, k + 1 :].addcmul_(factor[:, None], y[None], value=-1)
+    return total

@@ -16,7 +16,7 @@ from fishermask.tensors.layer_rules import check_rules
 
 PIECES = 20
 """Parts that a pass over the pool is called in, so that its progress can be shown."""
-DIAGONAL_BATCH = 64
+DIAGONAL_BATCH = 32
 
 Progress = Callable[[str, int, int], None]
 """Told the stage, how much is done and how much there is."""

@@ -8,7 +8,7 @@ over positions (1 for a plain linear layer). Then, for one sample,
 * any bias: ``db[o] = sum_s g[o, s]``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,10 @@ from fishermask.errors import InputError
 # The full product of the touched output rows and input rows is formed when it is at most this many times larger than
 # the masked entries; a matrix product does about that many more multiplications a second than a gathered sum.
 DENSE_FACTOR = 16
+# Pairs of positions are summed where they are fewer than this times the positions of all classes: S (S + 1) / 2 against
+# C S, with a margin, because their single product runs faster than many small ones.
+PAIRS_FACTOR = 3
+CACHED_NUMBERS = 2**19
 
 
 def check_rules(model: nn.Module) -> None:
@@ -79,25 +83,46 @@ def _some_input_rows(module: nn.Module, given: Tensor, rows: Tensor) -> Tensor:
     return patches[:, channel, position // width, position % width].flatten(2)
 
 
-def squared_sums(module: nn.Module, given: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:
-    """A function: output gradient -> parameter -> sum over samples of the squared per-sample gradient.
+def squared_sums(module: nn.Module, given: Tensor, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Parameter -> sum over samples and over ``gradients`` of the squared per-sample gradient, flat.
 
-    What depends on the layer's input alone is done once, for all classes.
+    For a matrix of weights that is ``sum (sum_s g[o, s] a[k, s])^2``. Two orders of summation give it: form every
+    sample's gradient and square it, or expand the square into pairs of positions, which needs no gradient at all, only
+    one matrix product, and is cheaper where there are few positions.
     """
+    g = torch.stack([output_rows(module, gradient) for gradient in gradients], dim=1)
     rows = input_rows(module, given)
-    elementwise = isinstance(module, nn.BatchNorm2d)
+    positions = rows.shape[-1]
+    if isinstance(module, nn.BatchNorm2d):
+        weight = (g * rows[:, None]).sum(-1).square().sum((0, 1))
+    elif positions + 1 <= PAIRS_FACTOR * g.shape[1]:
+        weight = _squares_by_pairs(g, rows)
+    else:
+        weight = _squares_by_sample(g, rows)
+    return {"weight": weight.flatten(), "bias": g.sum(-1).square().sum((0, 1))}
 
-    def sums(gradient: Tensor) -> dict[str, Tensor]:
-        g = output_rows(module, gradient)
-        if elementwise:
-            weight = (g * rows).sum(-1).square().sum(0)
-        elif g.shape[-1] == 1:
-            weight = g[..., 0].square().mT @ rows[..., 0].square()
-        else:
-            weight = torch.bmm(g, rows.mT).square().sum(0)
-        return {"weight": weight.flatten(), "bias": g.sum(-1).square().sum(0)}
 
-    return sums
+def _squares_by_pairs(g: Tensor, rows: Tensor) -> Tensor:
+    """``sum_n sum_(s, t) (sum_c g[n, c, o, s] g[n, c, o, t]) a[n, k, s] a[n, k, t]``, each pair s <= t once: [O, K]."""
+    s, t = torch.triu_indices(rows.shape[-1], rows.shape[-1], device=rows.device)
+    twice = torch.where(s == t, 1.0, 2.0).to(rows.dtype)
+    left = torch.einsum("ncos,ncot->onst", g, g)[..., s, t]
+    right = (rows[..., s] * rows[..., t] * twice).transpose(0, 1)
+    # The terms of a square cancel in rounding only: what falls below zero is zero.
+    return (left.flatten(1) @ right.flatten(1).mT).clamp_min(0)
+
+
+def _squares_by_sample(g: Tensor, rows: Tensor) -> Tensor:
+    """Every sample's gradient for every class, squared and added, as many at once as stay in the cache: [O, K]."""
+    n, num_classes, outputs, _ = g.shape
+    width = rows.shape[1]
+    group = max(1, CACHED_NUMBERS // (num_classes * outputs * width))
+    weight = rows.new_zeros(outputs * width)
+    for first in range(0, n, group):
+        part = slice(first, first + group)
+        product = torch.bmm(g[part].flatten(1, 2), rows[part].mT)
+        weight += product.square_().view(-1, outputs * width).sum(0)
+    return weight
 
 
 def masked_entries(module: nn.Module, given: Tensor, parameter: str, entries: Tensor) -> Callable[[Tensor], Tensor]:

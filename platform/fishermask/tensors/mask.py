@@ -62,17 +62,13 @@ def fisher_diagonal(model: nn.Module, images: Tensor, head: str) -> dict[str, Te
     layers = list(dict.fromkeys(split_name(name)[0] for name in parameters))
     run = forward(model, images, head, layers)
     modules = dict(model.named_modules())
-    sums = {name: squared_sums(modules[name], given) for name, given in run.inputs.items()}
-    total = {
-        name: torch.zeros(parameter.numel(), dtype=torch.float64, device=images.device)
-        for name, parameter in parameters.items()
+    passes = [gradients for _, gradients in class_gradients(run, run.probabilities.sqrt(), all_classes(run))]
+    sums = {
+        f"{layer}.{leaf}": value.double()
+        for layer in layers
+        for leaf, value in squared_sums(modules[layer], run.inputs[layer], [g.pop(layer) for g in passes]).items()
     }
-    for _, gradients in class_gradients(run, run.probabilities.sqrt(), all_classes(run)):
-        for layer, gradient in gradients.items():
-            for leaf, value in sums[layer](gradient).items():
-                if f"{layer}.{leaf}" in total:
-                    total[f"{layer}.{leaf}"] += value
-    return total
+    return {name: sums[name] for name in parameters}
 
 
 def mask_size(model: nn.Module, head: str, fraction: float) -> int:

@@ -1,0 +1,91 @@
+"""Masked gradients and the Fisher diagonal on thin ResNet-18, against autograd by the definition and against the floor.
+
+    python benchmarks/gradients.py
+
+The floor is what nobody can do without: one forward pass and C backward passes to activations, down to the earliest
+masked layer. "Naive" is autograd for each sample and class through the graph of the whole batch, as the paper's code
+does it; it is timed on a few samples of the batch and scaled.
+"""
+
+import torch
+from table import machine, seconds, show
+
+from fishermask.tensors import models
+from fishermask.tensors.backprop import all_classes, class_gradients, find_head, forward
+from fishermask.tensors.embedding import dense, embed
+from fishermask.tensors.mask import fisher_diagonal, global_mask, head_size, mask_size
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def naive(model, images, columns, samples):
+    """w_c d log p_c / d theta of the first ``samples`` images, one autograd call for each sample and class."""
+    parameters = list(model.parameters())
+    log_p = model(images).log_softmax(-1)
+    rows = []
+    for i in range(samples):
+        for c in range(log_p.shape[1]):
+            gradient = torch.autograd.grad(log_p[i, c], parameters, retain_graph=True)
+            flat = torch.cat([g.flatten() for g in gradient])
+            rows.append(flat[columns] * log_p[i, c].detach().exp().sqrt())
+    return torch.stack(rows).view(samples, log_p.shape[1], -1)
+
+
+def floor(model, images, head, layers):
+    """One forward pass and C backward passes to the outputs of ``layers``."""
+    run = forward(model, images, head, layers)
+    for _ in class_gradients(run, run.probabilities.sqrt(), all_classes(run)):
+        pass
+
+
+def main():
+    torch.manual_seed(0)
+    model = models.build("thin_resnet18", {}, (3, 32, 32), 10, seed=0).eval().to(DEVICE)
+    images = torch.randn(1024, 3, 32, 32, device=DEVICE)
+    with torch.no_grad():  # let batch norm see data once, or the logits mean nothing
+        model.train()(images[:256])
+        model.eval()
+    head = find_head(model, images[:1])
+    model.requires_grad_(False)
+    diagonal = fisher_diagonal(model, images[:64], head)
+    k = mask_size(model, head, 0.00204)
+    mask = global_mask(diagonal, head, k - head_size(model, head))
+    earliest = mask.layers
+    columns, start = [], 0
+    for name, parameter in model.named_parameters():
+        if name in mask.entries:
+            columns.append(mask.entries[name] + start)
+        if name.startswith(f"{head}."):
+            columns.insert(0, torch.arange(start, start + parameter.numel(), device=DEVICE))
+        start += parameter.numel()
+    columns = torch.cat(columns)
+
+    rows = []
+    for batch, samples in ((16, 4), (128, 2)):
+        model.requires_grad_(True)
+        expected = naive(model, images[:batch], columns, samples)
+        slow = seconds(lambda b=batch, s=samples: naive(model, images[:b], columns, s), repeats=3) / samples
+        model.requires_grad_(False)
+        found = dense(embed(model, images[:batch], mask))[:samples]
+        error = float((found - expected).abs().max() / expected.abs().max())
+        fast = seconds(lambda b=batch: embed(model, images[:b], mask), repeats=9) / batch
+        least = seconds(lambda b=batch: floor(model, images[:b], head, earliest), repeats=9) / batch
+        rows.append([batch, slow * 1e3, fast * 1e3, least * 1e3, slow / fast, fast / least, error])
+    show(
+        f"Masked gradients, thin ResNet-18, 32x32x3, C = 10, k = {k} ({mask.body_size} outside the head). {machine()}",
+        ["batch", "naive ms/image", "ours ms/image", "floor ms/image", "naive/ours", "ours/floor", "largest error"],
+        rows,
+    )
+    everything = list(dict.fromkeys(name.rpartition(".")[0] for name in diagonal))
+    batches = images.split(32)
+    ours = seconds(lambda: [fisher_diagonal(model, batch, head) for batch in batches], repeats=3)
+    least = seconds(lambda: [floor(model, batch, head, everything) for batch in batches], repeats=3)
+    show(
+        f"Fisher diagonal of {start:,} parameters on 1,024 images. {machine()}",
+        ["ours s", "floor s", "ours/floor"],
+        [[ours, least, ours / least]],
+    )
+
+
+if __name__ == "__main__":
+    main()

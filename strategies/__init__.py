@@ -46,7 +46,7 @@ def available() -> list[str]:
 
 def describe(name: str) -> tuple[str, type[Config]]:
     """First line of a strategy's docstring, and the class of its parameters."""
-    module = import_module(f"{__name__}.{name}")
+    module = _module(name)
     return (module.__doc__ or "").split("\n")[0], getattr(module, "Params", Config)
 
 
@@ -58,5 +58,15 @@ def load(config: StrategyConfig) -> Strategy:
     """
     if config.name not in available():
         raise InputError(f"strategy.name: unknown strategy {config.name!r}; there are {', '.join(available())}")
-    module = import_module(f"{__name__}.{config.name}")
+    module = _module(config.name)
     return Strategy(module, parse(getattr(module, "Params", Config), config.params, "strategy.params"))
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        module = import_module(f"{__name__}.{name}")
+    except Exception as error:  # whatever a user's file raises: it is theirs to mend
+        raise InputError(f"strategies/{name}.py: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, "query", None)) or not issubclass(getattr(module, "Params", Config), Config):
+        raise InputError(f"strategies/{name}.py: needs a function query(pool, budget, params), and Params a Config")
+    return module

@@ -46,7 +46,7 @@ def test_run_prints_progress_summary_and_where_to_look(sweep, capsys):
     folder = next((sweep / "results").iterdir())
     assert f"tensorboard --logdir results/{folder.name}" in out
     assert {"results.parquet", "results.csv", "curves.png", "summary.md", "config.yaml", "runs"} == {
-        path.name for path in folder.iterdir()
+        path.name for path in folder.iterdir() if path.name != ".lock"
     }
     before = (folder / "runs/margin-seed=0/rounds.jsonl").stat().st_mtime_ns
     assert cli.main(["run", "tiny.yaml", "strategy=margin"]) == 0
@@ -119,6 +119,13 @@ def test_help_and_version(capsys):
         (["run", "tiny.yaml", "resources.gpus=1"], "resources.gpus: this machine has no GPU"),
         (["run", "tiny.yaml", "output=/proc/fishermask"], "output: cannot write to /proc/fishermask"),
         (["sweep", "broken.yaml"], "broken.yaml: is not YAML"),
+        (["sweep", "twice.yaml"], "twice.yaml: is not YAML (the key base stands twice"),
+        (["sweep", "tiny.yaml", "strategy.params.x=1"], "strategy.params.x: the grid varies strategy"),
+        (["sweep", "tiny.yaml", "grid.seed.x=[1]"], "grid.seed.x: seed is varied too"),
+        (["sweep", "tiny.yaml", "training.learning_rate=.inf"], "training.learning_rate: should be a finite number"),
+        (["run", "tiny.yaml", "strategy={name: margin, label: ..}"], "strategy.label: expected letters, digits"),
+        (["run", "tiny.yaml", "output=tiny.yaml"], "output: cannot write to"),
+        (["run", "tiny.yaml", "seed=true"], "seed: should be a valid integer, got True"),
         (["sweep", "list.yaml"], "list.yaml: expected the keys name, base and grid"),
         (["report", "nowhere"], "nowhere: no such folder"),
         (["report", "."], "holds no results of a sweep"),
@@ -131,6 +138,7 @@ def test_bad_input_is_one_line_and_exit_status_2_and_leaves_no_trace(sweep, caps
             arguments[-1], message = "resources.gpus=-1", "resources.gpus: "
     Path("broken.yaml").write_text("a: [")
     Path("list.yaml").write_text("[1, 2]")
+    Path("twice.yaml").write_text("name: x\nbase: {}\nbase: {}\n")
     before = sorted(sweep.rglob("*"))
     assert cli.main(arguments) == 2
     err = capsys.readouterr().err
@@ -138,6 +146,32 @@ def test_bad_input_is_one_line_and_exit_status_2_and_leaves_no_trace(sweep, caps
     assert err.startswith("fishermask: ")
     assert err.count("\n") == 1
     assert sorted(sweep.rglob("*")) == before
+
+
+def test_every_mistake_of_a_file_is_told_each_on_its_line(sweep, capsys):
+    assert cli.main(["run", "tiny.yaml", "seed=-1", "budget.query=0"]) == 2
+    assert [line.split(":")[1].strip() for line in capsys.readouterr().err.splitlines()] == ["budget.query", "seed"]
+
+
+def test_a_ray_address_that_does_not_answer_is_one_line(sweep):
+    done = fishermask("sweep", "tiny.yaml", env=os.environ | {"RAY_ADDRESS": "127.0.0.1:1"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("fishermask: RAY_ADDRESS: nothing answers at 127.0.0.1:1")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("def query(:", "SyntaxError"), ("x = 1", "needs a function query"), ("import nowhere", "ModuleNotFoundError")],
+)
+def test_a_broken_strategy_file_is_one_line(sweep, capsys, monkeypatch, content, message):
+    name = f"broken_{message.split()[0]}"  # a module is imported once
+    (sweep / f"{name}.py").write_text(content)
+    monkeypatch.setattr(strategies, "__path__", [*strategies.__path__, str(sweep)])
+    assert cli.main(["run", "tiny.yaml", f"strategy={name}"]) == 2
+    err = capsys.readouterr().err
+    assert f"strategies/{name}.py: " in err
+    assert message in err
 
 
 def test_another_sweeps_results_are_refused_and_kept(sweep, capsys):

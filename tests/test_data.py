@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import io
+import json
 import pickle
 from pathlib import Path
 
@@ -123,8 +124,9 @@ def test_colour_images_stay_colour_and_sizes_can_be_brought_together(tmp_path):
         (lambda f: write_parquet(f, [png(), b"no image"], [0, 1]), "row 1: the image does not decode"),
         (lambda f: write_parquet(f, [png(), None], [0, 1]), "row 1: the image does not decode"),
         (lambda f: write_parquet(f, [png(), NOISE[: len(NOISE) // 2]], [0, 1]), "row 1: the image does not decode"),
-        (lambda f: write_parquet(f, [png(), png()], [0, None]), "row 1: label must be 0 or more, got None"),
+        (lambda f: write_parquet(f, [png(), png()], [0, None]), "row 1: label must be 0 to 99999, got None"),
         (lambda f: write_parquet(f, [png()], [0], label="y"), "data.label_column: .* integer columns there: y"),
+        (lambda f: write_parquet(f, [png(), png()], [0, 10**9]), "row 1: label must be 0 to 99999, got 1000000000"),
         (lambda f: pq.write_table(pa.table({"label": [1]}), f), "no single image column; .* none"),
         (lambda f: f.write_text("hello"), "cannot be read as Parquet"),
         (lambda f: None, "no Parquet file at"),
@@ -136,6 +138,19 @@ def test_a_bad_parquet_file_is_one_line_that_names_it(tmp_path, make, message):
     with pytest.raises(InputError, match=message) as caught:
         load_parquet(file)
     assert "bad.parquet" in str(caught.value)
+
+
+def test_train_and_test_must_name_their_classes_alike(tmp_path):
+    files = []
+    for name, classes in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):
+        file = write_parquet(tmp_path / f"{name}.parquet", [png(), png()], [0, 1])
+        note = json.dumps({"info": {"features": {"label": {"names": classes}}}})
+        pq.write_table(pq.read_table(file).replace_schema_metadata({"huggingface": note}), file)
+        files.append(str(file))
+    with pytest.raises(InputError, match="data.test: its classes are dog, cat, those of data.train cat, dog"):
+        dataset.load(DataConfig(name="parquet", train=files[0], test=files[1]))
+    with pytest.raises(InputError, match="b.parquet names other classes than the file before it"):
+        load_parquet(tmp_path)
 
 
 def test_fashion_mnist_is_read_from_a_torchvision_root(tmp_path):
@@ -235,6 +250,7 @@ def test_the_seed_draws_which_classes_are_rare_and_repeats_itself():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"kind": "balanced", "sizes": (5, 0, 5)}, "class 1 has no training images; use kind counts without it"),
         ({"kind": "balanced", "per_class": 101}, "class 0 shall keep 101 images but has 100"),
         ({"kind": "step", "ratio": 1000}, "ratio: 1000 leaves a class without images"),
         ({"kind": "step", "ratio": 2, "rare": 4}, "at most 3 can be rare"),

@@ -3,6 +3,7 @@
 import pytest
 
 from fishermask.config import ExperimentConfig, parse
+from fishermask.errors import InputError
 from fishermask.experiment.loop import num_rounds, run
 from fishermask.experiment.setup import prepare
 from fishermask.pool.shards import LocalShards
@@ -51,6 +52,12 @@ def test_a_run_goes_on_from_its_history_as_if_it_had_never_stopped(margin_run):
     for stopped in (1, 3):
         assert results(setup(), margin_run[:stopped]) == margin_run[stopped:]
     assert results(setup(), margin_run) == []
+
+
+def test_a_history_of_other_images_is_refused(margin_run):
+    for batch in (["nowhere.png"], margin_run[0]["batch"][:1] * 2):
+        with pytest.raises(InputError, match="not in the pool, or one twice"):
+            results(setup(), [margin_run[0] | {"batch": batch}])
 
 
 def test_the_same_seed_repeats_and_another_differs(margin_run):

@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 import yaml
 
-from fishermask.config import ExperimentConfig, parse
+from fishermask.config import ExperimentConfig, StrategyConfig, parse
 from fishermask.errors import InputError
 from fishermask.results import report
-from fishermask.results.files import RunFolder, make_folder, write_atomically
-from fishermask.results.tables import collect, summarise
+from fishermask.results.files import RunFolder, locked, make_folder, write_atomically
+from fishermask.results.tables import collect, short_labels, summarise
 
 
 def result(index, accuracy, labels=None):
@@ -116,9 +116,58 @@ def test_a_round_that_a_kill_cut_short_does_not_count_and_is_overwritten(tmp_pat
 def test_a_damaged_file_is_an_error_not_a_shorter_history(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.create(parse(ExperimentConfig, {}), [])
-    folder.rounds.write_text('{"round": 0\n{"round": 1}\n')
-    with pytest.raises(InputError, match="a line is damaged"):
+    good = json.dumps(result(0, 0.2)) + "\n"
+    for damage in (
+        '{"round": 0\n',
+        good + good,
+        good + '{"round": 1}\n',
+        "[1]\n",
+        good.replace('"round": 0', '"round": 1'),
+    ):
+        folder.rounds.write_text(damage)
+        with pytest.raises(InputError, match="rounds.jsonl: is damaged"):
+            folder.history()
+    folder.rounds.write_bytes(b"\xff\n")
+    with pytest.raises(InputError, match="rounds.jsonl: is damaged"):
         folder.history()
+
+
+def test_a_run_does_not_go_on_with_other_images_than_it_began_with(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(parse(ExperimentConfig, {}), [("a", "cat", True)])
+    folder.create(parse(ExperimentConfig, {}), [("b", "cat", True)])
+    folder.append(result(0, 0.2))
+    with pytest.raises(InputError, match="its images are not those that .* was begun with"):
+        folder.create(parse(ExperimentConfig, {}), [("a", "cat", True)])
+
+
+def test_one_process_at_a_time_writes_to_a_sweep(tmp_path):
+    with locked(tmp_path), pytest.raises(InputError, match="another process is writing to"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_damaged_sweep_file_is_one_line(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(InputError, match="config.yaml: is damaged"):
+        collect(tmp_path)
+
+
+def test_strategies_go_by_name_where_one_variant_was_run(tmp_path):
+    variants = [
+        ("bait", {"damping": 1.0}),
+        ("bait", {"damping": 2.0}),
+        ("fisher_mask", {"fraction": 0.1}),
+        ("random", {}),
+    ]
+    strategies = [StrategyConfig(name=name, params=params) for name, params in variants]
+    assert list(short_labels(strategies).values()) == [
+        "bait(damping=1.0)",
+        "bait(damping=2.0)",
+        "fisher_mask",
+        "random",
+    ]
 
 
 def test_the_pool_of_a_run_is_written_with_ids_and_classes(tmp_path):

@@ -96,6 +96,12 @@ def test_a_strategy_that_returns_too_few_or_equal_or_labelled_positions_is_an_er
         checked(torch.tensor(batch), torch.tensor([1, 2, 3]), 3)
 
 
+@pytest.mark.parametrize("batch", [[1, 2, 3], torch.tensor([1.2, 2.0, 3.0]), torch.tensor([[1, 2, 3]])])
+def test_a_strategy_that_returns_no_row_of_whole_numbers_is_an_error(batch):
+    with pytest.raises(RuntimeError, match="1-d integer tensor was due"):
+        checked(batch, torch.tensor([1, 2, 3]), 3)
+
+
 @pytest.fixture(scope="module")
 def trained():
     """A CNN trained on 40 images of the embedded data, and the pool of 3,000 that they come from: six blocks."""

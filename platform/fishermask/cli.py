@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(arguments.command(arguments, console))
     except InputError as error:
-        print(f"fishermask: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"fishermask: {line}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("fishermask: interrupted", file=sys.stderr)
@@ -134,10 +135,13 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
 
 def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) -> int:
     """Do the work of a sweep and show what came of it; Ctrl-C and failed runs leave what is finished."""
+    from fishermask.results import files
     from fishermask.sweep import runner
 
     try:
-        recorder = work()
+        files.make_folder(sweep.folder)
+        with files.locked(sweep.folder):
+            recorder = work()
     except KeyboardInterrupt:
         left = len(runner.missing(sweep))
         done = len(sweep.runs) - left

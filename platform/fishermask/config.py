@@ -14,9 +14,9 @@ from fishermask.errors import InputError
 
 
 class Config(BaseModel):
-    """Base of every settings class: frozen, unknown keys are errors."""
+    """Base of every settings class: frozen, unknown keys and values of another type are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
@@ -128,15 +128,15 @@ class BudgetConfig(Config):
 
 
 class StrategyConfig(NamedConfig):
-    label: str | None = None
-    """Name in tables and pictures; the strategy's name and given parameters when not given."""
+    label: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.,=()+-]{0,79}$")
+    """Name in tables, pictures and folders; the strategy's name, with its parameters where that is not enough."""
 
 
 class ResourcesConfig(Config):
     cpus: float = Field(1, gt=0)
     """CPUs of the run's own process: training and evaluation use as many threads, and in-process shards live here."""
     gpus: float = Field(0, ge=0)
-    shards: int = Field(1, ge=1)
+    shards: int = Field(1, ge=1, le=10_000)
     """Parts that the pool is cut into. The chosen batch does not depend on it."""
     workers: Literal["in_process", "ray"] = "in_process"
     """Whether the shards live in the run's own process or as Ray actors of their own."""
@@ -196,6 +196,9 @@ def _mistake(kind: type[Config], detail: Any, where: str) -> str:
             return f"{field}: missing"
         case "union_tag_invalid" | "union_tag_not_found":
             return f"{field}.kind: expected one of {', '.join(IMBALANCES)}, got {short(detail['input'])}"
+        case "string_pattern_mismatch":
+            expected = "letters, digits and . _ -, a letter or digit first"
+            return f"{field}: expected {expected}, got {short(detail['input'])}"
         case "value_error":
             return f"{field}: {detail['msg'].removeprefix('Value error, ')}"
     message = detail["msg"].removeprefix("Input ")

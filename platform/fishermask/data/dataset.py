@@ -85,4 +85,10 @@ def _parquet(config: DataConfig) -> Dataset:
             raise InputError(f"data.{field}: missing; give the Parquet file, folder or glob of the {field} images")
     train, classes = parquet.read(str(config.train), "train", config)
     test, test_classes = parquet.read(str(config.test), "test", config)
+    shared = min(len(classes), len(test_classes))
+    if classes[:shared] != test_classes[:shared]:
+        raise InputError(
+            f"data.test: its classes are {', '.join(test_classes)}, those of data.train {', '.join(classes)}; "
+            "the same number must mean the same class in both"
+        )
     return Dataset(train, test, max(classes, test_classes, key=len), None)

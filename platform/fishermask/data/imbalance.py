@@ -34,6 +34,8 @@ def class_counts(sizes: list[int], rule: Imbalance, generator: torch.Generator) 
             dealt = torch.randperm(len(classes), generator=generator).tolist()
             counts = {c: rule.counts[classes[i]] for c, i in zip(classes, dealt, strict=True)}
     else:
+        if 0 in sizes:
+            raise InputError(f"imbalance: class {sizes.index(0)} has no training images; use kind counts without it")
         largest = rule.per_class if rule.per_class is not None else min(sizes)
         counts = dict.fromkeys(range(len(sizes)), largest)
         if isinstance(rule, Step):

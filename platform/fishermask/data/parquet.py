@@ -15,6 +15,9 @@ from fishermask.config import DataConfig
 from fishermask.data.split import Split, row_ids
 from fishermask.errors import InputError
 
+MAX_CLASSES = 100_000
+"""Where a file names no classes, a larger label is taken for something else than a class."""
+
 
 def read(source: str, split: str, config: DataConfig) -> tuple[Split, list[str]]:
     """All images of ``source`` (a file, a folder of ``*.parquet``, or a glob), and the class names.
@@ -33,13 +36,17 @@ def read(source: str, split: str, config: DataConfig) -> tuple[Split, list[str]]
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(f"data.{split}: {file} cannot be read as Parquet ({error})") from None
         column = _image_column(table.schema_arrow, file, config)
-        classes = classes or _class_names(table.schema_arrow, config.label_column)
+        names = _class_names(table.schema_arrow, config.label_column)
+        if classes and names and names != classes:
+            raise InputError(f"data.{split}: {file} names other classes than the file before it")
+        classes = classes or names
         row = 0
         for batch in table.iter_batches(batch_size=4096, columns=[column, config.label_column]):
             for image, label in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
                 images.append(_decode(image, file, row, images[0] if images else None, config.image_size))
-                if not isinstance(label, int) or label < 0:
-                    raise InputError(f"data.{split}: {file} row {row}: label must be 0 or more, got {label!r}")
+                if not isinstance(label, int) or not 0 <= label < (len(classes) or MAX_CLASSES):
+                    limit = (len(classes) or MAX_CLASSES) - 1
+                    raise InputError(f"data.{split}: {file} row {row}: label must be 0 to {limit}, got {label!r}")
                 labels.append(label)
                 paths.append(image["path"])
                 row += 1
@@ -103,7 +110,7 @@ def _decode(
         if size is not None and picture.size != (size, size):
             picture = picture.resize((size, size), Image.Resampling.BILINEAR)
     except (Image.DecompressionBombError, OSError, SyntaxError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"data: {file} row {row}: the image does not decode ({error})") from None
+        raise InputError(f"data: {file} row {row}: the image does not decode ({type(error).__name__})") from None
     pixels = np.asarray(picture)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if first is not None and pixels.shape != first.shape:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishermask.errors import InputError
 from fishermask.experiment.setup import Setup
 from fishermask.experiment.streams import stream
 from fishermask.pool.pool import Pool, Progress
@@ -64,7 +65,10 @@ def run(
     config, pool_data, test = setup.config, setup.data.train, setup.data.test
     budget, training, seed = config.budget, config.training, config.seed
     position = {name: i for i, name in enumerate(pool_data.ids)}
-    labeled = torch.cat([setup.initial, torch.tensor([position[i] for r in history for i in r["batch"]]).long()])
+    bought = [name for result in history for name in result["batch"]]
+    if not position.keys() >= set(bought) or len(set(bought)) < len(bought):
+        raise InputError("rounds.jsonl: holds ids that are not in the pool, or one twice; remove it to run again")
+    labeled = torch.cat([setup.initial, torch.tensor([position[name] for name in bought]).long()])
     device = torch.device("cuda" if config.resources.gpus else "cpu")
     augment = config.data.augment if config.data.augment is not None else setup.data.image_shape[0] == 3
     shards: Shards | None = None
@@ -162,6 +166,8 @@ def checked(batch: Tensor, candidates: Tensor, size: int) -> Tensor:
     Raises:
         RuntimeError: the strategy returned something else. Nothing is filled in or cut off in silence.
     """
+    if not isinstance(batch, Tensor) or batch.dim() != 1 or batch.is_floating_point():
+        raise RuntimeError(f"the strategy returned {type(batch).__name__} {batch!r}; a 1-d integer tensor was due")
     batch = batch.cpu().long()
     if len(batch) != size or len(batch.unique()) != size or not torch.isin(batch, candidates).all():
         raise RuntimeError(

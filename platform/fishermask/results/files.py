@@ -8,10 +8,12 @@ results/<sweep>/runs/<run>/error.txt      traceback of the last attempt, if it f
 """
 
 import csv
+import fcntl
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,37 @@ import yaml
 
 from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
+
+ROUND_KEYS = {"round", "labels", "accuracy", "balanced_accuracy", "macro_f1", "recall", "batch", "batch_classes"}
+ROUND_KEYS |= {"seconds", "ended_by", "epochs", "train_accuracy"}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key} stands twice, line {node.start_mark.line + 1} and after")
+        return super().construct_mapping(node, deep)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a sweep's folder, so that no second process writes there; the lock ends with this process at the latest.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"name: another process is writing to {folder}; wait for it, or choose name=NAME"
+            ) from None
+        yield
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -50,7 +83,7 @@ def read_yaml(path: Path) -> Any:
         InputError: it is not there, or not YAML.
     """
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(), _StrictLoader)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -74,14 +107,22 @@ class RunFolder:
         """Make the folder of a run with this config and pool (id, class, labelled at the start).
 
         A run of the same fingerprint may be there already, and is then continued.
+
+        Raises:
+            InputError: the run's first rounds were made with other data.
         """
         make_folder(self.path)
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(["id", "class", "initial"])
         writer.writerows((name, label, int(initial)) for name, label, initial in pool)
-        write_atomically(self.path / "pool.csv", table.getvalue())
-        settings = config.model_dump(mode="json")
+        index = self.path / "pool.csv"
+        if self.rounds.exists() and index.exists() and index.read_text() != table.getvalue():
+            raise InputError(
+                f"data: its images are not those that {self.path} was begun with; choose another name=NAME"
+            )
+        write_atomically(index, table.getvalue())
+        settings = config.model_dump()
         write_atomically(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
     def history(self) -> list[dict[str, Any]]:
@@ -92,11 +133,13 @@ class RunFolder:
         """
         if not self.rounds.exists():
             return []
-        lines = self.rounds.read_text().split("\n")[:-1]
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError:
-            raise InputError(f"{self.rounds}: a line is damaged; remove the file to run again") from None
+            rounds = [json.loads(line) for line in self.rounds.read_text().split("\n")[:-1]]
+            if [(r["round"], r.keys() >= ROUND_KEYS) for r in rounds] == [(i, True) for i in range(len(rounds))]:
+                return rounds
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass  # not JSON, not UTF-8, or JSON of another shape: the same to whoever must mend it
+        raise InputError(f"{self.rounds}: is damaged, its lines are not rounds 0, 1, 2, ...; remove it to run again")
 
     def append(self, result: dict[str, Any]) -> None:
         """Add a round; it is on disk when this returns."""

@@ -1,11 +1,12 @@
 """All rounds of a sweep as one table, and what is read off it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from fishermask.config import ExperimentConfig
+from fishermask.config import ExperimentConfig, StrategyConfig
 from fishermask.errors import InputError
 from fishermask.results.files import read_yaml, run_folders
 
@@ -15,7 +16,7 @@ BASELINE = "random"
 
 def setting(config: ExperimentConfig, path: str) -> Any:
     """The value at a dotted path of a config, as one cell: whole numbers and text as they are, the rest as text."""
-    value: Any = config.model_dump(mode="json")
+    value: Any = config.model_dump()
     for part in path.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if isinstance(value, dict):
@@ -25,11 +26,16 @@ def setting(config: ExperimentConfig, path: str) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
-def strategy_label(config: ExperimentConfig) -> str:
-    """What tables and pictures call the run's strategy."""
-    strategy = config.strategy
+def strategy_label(strategy: StrategyConfig) -> str:
+    """The strategy with the parameters that were given, or the label that was."""
     given = ",".join(f"{key}={value}" for key, value in strategy.params.items())
     return strategy.label or (f"{strategy.name}({given})" if given else strategy.name)
+
+
+def short_labels(strategies: Iterable[StrategyConfig]) -> dict[str, str]:
+    """Full label -> what tables and pictures say: the name alone where one variant of it was run."""
+    names = {strategy_label(strategy): strategy.label or strategy.name for strategy in strategies}
+    return {label: name if list(names.values()).count(name) == 1 else label for label, name in names.items()}
 
 
 def varied_settings(sweep: Path) -> list[str]:
@@ -37,7 +43,10 @@ def varied_settings(sweep: Path) -> list[str]:
     path = sweep / "config.yaml"
     if not path.exists():
         raise InputError(f"{sweep}: holds no results of a sweep (no config.yaml)")
-    return [key for key in read_yaml(path)["grid"] if key not in ("strategy", "strategy.name", "seed")]
+    content = read_yaml(path)
+    if not isinstance(content, dict) or not isinstance(content.get("grid"), dict):
+        raise InputError(f"{path}: is damaged, it has no grid; run the sweep again to write it anew")
+    return [key for key in content["grid"] if key not in ("strategy", "strategy.name", "seed")]
 
 
 def collect(sweep: Path) -> pd.DataFrame:
@@ -48,10 +57,10 @@ def collect(sweep: Path) -> pd.DataFrame:
     """
     varied = varied_settings(sweep)
     rows = []
-    for folder in run_folders(sweep):
-        config = folder.config()
-        assert config is not None
-        start = {"run": folder.path.name, "strategy": strategy_label(config)}
+    runs = [(folder, config) for folder in run_folders(sweep) if (config := folder.config()) is not None]
+    names = short_labels(config.strategy for _, config in runs)
+    for folder, config in runs:
+        start = {"run": folder.path.name, "strategy": names[strategy_label(config.strategy)]}
         start |= {path: setting(config, path) for path in varied} | {"seed": config.seed}
         for result in folder.history():
             row = {key: value for key, value in result.items() if not isinstance(value, dict | list)}

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 import secrets
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +38,11 @@ def connected() -> Iterator[bool]:
         yield False
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address and (place := re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)):
+        try:  # Ray itself tries for minutes before it gives up
+            socket.create_connection((place[1], int(place[2])), timeout=10).close()
+        except OSError as error:
+            raise InputError(f"RAY_ADDRESS: nothing answers at {address} ({error}); correct or unset it") from None
     try:
         ray.init(
             address=address or "local",

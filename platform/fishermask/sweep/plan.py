@@ -9,8 +9,8 @@ grid:                                     # every combination of these; keys are
 
 import copy
 import itertools
+import os
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,12 +87,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
             content["grid"][key.removeprefix("grid.")] = value
         elif key in content["grid"]:
             content["grid"][key] = value if isinstance(value, list) else [value]
+        elif above := [path for path in content["grid"] if key.startswith(f"{path}.")]:
+            raise InputError(f"{key}: the grid varies {above[0]}, which would replace it; give {above[0]}=VALUE whole")
         else:
             _set(content["base"], key, value)
     config = parse(SweepConfig, content, str(path))
     for key, values in config.grid.items():
         if not values:
             raise InputError(f"grid.{key}: no values; give at least one")
+        if above := [path for path in config.grid if key.startswith(f"{path}.")]:
+            raise InputError(f"grid.{key}: {above[0]} is varied too, and replaces it; vary one of them")
     return config
 
 
@@ -111,9 +115,9 @@ def expand(config: SweepConfig) -> Sweep:
             _set(settings, key, copy.deepcopy(value))
         configs.append(parse(ExperimentConfig, settings))
         values_of.append(dict(zip(keys, values, strict=True)))
-    configs = _label_strategies(configs)
     folder = Path(config.output).expanduser().absolute() / config.name
-    runs, seen = [], dict[str, str]()
+    runs: list[Run] = []
+    seen: dict[str, str] = {}
     for run_config, varied in zip(configs, values_of, strict=True):
         name = _name(run_config, varied)
         fingerprint = run_config.fingerprint()
@@ -142,8 +146,11 @@ def check_folder(sweep: Sweep) -> None:
     """
     remedy = "choose another name=NAME, or move it away"
     path = sweep.folder / "config.yaml"
+    there_is = next(place for place in (sweep.folder, *sweep.folder.parents) if place.exists())
+    if not there_is.is_dir() or not os.access(there_is, os.W_OK):
+        raise InputError(f"output: cannot write to {there_is}; choose another with output=DIR")
     if not path.exists():
-        if sweep.folder.exists() and any(sweep.folder.iterdir()):
+        if sweep.folder.exists() and any(file.name != ".lock" for file in sweep.folder.iterdir()):
             raise InputError(f"name: {sweep.folder} exists and is no sweep's results; {remedy}")
         return
     there = parse(SweepConfig, read_yaml(path), str(path))
@@ -163,7 +170,7 @@ def check_folder(sweep: Sweep) -> None:
 
 def _first_difference(old: ExperimentConfig, new: ExperimentConfig, ignored: set[str]) -> str | None:
     ignored_always = {"strategy.label", *(f"resources.{name}" for name in SHARDING)}
-    left, right = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    left, right = _flat(old.model_dump()), _flat(new.model_dump())
     for key in sorted(left.keys() | right.keys()):
         skip = key in ignored_always
         skip = skip or any(key == path or key.startswith(f"{path}.") for path in ignored)
@@ -193,22 +200,8 @@ def _set(settings: dict[str, Any], path: str, value: Any) -> None:
     settings[last] = value
 
 
-def _label_strategies(configs: list[ExperimentConfig]) -> list[ExperimentConfig]:
-    """A strategy whose name is enough to tell it apart goes by its name."""
-    variants = defaultdict(set)
-    for config in configs:
-        variants[config.strategy.name].add(strategy_label(config))
-    labeled = []
-    for config in configs:
-        strategy = config.strategy
-        if strategy.label is None and len(variants[strategy.name]) == 1:
-            strategy = strategy.model_copy(update={"label": strategy.name})
-        labeled.append(config.model_copy(update={"strategy": strategy}))
-    return labeled
-
-
 def _name(config: ExperimentConfig, values: dict[str, Any]) -> str:
-    parts = [strategy_label(config)]
+    parts = [strategy_label(config.strategy)]
     for key, value in values.items():
         if not key.startswith("strategy"):
             leaf = key.rpartition(".")[2]
@@ -216,7 +209,10 @@ def _name(config: ExperimentConfig, values: dict[str, Any]) -> str:
             parts.append(f"{leaf if unique else key}={_brief(value)}")
     # The seed varies slowest but reads best at the end.
     parts.sort(key=lambda part: part.startswith("seed="))
-    return re.sub(r"[^A-Za-z0-9._=,()+-]+", "_", "-".join(parts))
+    name = re.sub(r"[^A-Za-z0-9._=,()+-]+", "_", "-".join(parts))
+    if len(name) > 200:
+        raise InputError(f"grid: the run {short(name)} has a name of {len(name)} letters; vary shorter values")
+    return name
 
 
 def _brief(value: Any) -> str:

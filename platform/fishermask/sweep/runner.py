@@ -56,7 +56,7 @@ def missing(sweep: Sweep) -> list[tuple[Run, History]]:
 def create_folders(sweep: Sweep, runs: list[tuple[Run, History]]) -> None:
     """Make the sweep's folder, and one for each of ``runs`` with its settings and its pool."""
     files.make_folder(sweep.folder)
-    resolved = sweep.config.model_dump(mode="json", exclude={"output"})
+    resolved = sweep.config.model_dump(exclude={"output"})
     files.write_atomically(sweep.folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     for run, _ in runs:
         setup = prepare(run.config)

@@ -40,7 +40,7 @@ class RunEvents:
     def finish(self) -> None:
         """Write the hyper-parameters with the final and mean metrics, and close."""
         cells = {path: setting(self.config, path) for path in self.varied}
-        cells |= {"strategy": strategy_label(self.config), "seed": self.config.seed}
+        cells |= {"strategy": strategy_label(self.config.strategy), "seed": self.config.seed}
         values = {key: value if isinstance(value, int | float | str) else str(value) for key, value in cells.items()}
         count = len(self.results)
         final = {f"final/{metric}": self.results[-1][metric] for metric in METRICS}

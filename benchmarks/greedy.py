@@ -1,0 +1,160 @@
+"""One step of the greedy selection against dense rescoring, against its floor, and as everything grows.
+
+    python benchmarks/greedy.py            # steps
+    python benchmarks/greedy.py --large    # k = 7,014, 960 picks from 4,800: minutes
+
+The floor is one structured product with 2 C columns and one read and write of P and Q, on the same threads. Dense
+rescoring forms V R V^T and V R F R V^T for every image with k x k products, on a few images, and is scaled.
+"""
+
+import argparse
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from table import machine, seconds, show
+
+from fishermask.pool.selection import best_offer
+from fishermask.pool.shard import BLOCK, cut
+from fishermask.pool.shards import LocalShards
+from fishermask.tensors.embedding import Embedding, dense, product, take
+from fishermask.tensors.images import Statistics
+from fishermask.tensors.trace import Objective, Scores
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random_embedding(n, num_classes, width, k_body, seed=0):
+    """An embedding of the shape of a trained network's: peaked predictions, rectified features, decaying gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    p = (3 * torch.randn(num_classes, n, generator=generator)).softmax(0)
+    hidden = torch.randn(width, n, generator=generator).relu_()
+    body = torch.randn(num_classes, k_body, n, generator=generator).mul_(0.3 * p.sqrt()[:, None])
+    return Embedding(*(part.to(DEVICE) for part in (p, p.sqrt(), hidden, body)))
+
+
+class Selection:
+    """Shards in process, as ``minimise_trace`` drives them, with embeddings given."""
+
+    def __init__(self, embedding, threads, budget=100):
+        n = embedding.probabilities.shape[1]
+        grey = Statistics((0.5,), (0.5,))
+        self.shards = LocalShards(torch.from_numpy(np.zeros((n, 1, 1, 1), np.uint8)), grey, threads, DEVICE)
+        for shard, (start, end) in zip(self.shards.shards, cut(n, threads), strict=True):
+            whole = take(embedding, slice(start, end))
+            shard.embeddings = [
+                Embedding(*(part.contiguous() for part in take(whole, block))) for block in shard.blocks
+            ]
+        total = sum(first for first, _ in self.shards.call("information", torch.tensor([], dtype=torch.long)))
+        self.objective = Objective(
+            torch.eye(len(total), dtype=torch.float64), total / n, (budget / (budget + 250)) ** 0.5
+        )
+        self.offers = self.shards.call("start_selection", *self.objective.matrices(), torch.arange(n))
+        self.chosen = []
+
+    def step(self):
+        best = best_offer(self.offers)
+        self.chosen.append(best.position)
+        self.offers = self.shards.call("advance", self.objective.add(best.embedding), best.position)
+
+
+def dense_step(v, inverse, sandwich):
+    """tr((I + V R V^T)^-1 V H V^T) for each image of ``v`` [n, C, k], by k x k products."""
+    p, q = v @ inverse @ v.mT, v @ sandwich @ v.mT
+    eye = torch.eye(v.shape[1], dtype=v.dtype, device=v.device)
+    return torch.linalg.solve(eye + p, q).diagonal(dim1=1, dim2=2).sum(-1)
+
+
+def floor(embedding, threads):
+    """The structured product and a pass over P and Q, block by block on ``threads`` threads: a function to time."""
+    n, num_classes = embedding.probabilities.shape[1], len(embedding.probabilities)
+    blocks = [
+        Embedding(*(part.contiguous() for part in take(embedding, slice(i, i + BLOCK)))) for i in range(0, n, BLOCK)
+    ]
+    scores = [Scores(*torch.zeros(2, num_classes, num_classes, b.hidden.shape[1], device=DEVICE)) for b in blocks]
+    basis = torch.randn(embedding.size, 2 * num_classes, device=DEVICE)
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def work(part):
+        for block, score in list(zip(blocks, scores, strict=True))[part::threads]:
+            product(block, basis)
+            score.p.add_(1.0)
+            score.q.add_(1.0)
+
+    return lambda: list(pool.map(work, range(threads)))
+
+
+def steps(threads):
+    n, num_classes, width, k_body = 20_000, 10, 128, 150
+    embedding = random_embedding(n, num_classes, width, k_body)
+    selection = Selection(embedding, threads)
+    step = seconds(selection.step, repeats=40, warmup=3)
+    least = seconds(floor(embedding, threads), repeats=40, warmup=3)
+    inverse, sandwich = (m.float().to(DEVICE) for m in selection.objective.matrices())
+    some = dense(take(embedding, slice(0, 500)))
+    slow = seconds(lambda: dense_step(some, inverse, sandwich), repeats=3) * n / len(some)
+    show(
+        f"Greedy step, n = 20,000, C = 10, E = 128, k_body = 150 (k = 1,430), {threads} shards. {machine()}",
+        ["dense s", "ours ms", "floor ms", "dense/ours", "ours/floor"],
+        [[slow, step * 1e3, least * 1e3, slow / step, step / least]],
+    )
+
+
+def growth(threads):
+    base = {"n": 20_000, "num_classes": 10, "width": 128, "k_body": 150}
+    rows = []
+    for key, values in (
+        ("n", (5_000, 10_000, 20_000, 40_000)),
+        ("k_body", (75, 150, 300, 600)),
+        ("num_classes", (5, 10, 20)),
+    ):
+        first = None
+        for value in values:
+            selection = Selection(random_embedding(**base | {key: value}), threads)
+            step = seconds(selection.step, repeats=15, warmup=3)
+            first = first or (value, step)
+            rows.append([key, value, step * 1e3, value / first[0], step / first[1]])
+    selection, times = Selection(random_embedding(**base), threads), []
+    for _ in range(200):
+        started = time.perf_counter()
+        selection.step()
+        times.append(time.perf_counter() - started)
+    for first in (0, 50, 100, 150):
+        step = sorted(times[first : first + 50])[25]
+        rows.append(["picks so far", first + 25, step * 1e3, "", step / sorted(times[:50])[25]])
+    show(f"Growth of a step. {machine()}", ["what", "value", "ms", "times as much", "times as long"], rows)
+
+
+def large(threads, picks=960):
+    embedding = random_embedding(4_800, 10, 128, 5_734)
+    started = time.perf_counter()
+    selection = Selection(embedding, threads, budget=picks)
+    prepared = time.perf_counter()
+    for pick in range(picks):
+        selection.step()
+        if pick in (9, 99):
+            print(f"  {pick + 1} picks after {time.perf_counter() - prepared:.1f} s", flush=True)
+    done = time.perf_counter()
+    total = done - started
+    show(
+        f"k = {embedding.size:,} (k_body = 5,734), {picks} picks from 4,800. {machine()}",
+        ["information and start s", "picks s", "total s", "V100 record s", "record/ours"],
+        [[prepared - started, done - prepared, total, 3961.0, 3961.0 / total]],
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--large", action="store_true", help="the paper's largest selection, in minutes")
+    parser.add_argument("--shards", type=int, default=torch.get_num_threads(), help="in-process shards (%(default)s)")
+    arguments = parser.parse_args()
+    if arguments.large:
+        large(arguments.shards)
+    else:
+        steps(arguments.shards)
+        growth(arguments.shards)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,8 +11,9 @@ import torch
 from table import machine, seconds, show
 
 from fishermask.tensors import models
-from fishermask.tensors.backprop import all_classes, class_gradients, find_head, forward
+from fishermask.tensors.backprop import all_classes, class_gradients, forward
 from fishermask.tensors.embedding import dense, embed
+from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import fisher_diagonal, global_mask, head_size, mask_size
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,11 +46,12 @@ def main():
     with torch.no_grad():  # let batch norm see data once, or the logits mean nothing
         model.train()(images[:256])
         model.eval()
-    head = find_head(model, images[:1])
+    layout = inspect(model, images[:2])
+    head = layout.head
     model.requires_grad_(False)
-    diagonal = fisher_diagonal(model, images[:64], head)
-    k = mask_size(model, head, 0.00204)
-    mask = global_mask(diagonal, head, k - head_size(model, head))
+    diagonal = fisher_diagonal(model, images[:64], layout)
+    k = mask_size(model, layout, 0.00204)
+    mask = global_mask(diagonal, layout, k - head_size(model, layout))
     earliest = mask.layers
     columns, start = [], 0
     for name, parameter in model.named_parameters():
@@ -78,7 +80,7 @@ def main():
     )
     everything = list(dict.fromkeys(name.rpartition(".")[0] for name in diagonal))
     batches = images.split(32)
-    ours = seconds(lambda: [fisher_diagonal(model, batch, head) for batch in batches], repeats=3)
+    ours = seconds(lambda: [fisher_diagonal(model, batch, layout) for batch in batches], repeats=3)
     least = seconds(lambda: [floor(model, batch, head, everything) for batch in batches], repeats=3)
     show(
         f"Fisher diagonal of {start:,} parameters on 1,024 images. {machine()}",

@@ -20,7 +20,7 @@ from fishermask.pool.shard import BLOCK, cut
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.embedding import Embedding, dense, product, take
 from fishermask.tensors.images import Statistics
-from fishermask.tensors.trace import Objective, Scores
+from fishermask.tensors.trace import Objective
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -43,6 +43,7 @@ class Selection:
         self.shards = LocalShards(torch.from_numpy(np.zeros((n, 1, 1, 1), np.uint8)), grey, threads, DEVICE)
         for shard, (start, end) in zip(self.shards.shards, cut(n, threads), strict=True):
             whole = take(embedding, slice(start, end))
+            shard.set_model(torch.nn.Linear(1, 1))  # its parameters' type is the type that scores are kept in
             shard.embeddings = [
                 Embedding(*(part.contiguous() for part in take(whole, block))) for block in shard.blocks
             ]
@@ -72,15 +73,14 @@ def floor(embedding, threads):
     blocks = [
         Embedding(*(part.contiguous() for part in take(embedding, slice(i, i + BLOCK)))) for i in range(0, n, BLOCK)
     ]
-    scores = [Scores(*torch.zeros(2, num_classes, num_classes, b.hidden.shape[1], device=DEVICE)) for b in blocks]
+    scores = [torch.zeros(2, num_classes, num_classes, b.hidden.shape[1], device=DEVICE) for b in blocks]
     basis = torch.randn(embedding.size, 2 * num_classes, device=DEVICE)
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def work(part):
         for block, score in list(zip(blocks, scores, strict=True))[part::threads]:
             product(block, basis)
-            score.p.add_(1.0)
-            score.q.add_(1.0)
+            score.add_(1.0)
 
     return lambda: list(pool.map(work, range(threads)))
 

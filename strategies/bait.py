@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from fishermask.config import Config
 from fishermask.pool.pool import Pool
 from fishermask.pool.selection import minimise_trace
-from fishermask.tensors.backprop import find_head
+from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import last_layer_mask
 
 
@@ -17,9 +17,9 @@ class Params(Config):
 
 def check(params: Params, model: nn.Module, image: Tensor) -> None:
     """The model must end in a linear layer."""
-    find_head(model, image)
+    last_layer_mask(inspect(model, image))
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:
     """Positions of ``budget`` candidates that greedily minimise the trace of the inverse information."""
-    return minimise_trace(pool, last_layer_mask(pool.head()), budget, damping=params.damping)
+    return minimise_trace(pool, last_layer_mask(pool.layout()), budget, damping=params.damping)

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from fishermask.config import Config
 from fishermask.pool.pool import Pool
 from fishermask.pool.selection import minimise_trace
-from fishermask.tensors.backprop import find_head
-from fishermask.tensors.layer_rules import check_rules
+from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import global_mask, head_size, mask_size
 
 
@@ -21,14 +20,13 @@ class Params(Config):
 
 
 def check(params: Params, model: nn.Module, image: Tensor) -> None:
-    """All layers must have gradient rules, and the mask must hold the last one."""
-    check_rules(model)
-    mask_size(model, find_head(model, image), params.fraction)
+    """The mask must hold the last layer."""
+    mask_size(model, inspect(model, image), params.fraction)
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:
     """Positions of ``budget`` candidates that greedily minimise the trace of the inverse information."""
-    head = pool.head()
-    body_size = mask_size(pool.model, head, params.fraction) - head_size(pool.model, head)
-    mask = global_mask(pool.fisher_diagonal(head, params.fisher_samples), head, body_size)
+    layout = pool.layout()
+    body_size = mask_size(pool.model, layout, params.fraction) - head_size(pool.model, layout)
+    mask = global_mask(pool.fisher_diagonal(layout, params.fisher_samples), layout, body_size)
     return minimise_trace(pool, mask, budget, damping=params.damping)

@@ -1,5 +1,7 @@
 """Fisher diagonal, mask, embeddings and their products against the slow twins."""
 
+from fnmatch import fnmatch
+
 import cases
 import pytest
 import reference
@@ -7,11 +9,11 @@ import torch
 from torch import nn
 
 from fishermask.errors import InputError
-from fishermask.tensors.backprop import find_head
 from fishermask.tensors.embedding import concatenate, dense, embed, information, product, quadratic, take
-from fishermask.tensors.layer_rules import check_rules
+from fishermask.tensors.layout import Layout, inspect
 from fishermask.tensors.mask import (
     Mask,
+    body_parameters,
     fisher_diagonal,
     global_mask,
     head_size,
@@ -23,7 +25,8 @@ from fishermask.tensors.trace import Objective, advance, gains, start_scores
 
 def flat_mask(model, mask: Mask) -> torch.Tensor:
     """The mask's entries as indices into all parameters, head first, as an embedding's columns are ordered."""
-    found, start = [reference.head_entries(model, mask.head)], 0
+    head = mask.layout.head
+    found, start = [] if head is None else [reference.head_entries(model, head)], 0
     for name, parameter in model.named_parameters():
         if name in mask.entries:
             found.append(mask.entries[name] + start)
@@ -33,19 +36,20 @@ def flat_mask(model, mask: Mask) -> torch.Tensor:
 
 def made(name: str, body_size: int = 40):
     """Model, images and a mask of the largest Fisher information."""
-    model, images = cases.model(name), cases.images(name, 6)
-    head = find_head(model, images[:1])
-    return model, images, global_mask(fisher_diagonal(model, images, head), head, body_size)
+    model, images = cases.model(name), cases.images(name, 2 if name == "resnet18" else 6)
+    layout = inspect(model, images[:2])
+    return model, images, global_mask(fisher_diagonal(model, images, layout), layout, body_size)
 
 
 @pytest.mark.parametrize("name", cases.NAMES)
 def test_the_fisher_diagonal_is_the_mean_squared_score_under_the_models_own_prediction(name):
-    model, images = cases.model(name), cases.images(name, 5)
-    head = find_head(model, images[:1])
+    model, images = cases.model(name), cases.images(name, 2 if name == "resnet18" else 5)
+    layout = inspect(model, images[:2])
     expected = reference.information_rows(model, images).square().sum((0, 1))
     body = torch.ones(len(expected), dtype=torch.bool)
-    body[reference.head_entries(model, head)] = False
-    found = torch.cat(list(fisher_diagonal(model, images, head).values()))
+    if layout.head is not None:
+        body[reference.head_entries(model, layout.head)] = False
+    found = torch.cat(list(fisher_diagonal(model, images, layout).values()))
     torch.testing.assert_close(found, expected[body], rtol=1e-9, atol=1e-14)
 
 
@@ -60,10 +64,10 @@ def test_embeddings_are_the_masked_columns_of_the_dense_ones(name):
 def test_a_mask_of_all_parameters_gives_all_columns(name):
     """Every entry of every layer once, by the dense and by the gathered path."""
     model, images = cases.model(name), cases.images(name, 2)
-    head = find_head(model, images[:1])
-    body = {k: p for k, p in model.named_parameters() if not k.startswith(f"{head}.")}
-    everything = Mask(head, {name: torch.arange(p.numel()) for name, p in body.items()})
-    sparse = Mask(head, {name: torch.arange(0, p.numel(), max(1, p.numel() // 3)) for name, p in body.items()})
+    layout = inspect(model, images[:2])
+    body = body_parameters(model, layout)
+    everything = Mask(layout, {name: torch.arange(p.numel()) for name, p in body.items()})
+    sparse = Mask(layout, {name: torch.arange(0, p.numel(), max(1, p.numel() // 3)) for name, p in body.items()})
     rows = reference.information_rows(model, images)
     for mask in (everything, sparse):
         expected = rows[:, :, flat_mask(model, mask)]
@@ -72,7 +76,7 @@ def test_a_mask_of_all_parameters_gives_all_columns(name):
 
 def test_the_global_mask_holds_the_largest_entries_and_breaks_ties_to_the_lowest_index():
     diagonal = {"a.weight": torch.tensor([1.0, 5.0, 5.0, 0.0]), "b.weight": torch.tensor([5.0, 7.0, 5.0])}
-    mask = global_mask(diagonal, "head", 4)
+    mask = global_mask(diagonal, Layout("head", (), ()), 4)
     assert {name: entries.tolist() for name, entries in mask.entries.items()} == {
         "a.weight": [1, 2],
         "b.weight": [0, 1],
@@ -83,15 +87,15 @@ def test_the_global_mask_holds_the_largest_entries_and_breaks_ties_to_the_lowest
 
 def test_a_fraction_too_small_for_the_last_layer_is_refused_with_one_that_works():
     model = cases.model("mlp")
-    head = find_head(model, cases.images("mlp", 1))
+    layout = inspect(model, cases.images("mlp", 2))
     with pytest.raises(InputError, match="the smallest that works is (.*)") as caught:
-        mask_size(model, head, 0.001)
+        mask_size(model, layout, 0.001)
     smallest = float(str(caught.value).rsplit(" ", 1)[1])
-    needed, total = head_size(model, head), sum(p.numel() for p in model.parameters())
-    assert mask_size(model, head, smallest) >= needed
+    needed, total = head_size(model, layout), sum(p.numel() for p in model.parameters())
+    assert mask_size(model, layout, smallest) >= needed
     assert smallest < 1.001 * needed / total
     with pytest.raises(InputError):
-        mask_size(model, head, (needed - 1) / total)
+        mask_size(model, layout, (needed - 1) / total)
 
 
 @pytest.mark.parametrize("name", ["mlp", "convolutions"])
@@ -136,28 +140,53 @@ def test_embeddings_do_not_depend_on_the_batch_they_are_computed_in():
 
 def test_the_last_layer_alone_needs_no_gradients():
     model, images = cases.model("mlp"), cases.images("mlp", 3)
-    head = find_head(model, images[:1])
-    mask = last_layer_mask(head)
+    layout = inspect(model, images[:2])
+    mask = last_layer_mask(layout)
     expected = reference.information_rows(model, images)[:, :, flat_mask(model, mask)]
     torch.testing.assert_close(dense(embed(model, images, mask)), expected)
 
 
-def test_models_without_rules_or_linear_head_are_refused_by_name():
-    with pytest.raises(InputError, match="layer 0 .*LayerNorm"):
-        check_rules(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 2)))
+@pytest.mark.parametrize(
+    ("name", "head", "slow"),
+    [
+        ("mlp", "5", []),
+        ("resnet18", "fc", []),
+        ("mobilenet_v3_small", "classifier.3", []),
+        ("convnext_tiny", "classifier.2", ["*.layer_scale", "features.0.1.*", "features.2.0.*", "classifier.0.*"]),
+        ("vit_b_16", "heads.head", ["class_token", "encoder.pos_embedding", "*in_proj*", "*out_proj*"]),
+        ("twice", "head", ["inner.weight", "inner.bias"]),
+        ("tied", "head", ["first.weight"]),
+        ("raw", "head", ["scale"]),
+        ("pooled", None, []),
+    ],
+)  # fmt: skip
+def test_what_has_no_rule_is_known_by_name(name, head, slow):
+    model = cases.model(name)
+    layout = inspect(model, cases.images(name, 2))
+    assert layout.head == head
+    for parameter in layout.slow:
+        assert any(fnmatch(parameter, pattern) for pattern in slow), parameter
+    for pattern in slow:
+        assert any(fnmatch(parameter, pattern) for parameter in layout.slow), pattern
+    modules = {layer: model.get_submodule(layer) for layer in layout.layers}
+    fast = {f"{layer}.{leaf}" for layer, m in modules.items() for leaf, _ in m.named_parameters(recurse=False)}
+    assert fast | set(layout.slow) == set(body_parameters(model, layout))
+    assert not fast & set(layout.slow)
+
+
+def test_models_that_cannot_be_differentiated_image_by_image_are_refused():
+    with pytest.raises(InputError, match="normalises by the batch itself"):
+        inspect(nn.Sequential(nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 2)), torch.zeros(2, 8))
+    with pytest.raises(InputError, match="must return logits"):
+        inspect(nn.Sequential(nn.Linear(8, 2), nn.Unflatten(1, (2, 1))), torch.zeros(2, 8))
+    no_head = inspect(nn.Sequential(nn.Linear(8, 2), nn.Softplus()), torch.zeros(2, 8))
     with pytest.raises(InputError, match="does not end in a linear layer"):
-        find_head(nn.Sequential(nn.Linear(8, 2), nn.LogSoftmax(-1)), torch.zeros(1, 8))
+        last_layer_mask(no_head)
 
 
-def test_a_layer_that_is_called_twice_is_refused_not_counted_once():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
-
-        def forward(self, x):
-            return self.head(self.inner(self.inner(x)))
-
-    model = Twice().requires_grad_(False)
-    with pytest.raises(InputError, match="inner is called twice"):
-        fisher_diagonal(model, torch.randn(2, 8), "head")
+def test_large_bodies_are_summed_strip_by_strip(monkeypatch):
+    model, images, mask = made("small_cnn")
+    embedding = embed(model, images, mask)
+    monkeypatch.setattr("fishermask.tensors.embedding.STRIP", 16)
+    v = dense(embedding)
+    torch.testing.assert_close(information(embedding), torch.einsum("nck,ncl->kl", v, v))

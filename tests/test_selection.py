@@ -16,8 +16,8 @@ from fishermask.pool.ray_shards import RayShards
 from fishermask.pool.selection import best_offer, minimise_trace
 from fishermask.pool.shard import BLOCK, Offer, cut
 from fishermask.pool.shards import LocalShards
-from fishermask.tensors.backprop import find_head
 from fishermask.tensors.images import Statistics, normalise
+from fishermask.tensors.layout import Layout, inspect
 from fishermask.tensors.mask import fisher_diagonal, global_mask, last_layer_mask
 from fishermask.tensors.training import fit
 
@@ -39,8 +39,10 @@ def pool_of(images, model, labeled, shards=1):
 def test_the_batch_is_the_one_that_dense_greedy_selection_chooses(body_size):
     model, images, labeled, budget, damping = cases.model("small_cnn"), pixels(24), [3, 4, 11, 20], 6, 0.5
     inputs = normalise(images, GREY, torch.float64)
-    head = find_head(model, inputs[:1])
-    mask = global_mask(fisher_diagonal(model, inputs, head), head, body_size) if body_size else last_layer_mask(head)
+    layout = inspect(model, inputs[:2])
+    head = layout.head
+    diagonal = fisher_diagonal(model, inputs, layout)
+    mask = global_mask(diagonal, layout, body_size) if body_size else last_layer_mask(layout)
     found = minimise_trace(pool_of(images, model, labeled), mask, budget, damping=damping)
 
     columns, start = [reference.head_entries(model, head)], 0
@@ -62,7 +64,9 @@ def test_equal_candidates_are_taken_from_the_lowest_position():
     pair = pixels(2)
     images = pair[torch.arange(2 * BLOCK + 6) % 2]
     model = cases.model("mlp")
-    found = minimise_trace(pool_of(images, model, [0, 1], shards=2), last_layer_mask("5"), 6, damping=1.0).tolist()
+    found = minimise_trace(
+        pool_of(images, model, [0, 1], shards=2), last_layer_mask(Layout("5", (), ())), 6, damping=1.0
+    ).tolist()
     for kind in (0, 1):
         same = [position for position in found if position % 2 == kind]
         assert same == list(range(2 + kind, 2 + kind + 2 * len(same), 2))
@@ -87,7 +91,7 @@ def test_a_model_that_overflows_is_an_error_not_a_choice():
     with torch.no_grad():
         next(p for p in model.parameters() if p.dim() == 2).mul_(1e200).mul_(1e200)
     with pytest.raises(FloatingPointError, match="not finite"):
-        minimise_trace(pool_of(pixels(10), model, [0]), last_layer_mask("5"), 2, damping=1.0)
+        minimise_trace(pool_of(pixels(10), model, [0]), last_layer_mask(Layout("5", (), ())), 2, damping=1.0)
 
 
 @pytest.mark.parametrize("batch", [[1, 2], [1, 2, 2], [1, 2, 7]])
@@ -205,7 +209,7 @@ def test_batch_norm_models_are_embedded_in_eval_mode(trained):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * 26 * 26, 10)).train()
     shards = LocalShards(setup.data.train.images[:20], setup.statistics)
     shards.call("set_model", model)
-    shards.call("embed", last_layer_mask("3"), 0, 1)
+    shards.call("embed", last_layer_mask(Layout("3", (), ())), 0, 1)
     assert not shards.shards[0].model.training
     assert model.training
     shards.close()

@@ -56,7 +56,7 @@ def prepare(config: ExperimentConfig) -> Setup:
     setup = Setup(config, data, drawn[: config.budget.initial].sort().values, statistics, strategy)
     model = setup.model(0).eval()
     try:
-        strategy.check(model, normalise(data.train.images[:1], statistics))
+        strategy.check(model, normalise(data.train.images[:2], statistics))
     except InputError as error:
         message = str(error)
         raise InputError(message if message.startswith("model") else f"strategy.params.{message}") from None

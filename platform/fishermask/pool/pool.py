@@ -4,6 +4,7 @@ There is one index space: *positions* in the pool, 0 to ``size - 1``. Positions 
 them, and nowhere before.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fishermask.pool.shards import Shards
-from fishermask.tensors.backprop import find_head
-from fishermask.tensors.layer_rules import check_rules
+from fishermask.tensors.layout import Layout, inspect
 
 PIECES = 20
 """Parts that a pass over the pool is called in, so that its progress can be shown."""
@@ -62,20 +62,19 @@ class Pool:
                 parts.append(part)
         return torch.cat([part for parts in shards for part in parts if len(part)])[self.candidates]
 
-    def head(self) -> str:
-        """Name of the model's last layer; checks that all other layers have gradient rules."""
-        check_rules(self.model)
-        image = torch.cat(self.shards.call("images_at", torch.tensor([0])))
-        return find_head(self.model, image.to(next(self.model.parameters())))
+    def layout(self) -> Layout:
+        """How the model's parameters are differentiated."""
+        images = torch.cat(self.shards.call("images_at", torch.arange(min(2, self.size))))
+        return inspect(copy.deepcopy(self.model).eval(), images.to(next(self.model.parameters())))
 
-    def fisher_diagonal(self, head: str, num_samples: int) -> dict[str, Tensor]:
-        """Mean Fisher diagonal of the parameters outside ``head`` over a random sample of the whole pool."""
+    def fisher_diagonal(self, layout: Layout, num_samples: int) -> dict[str, Tensor]:
+        """Mean Fisher diagonal of the parameters outside the last layer over a random sample of the whole pool."""
         sample = torch.randperm(self.size, generator=self._sample_generator)[:num_samples].sort().values
         batches = torch.cat(self.shards.call("images_at", sample)).split(DIAGONAL_BATCH)
         total: dict[str, Tensor] = {}
         for first in range(0, len(batches), self.shards.count):
             self.progress("fisher diagonal", first, len(batches))
-            args = [([batch], head) for batch in batches[first : first + self.shards.count]]
+            args = [([batch], layout) for batch in batches[first : first + self.shards.count]]
             # Added batch by batch in the sample's order, whichever shard computed it.
             for diagonal in (d for found in self.shards.scatter("fisher_diagonals", args) for d in found):
                 total = {name: total[name] + value if total else value for name, value in diagonal.items()}

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from fishermask.tensors.embedding import Embedding, concatenate, embed, information, take
 from fishermask.tensors.images import Statistics, normalise
+from fishermask.tensors.layout import Layout
 from fishermask.tensors.mask import Mask, fisher_diagonal
-from fishermask.tensors.trace import Scores, Update, advance, gains, start_scores
+from fishermask.tensors.trace import Update, advance, gains, start_scores
 
-BLOCK = 1024
+BLOCK = 2048
 """Pool positions in a block; shards begin at multiples of it."""
 GRADIENT_BATCH = 128
 """Images differentiated at once; divides ``BLOCK``."""
@@ -59,7 +60,7 @@ class Shard:
         self.blocks = [slice(i, min(i + BLOCK, len(images))) for i in range(0, len(images), BLOCK)]
         self.model: nn.Module = nn.Identity()
         self.embeddings: list[Embedding] = []
-        self.scores: list[Scores] = []
+        self.scores: list[Tensor] = []
         self.available = torch.zeros(len(images), dtype=torch.bool)
 
     def set_model(self, model: nn.Module) -> None:
@@ -83,18 +84,18 @@ class Shard:
         found = [self.model(self._inputs(block)).softmax(-1).cpu() for block in self._run(piece, pieces)]
         return torch.cat(found) if found else torch.empty(0)
 
-    def fisher_diagonals(self, batches: list[Tensor], head: str) -> list[dict[str, Tensor]]:
+    def fisher_diagonals(self, batches: list[Tensor], layout: Layout) -> list[dict[str, Tensor]]:
         """Sum of the Fisher diagonal over each batch of uint8 images."""
         found = []
         for images in batches:
             inputs = normalise(images.to(self.device), self.statistics, self._dtype())
-            diagonal = fisher_diagonal(self.model, inputs, head)
+            diagonal = fisher_diagonal(self.model, inputs, layout)
             found.append({name: value.cpu() for name, value in diagonal.items()})
         return found
 
     def embed(self, mask: Mask, piece: int, pieces: int) -> None:
         """Embed the images in the ``piece``-th of ``pieces`` runs of blocks; call with each piece in turn."""
-        mask = Mask(mask.head, {name: entries.to(self.device) for name, entries in mask.entries.items()})
+        mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
         for block in self._run(piece, pieces):
             batches = self._inputs(block).split(GRADIENT_BATCH)
             self.embeddings.append(concatenate([embed(self.model, batch, mask) for batch in batches]))
@@ -123,7 +124,7 @@ class Shard:
 
     def advance(self, update: Update, taken: int) -> Offer | None:
         """Bring the scores up to date with the pick of pool position ``taken``; offer the next best."""
-        update = Update(*(part.to(self.device) for part in update))
+        update = Update(*(part.to(self.device, self._dtype()) for part in update))
         if self.start <= taken < self.start + len(self.images):
             self.available[taken - self.start] = False
         for scores, embedding in zip(self.scores, self.embeddings, strict=True):

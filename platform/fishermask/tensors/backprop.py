@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishermask.errors import InputError
+from fishermask.tensors.layout import slow_attention
 
 
 class ForwardPass(NamedTuple):
@@ -21,7 +21,7 @@ class ForwardPass(NamedTuple):
     logits: Tensor
     """[n, C], with the graph back to ``outputs``."""
     hidden: Tensor
-    """[n, E] input of the last layer; [n, E + 1] with a column of ones where that layer has a bias."""
+    """[n, E] input of the last layer, [n, E + 1] with ones where it has a bias, [n, 0] without a linear last layer."""
     inputs: dict[str, Tensor]
     """Layer name -> its input [n, ...]."""
     outputs: dict[str, Tensor]
@@ -33,45 +33,17 @@ class ForwardPass(NamedTuple):
         return self.logits.detach().softmax(-1)
 
 
-def find_head(model: nn.Module, images: Tensor) -> str:
-    """Name of the linear layer whose output is the model's logits.
-
-    Raises:
-        InputError: the model does not end in an ``nn.Linear``.
-    """
-    outputs: dict[str, Tensor] = {}
-    handles = [
-        module.register_forward_hook(lambda _m, _a, output, name=name: outputs.__setitem__(name, output))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        with torch.no_grad():
-            logits = model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, output in outputs.items():
-        if output is logits:
-            return name
-    raise InputError(f"model: {type(model).__name__} does not end in a linear layer, which Fisher embeddings need")
-
-
-def forward(model: nn.Module, images: Tensor, head: str, layers: Sequence[str]) -> ForwardPass:
+def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence[str]) -> ForwardPass:
     """Run ``images`` [n, ...] through ``model`` (in eval mode), keeping inputs and outputs of ``layers``.
 
     The graph begins at the earliest of ``layers``: nothing before it is ever differentiated. With no ``layers`` there
-    is no graph at all. Model parameters must not require gradients.
+    is no graph at all. Model parameters must not require gradients, and ``layers`` be among ``Layout.layers``.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
-    versions: dict[str, int] = {}
 
     def keep(name: str, given: Tensor, output: Tensor) -> Tensor:
-        if name in inputs:
-            raise InputError(f"model: layer {name} is called twice in one pass, for which there is no gradient rule")
         inputs[name] = given.detach()
-        versions[name] = given._version
         if not output.requires_grad:
             output.requires_grad_()
         outputs[name] = output
@@ -80,27 +52,30 @@ def forward(model: nn.Module, images: Tensor, head: str, layers: Sequence[str]) 
 
     modules = dict(model.named_modules())
     hidden: list[Tensor] = []
-    handles = [modules[head].register_forward_hook(lambda _m, args, _o: hidden.append(args[0].detach()))]
+    handles = []
+    if head is not None:
+        handles.append(modules[head].register_forward_hook(lambda _m, args, _o: hidden.append(args[0].detach())))
     handles += [
         modules[name].register_forward_hook(lambda _m, args, output, name=name: keep(name, args[0], output))
         for name in layers
     ]
     try:
-        with torch.set_grad_enabled(bool(layers)):
+        with torch.set_grad_enabled(bool(layers)), slow_attention():
             logits = model(images)
     finally:
         for handle in handles:
             handle.remove()
-    for name, given in inputs.items():
-        if given._version != versions[name]:
-            raise InputError(f"model: the input of layer {name} is overwritten in place later in the same pass")
+    if head is None:
+        return ForwardPass(logits, logits.new_empty(len(logits), 0), inputs, outputs)
     features = hidden[0]
     if modules[head].bias is not None:
         features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
     return ForwardPass(logits, features, inputs, outputs)
 
 
-def class_gradients(run: ForwardPass, weights: Tensor, classes: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+def class_gradients(
+    run: ForwardPass, weights: Tensor, classes: Tensor
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """Gradients of ``weights_c * log p_c`` with respect to the layers' outputs, one backward pass after the other.
 
     Args:
@@ -108,7 +83,8 @@ def class_gradients(run: ForwardPass, weights: Tensor, classes: Tensor) -> Itera
         classes: [n, r]: in pass i, image x is differentiated for class ``classes[x, i]``.
 
     Yields:
-        The classes of the pass, [n], and layer name -> gradient, [n, ...] as the layer's output.
+        The classes of the pass, [n]; what the logits are weighted with, [n, C]; and layer name -> gradient, [n, ...] as
+        the layer's output.
 
     The softmax part rides in the cotangent, ``w_c (e_c - p)``, and so costs nothing and does not cancel when a
     prediction is nearly certain.
@@ -118,8 +94,9 @@ def class_gradients(run: ForwardPass, weights: Tensor, classes: Tensor) -> Itera
     for i, current in enumerate(classes.unbind(1)):
         cotangent = torch.zeros_like(probabilities).scatter_(1, current[:, None], 1.0) - probabilities
         cotangent *= weights.gather(1, current[:, None])
-        gradients = torch.autograd.grad(run.logits, outputs, cotangent, retain_graph=i + 1 < classes.shape[1])
-        yield current, dict(zip(run.outputs, gradients, strict=True))
+        more = i + 1 < classes.shape[1]
+        gradients = torch.autograd.grad(run.logits, outputs, cotangent, retain_graph=more) if outputs else ()
+        yield current, cotangent, dict(zip(run.outputs, gradients, strict=True))
 
 
 def all_classes(run: ForwardPass) -> Tensor:

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from fishermask.tensors.backprop import class_gradients, forward
 from fishermask.tensors.layer_rules import masked_entries
+from fishermask.tensors.layout import per_sample_gradients
 from fishermask.tensors.mask import Mask, split_name
+
+STRIP = 1024
 
 
 class Embedding(NamedTuple):
@@ -50,20 +53,28 @@ def embed(model: nn.Module, images: Tensor, mask: Mask) -> Embedding:
     probable class follows from the others, and C - 1 backward passes do. Its divisor is the largest w there is: no
     accuracy is lost.
     """
-    run = forward(model, images, mask.head, mask.layers)
+    run = forward(model, images, mask.layout.head, mask.layers)
     probabilities = run.probabilities
     weights = probabilities.sqrt()
     body = probabilities.new_zeros(*probabilities.shape, mask.body_size)
     if mask.entries:
         modules = dict(model.named_modules())
-        pieces = []
+        pieces = {}
         for name, entries in mask.entries.items():
             layer, leaf = split_name(name)
-            pieces.append((layer, masked_entries(modules[layer], run.inputs[layer], leaf, entries)))
+            if name not in mask.slow:
+                pieces[name] = masked_entries(modules[layer], run.inputs[layer], leaf, entries)
         order = probabilities.argsort(descending=True, stable=True)
         every = torch.arange(len(images), device=images.device)
-        for classes, gradients in class_gradients(run, weights, order[:, 1:]):
-            row = torch.cat([gradient_of(gradients[layer]) for layer, gradient_of in pieces], dim=1)
+        for classes, cotangent, gradients in class_gradients(run, weights, order[:, 1:]):
+            slow = per_sample_gradients(model, images, mask.slow, cotangent)
+            row = torch.cat(
+                [
+                    slow[name][:, entries] if name in slow else pieces[name](gradients[split_name(name)[0]])
+                    for name, entries in mask.entries.items()
+                ],
+                dim=1,
+            )
             body[every, classes] = row
             body[every, order[:, 0]] -= (weights[every, classes] / weights[every, order[:, 0]])[:, None] * row
     return Embedding(probabilities.mT, weights.mT, run.hidden.mT, body.permute(1, 2, 0))
@@ -97,9 +108,9 @@ def dense(embedding: Embedding) -> Tensor:
 def product(embedding: Embedding, matrix: Tensor) -> Tensor:
     """``V @ matrix`` for ``matrix`` [k, m]: [C, m, n], in O(n C (k_body + E) m)."""
     num_classes, n = embedding.probabilities.shape
-    head = matrix[: embedding.head_size].view(num_classes, -1, matrix.shape[1])
+    head = matrix[: embedding.head_size].view(num_classes, len(embedding.hidden), matrix.shape[1])
     by_class = head.mT.flatten(0, 1) @ embedding.hidden
-    result = _mix(embedding, by_class.view(num_classes, -1, n))
+    result = _mix(embedding, by_class.view(num_classes, matrix.shape[1], n))
     if embedding.body.shape[1]:
         result.baddbmm_(matrix[embedding.head_size :].mT.expand(num_classes, -1, -1), embedding.body)
     return result
@@ -117,11 +128,14 @@ def quadratic(embedding: Embedding, matrix: Tensor) -> Tensor:
         head[o, o:] = head[o:, o] = (right * hidden).sum(1)
     result = _mix(embedding, _mix(embedding, head).transpose(0, 1).contiguous())
     if body.shape[1]:
-        across = matrix[:head_size, head_size:].view(num_classes, width, -1).mT.flatten(0, 1) @ hidden
-        mixed = _mix(embedding, across.view(num_classes, -1, n))
-        cross = torch.einsum("ckn,dkn->cdn", mixed, body)
-        inner = matrix[head_size:, head_size:].expand(num_classes, -1, -1) @ body
-        result = result + cross + cross.transpose(0, 1) + torch.einsum("ckn,dkn->cdn", inner, body)
+        across = matrix[:head_size, head_size:].view(num_classes, width, body.shape[1]).mT.flatten(0, 1) @ hidden
+        mixed = _mix(embedding, across.view(num_classes, body.shape[1], n))
+        for c in range(num_classes):
+            # Cross terms and their transpose, and the body's own, which count once: half of them on each side.
+            right = torch.addmm(mixed[c], matrix[head_size:, head_size:], body[c], alpha=0.5)
+            products = torch.stack([(right * other).sum(0) for other in body])
+            result[c] += products
+            result[:, c] += products
     return result
 
 
@@ -141,12 +155,16 @@ def information(embedding: Embedding) -> Tensor:
         head[o, :, o:] = block.transpose(0, 1)
         head[o:, :, o] = block
     if body.shape[1]:
-        # V_head^T V_body: (A^T diag(w) body)_n (x) h_n, class by class.
+        # V_head^T V_body is (A^T diag(w) body)_n (x) h_n, and row o of A^T diag(w) body is w_o body_o - p_o sum.
+        total = (w[:, None] * body).sum(0)
         for o in range(num_classes):
-            mixed = torch.einsum("cn,ckn->kn", mixing[:, o] * w, body)
-            cross = hidden @ mixed.mT
+            cross = (hidden * w[o]) @ body[o].mT - (hidden * p[o]) @ total.mT
             result[o * width : (o + 1) * width, head_size:] = cross
             result[head_size:, o * width : (o + 1) * width] = cross.mT
-        for rows in body:
-            result[head_size:, head_size:] += rows @ rows.mT
+        square = body.new_zeros(body.shape[1], body.shape[1])
+        for first in range(0, body.shape[1], STRIP):  # the upper triangle, in strips
+            strip = square[first : first + STRIP, first:]
+            for rows in body:
+                strip.addmm_(rows[first : first + STRIP], rows[first:].mT)
+        result[head_size:, head_size:] = square.triu() + square.triu(1).mT
     return result

@@ -3,18 +3,18 @@
 Every rule is brought into one format: output gradients ``g`` [n, O, S] and input rows ``a`` [n, K, S], where S runs
 over positions (1 for a plain linear layer). Then, for one sample,
 
-* linear, convolution: ``dW[o, k] = sum_s g[o, s] a[k, s]`` (a convolution's k runs over channel and kernel position);
-* batch norm in eval mode: ``dW[o] = sum_s g[o, s] xhat[o, s]``;
+* linear, convolution: ``dW[o, k] = sum_s g[o, s] a[k, s]`` (a convolution's k runs over channel and kernel position,
+  in a grouped one over the channels of o's group);
+* batch norm in eval mode, layer norm, group norm: ``dW[o] = sum_s g[o, s] xhat[o, s]``;
 * any bias: ``db[o] = sum_s g[o, s]``.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from fishermask.errors import InputError
 
 # The full product of the touched output rows and input rows is formed when it is at most this many times larger than
 # the masked entries; a matrix product does about that many more multiplications a second than a gathered sum.
@@ -25,42 +25,51 @@ PAIRS_FACTOR = 3
 CACHED_NUMBERS = 2**19
 
 
-def check_rules(model: nn.Module) -> None:
-    """Raise ``InputError`` unless every parameter of ``model`` belongs to a layer with a rule."""
-    for name, module in model.named_modules():
-        if not any(True for _ in module.parameters(recurse=False)):
-            continue
-        supported = isinstance(module, nn.Linear | nn.BatchNorm2d)
-        if isinstance(module, nn.Conv2d):
-            supported = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        if not supported:
-            raise InputError(
-                f"model: layer {name or 'at the top'} ({module}) has parameters but no gradient rule; there are rules "
-                "for Linear, Conv2d (one group, zero padding) and BatchNorm2d"
-            )
+ELEMENTWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
+RULES = (nn.Linear, nn.Conv2d, *ELEMENTWISE)
+
+
+def has_rule(module: nn.Module) -> bool:
+    """Whether the gradients of a layer's own parameters have a closed form here.
+
+    A subclass counts only if it computes what its base class does.
+    """
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in RULES) and any(
+        True for _ in module.parameters(recurse=False)
+    )
 
 
 def output_rows(module: nn.Module, gradient: Tensor) -> Tensor:
     """Output gradient [n, ...] as [n, O, S]."""
     if isinstance(module, nn.Linear):
         return gradient.flatten(1, -2).mT if gradient.dim() > 2 else gradient.unsqueeze(-1)
-    return gradient.flatten(2)
+    if isinstance(module, nn.LayerNorm):
+        return gradient.reshape(len(gradient), -1, math.prod(module.normalized_shape)).mT
+    return gradient.flatten(2) if gradient.dim() > 2 else gradient.unsqueeze(-1)
 
 
 def input_rows(module: nn.Module, given: Tensor) -> Tensor:
-    """Layer input [n, ...] as [n, K, S]; for batch norm the normalised input [n, O, S]."""
+    """Layer input [n, ...] as [n, K, S], all groups of a convolution; for a norm the normalised input [n, O, S]."""
     if isinstance(module, nn.Conv2d):
-        return F.unfold(given, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
+        return F.unfold(_padded(module, given), module.kernel_size, module.dilation, 0, module.stride)
     return _plain_rows(module, given)
 
 
+def _padded(module: nn.Conv2d, given: Tensor) -> Tensor:
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(given, module._reversed_padding_repeated_twice, mode=mode)
+
+
 def _plain_rows(module: nn.Module, given: Tensor) -> Tensor:
-    if isinstance(module, nn.Linear):
-        return output_rows(module, given)
-    assert isinstance(module, nn.BatchNorm2d)
-    assert module.running_mean is not None and module.running_var is not None
-    scale = torch.rsqrt(module.running_var + module.eps)
-    return (given.flatten(2) - module.running_mean[:, None]) * scale[:, None]
+    if isinstance(module, nn.LayerNorm):
+        return output_rows(module, F.layer_norm(given, module.normalized_shape, None, None, module.eps))
+    if isinstance(module, nn.GroupNorm):
+        return output_rows(module, F.group_norm(given, module.num_groups, None, None, module.eps))
+    rows = output_rows(module, given)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        assert module.running_mean is not None and module.running_var is not None
+        return (rows - module.running_mean[:, None]) * torch.rsqrt(module.running_var + module.eps)[:, None]
+    return rows
 
 
 def _some_input_rows(module: nn.Module, given: Tensor, rows: Tensor) -> Tensor:
@@ -68,8 +77,7 @@ def _some_input_rows(module: nn.Module, given: Tensor, rows: Tensor) -> Tensor:
     if not isinstance(module, nn.Conv2d):
         return _plain_rows(module, given)[:, rows]
     (height, width), (down, right) = module.kernel_size, module.dilation
-    pad_h, pad_w = (int(side) for side in module.padding)
-    padded = F.pad(given, (pad_w, pad_w, pad_h, pad_h))
+    padded = _padded(module, given)
     step_h, step_w = module.stride
     out_h = (padded.shape[2] - down * (height - 1) - 1) // step_h + 1
     out_w = (padded.shape[3] - right * (width - 1) - 1) // step_w + 1
@@ -93,8 +101,10 @@ def squared_sums(module: nn.Module, given: Tensor, gradients: Sequence[Tensor]) 
     g = torch.stack([output_rows(module, gradient) for gradient in gradients], dim=1)
     rows = input_rows(module, given)
     positions = rows.shape[-1]
-    if isinstance(module, nn.BatchNorm2d):
+    if isinstance(module, ELEMENTWISE):
         weight = (g * rows[:, None]).sum(-1).square().sum((0, 1))
+    elif isinstance(module, nn.Conv2d) and module.groups > 1:
+        weight = _squares_by_group(g, rows, module.groups)
     elif positions + 1 <= PAIRS_FACTOR * g.shape[1]:
         weight = _squares_by_pairs(g, rows)
     else:
@@ -125,6 +135,18 @@ def _squares_by_sample(g: Tensor, rows: Tensor) -> Tensor:
     return weight
 
 
+def _squares_by_group(g: Tensor, rows: Tensor, groups: int) -> Tensor:
+    """The same for a grouped convolution: each output meets the inputs of its own group, [O, K / groups]."""
+    weight = None
+    for one, given in zip(g, rows, strict=True):
+        outputs = one.unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, C, O / groups, S]
+        inputs = given.unflatten(0, (groups, -1))  # [groups, K / groups, S]
+        square = (outputs.flatten(1, 2) @ inputs.mT).square_().unflatten(1, outputs.shape[1:3]).sum(1)
+        weight = square if weight is None else weight.add_(square)
+    assert weight is not None
+    return weight
+
+
 def masked_entries(module: nn.Module, given: Tensor, parameter: str, entries: Tensor) -> Callable[[Tensor], Tensor]:
     """A function: output gradient -> per-sample gradients [n, m] of ``entries`` [m] of one of the layer's parameters.
 
@@ -132,12 +154,14 @@ def masked_entries(module: nn.Module, given: Tensor, parameter: str, entries: Te
     """
     if parameter == "bias":
         return lambda gradient: output_rows(module, gradient).sum(-1)[:, entries]
-    if isinstance(module, nn.BatchNorm2d):
+    if isinstance(module, ELEMENTWISE):
         normalised = _plain_rows(module, given)[:, entries]
         return lambda gradient: (output_rows(module, gradient)[:, entries] * normalised).sum(-1)
     assert isinstance(module, nn.Linear | nn.Conv2d)
     width = module.weight[0].numel()
     out_row, in_row = entries // width, entries % width
+    if isinstance(module, nn.Conv2d):
+        in_row = in_row + width * (out_row // (module.out_channels // module.groups))
     outs, out_position = out_row.unique(return_inverse=True)
     ins, in_position = in_row.unique(return_inverse=True)
     rows = _some_input_rows(module, given, ins)

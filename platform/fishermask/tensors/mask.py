@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from fishermask.errors import InputError
 from fishermask.tensors.backprop import all_classes, class_gradients, forward
 from fishermask.tensors.layer_rules import squared_sums
+from fishermask.tensors.layout import Layout, per_sample_gradients
 
 
 @dataclass(frozen=True)
 class Mask:
     """The whole last layer and ``entries`` of the other parameters."""
 
-    head: str
-    """Name of the last layer."""
+    layout: Layout
     entries: dict[str, Tensor]
     """Parameter name -> ascending flat indices; parameters without an entry are left out."""
 
@@ -32,8 +32,14 @@ class Mask:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers, other than the last, that hold masked parameters."""
-        return list(dict.fromkeys(split_name(name)[0] for name in self.entries))
+        """Names of the layers with a rule, other than the last, that hold masked parameters."""
+        fast = (split_name(name)[0] for name in self.entries if name not in self.layout.slow)
+        return list(dict.fromkeys(fast))
+
+    @property
+    def slow(self) -> tuple[str, ...]:
+        """Names of the masked parameters without a rule."""
+        return tuple(name for name in self.entries if name in self.layout.slow)
 
 
 def split_name(parameter: str) -> tuple[str, str]:
@@ -42,43 +48,44 @@ def split_name(parameter: str) -> tuple[str, str]:
     return layer, leaf
 
 
-def head_size(model: nn.Module, head: str) -> int:
-    """Number of parameters of the last layer."""
-    return sum(parameter.numel() for parameter in model.get_submodule(head).parameters())
+def head_size(model: nn.Module, layout: Layout) -> int:
+    """Number of parameters of the last layer; 0 without a linear one."""
+    return 0 if layout.head is None else sum(p.numel() for p in model.get_submodule(layout.head).parameters())
 
 
-def body_parameters(model: nn.Module, head: str) -> dict[str, Tensor]:
+def body_parameters(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
     """Name -> parameter, for all parameters outside the last layer, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if split_name(name)[0] != head}
+    return {name: p for name, p in model.named_parameters() if split_name(name)[0] != layout.head}
 
 
-def fisher_diagonal(model: nn.Module, images: Tensor, head: str) -> dict[str, Tensor]:
+def fisher_diagonal(model: nn.Module, images: Tensor, layout: Layout) -> dict[str, Tensor]:
     """Sum over ``images`` [n, ...] of the Fisher information's diagonal, by body parameter, flat, in float64.
 
     ``f_i = sum_x sum_c p_c (d log p_c / d theta_i)^2``: the expectation is over the model's own prediction, not over
     labels. Divide by the number of images for the mean.
     """
-    parameters = body_parameters(model, head)
-    layers = list(dict.fromkeys(split_name(name)[0] for name in parameters))
-    run = forward(model, images, head, layers)
+    run = forward(model, images, layout.head, layout.layers)
     modules = dict(model.named_modules())
-    passes = [gradients for _, gradients in class_gradients(run, run.probabilities.sqrt(), all_classes(run))]
-    sums = {
-        f"{layer}.{leaf}": value.double()
-        for layer in layers
-        for leaf, value in squared_sums(modules[layer], run.inputs[layer], [g.pop(layer) for g in passes]).items()
-    }
-    return {name: sums[name] for name in parameters}
+    sums: dict[str, Tensor] = {}
+    passes = []
+    for _, cotangent, gradients in class_gradients(run, run.probabilities.sqrt(), all_classes(run)):
+        passes.append(gradients)
+        for name, rows in per_sample_gradients(model, images, layout.slow, cotangent).items():
+            sums[name] = sums.get(name, 0) + rows.double().square().sum(0)
+    for layer in layout.layers:
+        squares = squared_sums(modules[layer], run.inputs[layer], [gradients.pop(layer) for gradients in passes])
+        sums |= {f"{layer}.{leaf}": value.double() for leaf, value in squares.items()}
+    return {name: sums[name] for name in body_parameters(model, layout)}
 
 
-def mask_size(model: nn.Module, head: str, fraction: float) -> int:
+def mask_size(model: nn.Module, layout: Layout, fraction: float) -> int:
     """Number of masked parameters for a ``fraction`` of all, the last layer included.
 
     Raises:
         InputError: the fraction is too small to hold the last layer; the message gives the smallest that works.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
-    size, needed = round(fraction * total), head_size(model, head)
+    size, needed = round(fraction * total), max(1, head_size(model, layout))
     if size < needed:
         # Four significant digits, rounded up, so that the number we print does work.
         unit = 10.0 ** (math.floor(math.log10(needed / total)) - 3)
@@ -90,7 +97,7 @@ def mask_size(model: nn.Module, head: str, fraction: float) -> int:
     return size
 
 
-def global_mask(diagonal: Mapping[str, Tensor], head: str, body_size: int) -> Mask:
+def global_mask(diagonal: Mapping[str, Tensor], layout: Layout, body_size: int) -> Mask:
     """The ``body_size`` largest entries over all body parameters together; ties to the lowest index."""
     values = torch.cat(list(diagonal.values()))
     # A stable sort keeps equal values in the parameters' order.
@@ -101,9 +108,15 @@ def global_mask(diagonal: Mapping[str, Tensor], head: str, body_size: int) -> Ma
         if len(inside):
             entries[name] = inside
         start += len(value)
-    return Mask(head, entries)
+    return Mask(layout, entries)
 
 
-def last_layer_mask(head: str) -> Mask:
-    """The last layer alone (BAIT, Ash et al. 2021)."""
-    return Mask(head, {})
+def last_layer_mask(layout: Layout) -> Mask:
+    """The last layer alone (BAIT, Ash et al. 2021).
+
+    Raises:
+        InputError: the model does not end in a linear layer.
+    """
+    if layout.head is None:
+        raise InputError("model: does not end in a linear layer, which a mask of the last layer needs")
+    return Mask(layout, {})

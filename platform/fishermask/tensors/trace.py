@@ -85,54 +85,45 @@ class Objective:
             self._u, self._ug, self._y = [], [], []
 
 
-class Scores(NamedTuple):
-    """P and Q of n images, each [C, C, n]."""
-
-    p: Tensor
-    q: Tensor
-
-
-def start_scores(embedding: Embedding, inverse: Tensor, sandwich: Tensor) -> Scores:
-    """P and Q from ``Objective.matrices()``."""
+def start_scores(embedding: Embedding, inverse: Tensor, sandwich: Tensor) -> Tensor:
+    """P and Q from ``Objective.matrices()``, stacked: [2, C, C, n]."""
     dtype = embedding.hidden.dtype
-    return Scores(quadratic(embedding, inverse.to(dtype)), quadratic(embedding, sandwich.to(dtype)))
+    return torch.stack([quadratic(embedding, inverse.to(dtype)), quadratic(embedding, sandwich.to(dtype))])
 
 
-def advance(scores: Scores, embedding: Embedding, update: Update) -> None:
-    """Bring P and Q up to date with a pick, in place.
+def advance(scores: Tensor, embedding: Embedding, update: Update) -> None:
+    """Bring P and Q [2, C, C, n] up to date with a pick, in place.
 
-    ``P -= x a^T`` and ``Q -= y x^T + x y^T``, with a = V U, b = V T, x = a G, y = b - x s / 2, written out as sums of
-    outer products along the classes, so that the images stay the contiguous axis.
+    ``P -= x a^T`` and ``Q -= y x^T + x y^T``, with a = V U, b = V T, x = a G, y = b - x s / 2. Only the symmetric part
+    of Q counts (P is symmetric, so ``tr((I + P)^-1 Q)`` does not see the rest): ``Q -= 2 y x^T`` does as well. Both
+    are written out as sums of outer products along the classes, so that the images stay the contiguous axis.
     """
-    num_classes = len(scores.p)
-    dtype = scores.p.dtype
-    both = product(embedding, update.basis.to(dtype))
-    a, y = both[:, :num_classes], both[:, num_classes:]
-    x = update.inner.to(dtype) @ a
-    y.baddbmm_((-0.5 * update.middle.to(dtype)).expand(num_classes, -1, -1), x)
+    num_classes = scores.shape[1]
+    both = product(embedding, update.basis)
+    a, b = both[:, :num_classes], both[:, num_classes:]
+    x = update.inner @ a
+    twice_y = b.baddbmm_(-update.middle.expand(num_classes, -1, -1), x, beta=2)
+    left, right = torch.stack([x, twice_y]), torch.stack([a, x])
     for j in range(num_classes):
-        scores.p.addcmul_(x[:, None, j], a[None, :, j], value=-1)
-        scores.q.addcmul_(y[:, None, j], x[None, :, j], value=-1)
-        scores.q.addcmul_(x[:, None, j], y[None, :, j], value=-1)
+        scores.addcmul_(left[:, :, None, j], right[:, None, :, j], value=-1)
 
 
-def gains(scores: Scores) -> Tensor:
-    """By how much each image would lower ``tr(M^-1 F)``: ``tr((I + P)^-1 Q)``, [n].
+def gains(scores: Tensor) -> Tensor:
+    """By how much each image would lower ``tr(M^-1 F)``: ``tr((I + P)^-1 Q)``, [n], from P and Q [2, C, C, n].
 
     Symmetric elimination of I + P, carried out on both sides of Q, for all images at once: when pivot k is reached,
     ``Q_kk / pivot`` is its share of the trace. LAPACK on n small systems takes longer.
     """
-    num_classes = len(scores.p)
-    left, right = scores.p.clone(), scores.q.clone()
-    left.diagonal().add_(1.0)
-    total = torch.zeros_like(left[0, 0])
+    num_classes = scores.shape[1]
+    p, q = scores.clone()
+    p.diagonal().add_(1.0)
+    total = torch.zeros_like(p[0, 0])
     for k in range(num_classes):
-        pivot, corner = left[k, k], right[k, k]
+        pivot, corner = p[k, k], q[k, k]
         total.addcdiv_(corner, pivot)
         if k + 1 < num_classes:
-            factor = left[k + 1 :, k] / pivot
-            y = right[k + 1 :, k] - 0.5 * factor * corner
-            left[k + 1 :, k + 1 :].addcmul_(factor[:, None], left[None, k, k + 1 :], value=-1)
-            right[k + 1 :, k + 1 :].addcmul_(y[:, None], factor[None], value=-1)
-            right[k + 1 :, k + 1 :].addcmul_(factor[:, None], y[None], value=-1)
+            factor = p[k + 1 :, k] / pivot
+            twice_y = (q[k + 1 :, k] + q[k, k + 1 :]).addcmul_(factor, corner, value=-1)
+            p[k + 1 :, k + 1 :].addcmul_(factor[:, None], p[None, k, k + 1 :], value=-1)
+            q[k + 1 :, k + 1 :].addcmul_(twice_y[:, None], factor[None], value=-1)
     return total

@@ -16,7 +16,7 @@ import torch
 from table import machine, seconds, show
 
 from fishermask.pool.selection import best_offer
-from fishermask.pool.shard import BLOCK, cut
+from fishermask.pool.shard import BLOCK, NARROW, WIDE_BODY, cut
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.embedding import Embedding, dense, product, take
 from fishermask.tensors.images import Statistics
@@ -44,9 +44,9 @@ class Selection:
         for shard, (start, end) in zip(self.shards.shards, cut(n, threads), strict=True):
             whole = take(embedding, slice(start, end))
             shard.set_model(torch.nn.Linear(1, 1))  # its parameters' type is the type that scores are kept in
-            shard.embeddings = [
-                Embedding(*(part.contiguous() for part in take(whole, block))) for block in shard.blocks
-            ]
+            rows = BLOCK if embedding.body.shape[1] <= WIDE_BODY else NARROW
+            shard.parts = [slice(i, min(i + rows, end - start)) for i in range(0, end - start, rows)]
+            shard.embeddings = [Embedding(*(field.contiguous() for field in take(whole, part))) for part in shard.parts]
         total = sum(first for first, _ in self.shards.call("information", torch.tensor([], dtype=torch.long)))
         self.objective = Objective(
             torch.eye(len(total), dtype=torch.float64), total / n, (budget / (budget + 250)) ** 0.5

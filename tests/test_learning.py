@@ -41,7 +41,17 @@ def test_a_models_weights_depend_on_its_seed_alone():
 @pytest.mark.parametrize(
     ("name", "params", "shape", "message"),
     [
-        ("resnet", {}, (1, 28, 28), "unknown model 'resnet'; there are thin_resnet18, small_cnn, mlp"),
+        (
+            "resnet",
+            {},
+            (1, 28, 28),
+            "there are thin_resnet18, small_cnn, mlp, and package.module:factory",
+        ),
+        ("torchvision.models:resnet", {}, (3, 32, 32), "torchvision.models:resnet does not make a model"),
+        ("torchvision.models:resnet18", {"depth": 3}, (3, 32, 32), "unexpected keyword argument 'depth'"),
+        ("torchvision.models:resnet18", {}, (1, 32, 32), "does not take images of 1 x 32 x 32"),
+        ("torchvision.models:resnet18", {"num_classes": 7}, (3, 32, 32), "must return logits, 10 for each image"),
+        ("collections:OrderedDict", {}, (3, 32, 32), "returned OrderedDict, not a torch.nn.Module"),
         ("mlp", {"widht": 3}, (1, 28, 28), "model.params.widht: unknown; mlp has width, depth"),
         ("mlp", {"width": "3"}, (1, 28, 28), "model.params.width: expected a whole number, got '3'"),
         ("mlp", {"depth": 0}, (1, 28, 28), "depth >= 1"),

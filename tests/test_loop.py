@@ -1,6 +1,12 @@
 """The active-learning loop, in process, on the embedded data."""
 
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
@@ -84,6 +90,26 @@ def test_statistics_of_the_pool_are_those_of_its_own_images():
     prepared = setup(data={"statistics": "pool"})
     assert prepared.statistics == channel_statistics(prepared.data.train.images)
     assert prepared.statistics != setup().statistics
+
+
+def test_any_module_that_returns_logits_can_be_the_model(tmp_path):
+    """A network of torchvision's, with attention and parameters that belong to no layer, named in the settings."""
+    generator, images = np.random.default_rng(0), []
+    for i in range(40):
+        buffer = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).save(buffer, "PNG")
+        images.append({"bytes": buffer.getvalue(), "path": f"{i}.png"})
+    file = str(tmp_path / "colour.parquet")
+    pq.write_table(pa.table({"image": images, "label": [i % 3 for i in range(40)]}), file)
+    sizes = {"image_size": 8, "patch_size": 4, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 8}
+    prepared = setup(
+        {"name": "fisher_mask", "params": {"fraction": 0.2, "fisher_samples": 20}},
+        model={"name": "torchvision.models:VisionTransformer", "params": sizes},
+        data={"name": "parquet", "train": file, "test": file},
+        imbalance={"kind": "balanced"},
+        budget={"initial": 6, "query": 4, "total": 14},
+    )
+    assert [r["labels"] for r in results(prepared)] == [6, 10, 14]
 
 
 def test_the_whole_pool_can_be_bought():

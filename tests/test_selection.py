@@ -59,6 +59,17 @@ def test_the_batch_is_the_one_that_dense_greedy_selection_chooses(body_size):
     assert found.tolist() == expected
 
 
+def test_blocks_in_narrow_parts_choose_the_same_batch(monkeypatch):
+    """As they are kept for large masks."""
+    model, images = cases.model("small_cnn"), pixels(900)
+    layout = inspect(model, normalise(images[:2], GREY, torch.float64))
+    mask = global_mask(fisher_diagonal(model, normalise(images[:20], GREY, torch.float64), layout), layout, 25)
+    whole = minimise_trace(pool_of(images, model, [3, 600], shards=1), mask, 8, damping=0.5)
+    monkeypatch.setattr("fishermask.pool.shard.WIDE_BODY", 24)
+    pool = pool_of(images, model, [3, 600], shards=1)
+    assert minimise_trace(pool, mask, 8, damping=0.5).tolist() == whole.tolist()
+
+
 def test_equal_candidates_are_taken_from_the_lowest_position():
     """A pool of two images, many times over, in several blocks and shards."""
     pair = pixels(2)

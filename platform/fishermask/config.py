@@ -154,6 +154,7 @@ class ExperimentConfig(Config):
     data: DataConfig = DataConfig()
     imbalance: Imbalance = Balanced()
     model: NamedConfig = NamedConfig(name="small_cnn")
+    """thin_resnet18, small_cnn, mlp, or ``package.module:factory``, called with ``params`` and ``num_classes``."""
     training: TrainingConfig = TrainingConfig()
     budget: BudgetConfig = BudgetConfig()
     strategy: StrategyConfig = StrategyConfig(name="fisher_mask")

@@ -21,6 +21,10 @@ from fishermask.tensors.trace import Update, advance, gains, start_scores
 
 BLOCK = 2048
 """Pool positions in a block; shards begin at multiples of it."""
+WIDE_BODY = 1024
+"""Masked parameters outside the head from which on a block is kept in narrower parts: a product then reads the
+embeddings in an order that the memory delivers faster (see docs/performance.md)."""
+NARROW = 256
 GRADIENT_BATCH = 128
 """Images differentiated at once; divides ``BLOCK``."""
 
@@ -60,6 +64,8 @@ class Shard:
         self.blocks = [slice(i, min(i + BLOCK, len(images))) for i in range(0, len(images), BLOCK)]
         self.model: nn.Module = nn.Identity()
         self.embeddings: list[Embedding] = []
+        self.parts: list[slice] = []
+        """Rows that each of ``embeddings`` and of ``scores`` is of."""
         self.scores: list[Tensor] = []
         self.available = torch.zeros(len(images), dtype=torch.bool)
 
@@ -67,11 +73,11 @@ class Shard:
         """Use ``model``, in eval mode, from now on; what was computed with another is dropped."""
         # A copy: the hooks of one shard must not see the passes of another in the same process.
         self.model = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
-        self.embeddings, self.scores = [], []
+        self.clear()
 
     def clear(self) -> None:
         """Free the embeddings and scores."""
-        self.embeddings, self.scores = [], []
+        self.embeddings, self.parts, self.scores = [], [], []
 
     def images_at(self, positions: Tensor) -> Tensor:
         """The images at those of the ascending pool ``positions`` that lie in this slice."""
@@ -97,17 +103,22 @@ class Shard:
         """Embed the images in the ``piece``-th of ``pieces`` runs of blocks; call with each piece in turn."""
         mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
         for block in self._run(piece, pieces):
-            batches = self._inputs(block).split(GRADIENT_BATCH)
-            self.embeddings.append(concatenate([embed(self.model, batch, mask) for batch in batches]))
+            batches = [embed(self.model, batch, mask) for batch in self._inputs(block).split(GRADIENT_BATCH)]
+            rows = BLOCK if mask.body_size <= WIDE_BODY else NARROW
+            together = rows // GRADIENT_BATCH
+            for first in range(0, len(batches), together):
+                start = block.start + first * GRADIENT_BATCH
+                self.embeddings.append(concatenate(batches[first : first + together]))
+                self.parts.append(slice(start, min(start + rows, block.stop)))
 
     def information(self, labeled: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of ``V^T V`` over all images and over those at the pool positions ``labeled``: two [k, k], float64."""
         size = self.embeddings[0].size if self.embeddings else 0
         everything = torch.zeros(size, size, dtype=torch.float64, device=self.device)
         known = everything.clone()
-        for block, embedding in zip(self.blocks, self.embeddings, strict=True):
+        for part, embedding in zip(self.parts, self.embeddings, strict=True):
             everything += information(embedding)
-            first, last = self.start + block.start, self.start + block.stop
+            first, last = self.start + part.start, self.start + part.stop
             rows = labeled[(labeled >= first) & (labeled < last)] - first
             if len(rows):
                 known += information(take(embedding, rows.to(self.device)))
@@ -142,8 +153,9 @@ class Shard:
             )
         # argmax takes the first of equal values: ties go to the lowest position.
         row = int(torch.where(self.available, gain, -torch.inf).argmax())
-        block, inside = divmod(row, BLOCK)
-        chosen = take(self.embeddings[block], slice(inside, inside + 1))
+        index = next(i for i, part in enumerate(self.parts) if row < part.stop)
+        inside = row - self.parts[index].start
+        chosen = take(self.embeddings[index], slice(inside, inside + 1))
         return Offer(float(gain[row]), self.start + row, Embedding(*(part.cpu() for part in chosen)))
 
     def _run(self, piece: int, pieces: int) -> list[slice]:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -83,17 +84,40 @@ def build(
     Raises:
         InputError: unknown name or parameter, or a parameter of the wrong type.
     """
-    if name not in MODELS:
-        raise InputError(f"model.name: unknown model {name!r}; there are {', '.join(MODELS)}")
     channels, height, width = image_shape
-    if height != width:
-        raise InputError(f"model: {name} needs square images, got {height} x {width}")
-    allowed = list(inspect.signature(MODELS[name]).parameters)[3:]
-    for key, value in params.items():
-        if key not in allowed:
-            raise InputError(f"model.params.{key}: unknown; {name} has {', '.join(allowed) or 'no parameters'}")
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise InputError(f"model.params.{key}: expected a whole number, got {value!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if ":" in name:
+            return _foreign(name, params, image_shape, num_classes)
+        if name not in MODELS:
+            ours = ", ".join(MODELS)
+            raise InputError(f"model.name: unknown model {name!r}; there are {ours}, and package.module:factory")
+        if height != width:
+            raise InputError(f"model: {name} needs square images, got {height} x {width}")
+        allowed = list(inspect.signature(MODELS[name]).parameters)[3:]
+        for key, value in params.items():
+            if key not in allowed:
+                raise InputError(f"model.params.{key}: unknown; {name} has {', '.join(allowed) or 'no parameters'}")
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InputError(f"model.params.{key}: expected a whole number, got {value!r}")
         return MODELS[name](channels, height, num_classes, **params)
+
+
+def _foreign(name: str, params: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """The model that ``package.module:factory`` makes of ``params`` and, as ``num_classes``, the number of classes."""
+    place, _, factory = name.partition(":")
+    try:
+        made = getattr(import_module(place), factory)(**{"num_classes": num_classes} | params)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"model.name: {name} does not make a model ({error})") from error
+    if not isinstance(made, nn.Module):
+        raise InputError(f"model.name: {name} returned {type(made).__name__}, not a torch.nn.Module")
+    try:
+        with torch.no_grad():
+            logits = made.eval()(torch.zeros(2, *image_shape))
+    except RuntimeError as error:
+        shape = " x ".join(map(str, image_shape))
+        raise InputError(f"model: {name} does not take images of {shape} ({str(error).splitlines()[0]})") from error
+    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+        raise InputError(f"model: {name} must return logits, {num_classes} for each image")
+    return made

@@ -20,7 +20,7 @@ from fishermask.pool.shard import BLOCK, NARROW, WIDE_BODY, cut
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.embedding import Embedding, dense, product, take
 from fishermask.tensors.images import Statistics
-from fishermask.tensors.trace import Objective
+from fishermask.tensors.trace import Objective, TraceScorer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -51,7 +51,7 @@ class Selection:
         self.objective = Objective(
             torch.eye(len(total), dtype=torch.float64), total / n, (budget / (budget + 250)) ** 0.5
         )
-        self.offers = self.shards.call("start_selection", *self.objective.matrices(), torch.arange(n))
+        self.offers = self.shards.call("start_selection", TraceScorer(*self.objective.matrices()), torch.arange(n))
         self.chosen = []
 
     def step(self):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fishermask.config import Config
 from fishermask.pool.pool import Pool
-from fishermask.pool.selection import minimise_trace
+from fishermask.pool.selection import TraceOptions, minimise_trace
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import last_layer_mask
 
@@ -13,13 +13,15 @@ from fishermask.tensors.mask import last_layer_mask
 class Params(Config):
     damping: float = Field(1.0, gt=0)
     """lambda: how much identity is added to the labelled images' information."""
+    oversample: float = Field(1.0, ge=1)
+    """Choose this many times the budget, then take back what is missed least. BAIT's authors' code: 2; the paper: 1."""
 
 
-def check(params: Params, model: nn.Module, image: Tensor) -> None:
+def check(params: Params, model: nn.Module, images: Tensor) -> None:
     """The model must end in a linear layer."""
-    last_layer_mask(inspect(model, image))
+    last_layer_mask(inspect(model, images))
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:
     """Positions of ``budget`` candidates that greedily minimise the trace of the inverse information."""
-    return minimise_trace(pool, last_layer_mask(pool.layout()), budget, damping=params.damping)
+    return minimise_trace(pool, last_layer_mask(pool.layout()), budget, TraceOptions(**params.model_dump()))

@@ -1,32 +1,67 @@
 """Batch that best covers the pool's Fisher information on the few parameters that matter (arXiv 2411.05752)."""
 
+from typing import Literal
+
 from pydantic import Field
 from torch import Tensor, nn
 
 from fishermask.config import Config
 from fishermask.pool.pool import Pool
-from fishermask.pool.selection import minimise_trace
+from fishermask.pool.selection import TraceOptions, minimise_trace
+from fishermask.tensors import mask as masks
 from fishermask.tensors.layout import inspect
-from fishermask.tensors.mask import global_mask, head_size, mask_size
+from fishermask.tensors.mask import Mask
+
+RANKED = {"global": masks.global_mask, "layerwise": masks.layerwise_mask, "relative": masks.relative_mask}
 
 
 class Params(Config):
     fraction: float = Field(0.01, gt=0, le=1)
-    """Masked share of all parameters: the whole last layer, and the rest by largest Fisher information."""
+    """Masked share of all parameters: the whole last layer, and the rest as ``mask`` says."""
+    mask: Literal["global", "layerwise", "relative", "random", "last_layer"] = "global"
+    """The largest Fisher information of all layers together, of each layer, or relative to the layer's mean (above
+    twice it); at random; or none outside the last layer, which is BAIT."""
     fisher_samples: int = Field(1024, ge=1)
-    """Pool images, drawn at random, that the Fisher information of each parameter is averaged over."""
+    """Pool images that the Fisher information of each parameter is averaged over ..."""
+    fisher_sample: Literal["random", "first"] = "random"
+    """... drawn at random, or the first of the pool."""
     damping: float = Field(1.0, gt=0)
     """lambda: how much identity is added to the labelled images' information."""
+    initial_information: bool = True
+    """Whether the labelled images' information counts."""
+    class_weighting: Literal["sqrt", "none"] = "sqrt"
+    """With sqrt an image's embedding gives its Fisher information; the released code leaves it out."""
+    batch_weighting: Literal["bait", "per_sample"] = "bait"
+    """A candidate counts as much as the whole batch, as BAIT's code has it, or as much as a labelled image."""
+    target: Literal["pool", "identity"] = "pool"
+    """What is covered: the pool's information, or every direction alike."""
+    oversample: float = Field(1.0, ge=1)
+    """Choose this many times the budget, then take back what is missed least."""
 
 
-def check(params: Params, model: nn.Module, image: Tensor) -> None:
+def check(params: Params, model: nn.Module, images: Tensor) -> None:
     """The mask must hold the last layer."""
-    mask_size(model, inspect(model, image), params.fraction)
+    layout = inspect(model, images)
+    masks.mask_size(model, layout, params.fraction)
+    if params.mask == "last_layer":
+        masks.last_layer_mask(layout)
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:
     """Positions of ``budget`` candidates that greedily minimise the trace of the inverse information."""
+    fields = TraceOptions.__dataclass_fields__
+    options = TraceOptions(**{key: value for key, value in params.model_dump().items() if key in fields})
+    return minimise_trace(pool, choose_mask(pool, params), budget, options)
+
+
+def choose_mask(pool: Pool, params: Params) -> Mask:
+    """The mask that ``params`` ask for."""
     layout = pool.layout()
-    body_size = mask_size(pool.model, layout, params.fraction) - head_size(pool.model, layout)
-    mask = global_mask(pool.fisher_diagonal(layout, params.fisher_samples), layout, body_size)
-    return minimise_trace(pool, mask, budget, damping=params.damping)
+    body_size = masks.mask_size(pool.model, layout, params.fraction) - masks.head_size(pool.model, layout)
+    if params.mask == "last_layer":
+        return masks.last_layer_mask(layout)
+    if params.mask == "random":
+        body = masks.body_parameters(pool.model, layout)
+        return masks.random_mask(body, layout, body_size, pool.generator)
+    diagonal = pool.fisher_diagonal(layout, params.fisher_samples, params.fisher_sample)
+    return RANKED[params.mask](diagonal, layout, body_size)

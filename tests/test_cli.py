@@ -87,7 +87,16 @@ def test_strategies_are_listed_with_their_parameters(capsys):
     assert cli.main(["strategies"]) == 0
     out = capsys.readouterr().out
     assert [line.split(":")[0] for line in out.splitlines() if line[0] != " "] == strategies.available()
-    assert set(strategies.available()) >= {"random", "margin", "entropy", "least_confidence", "bait", "fisher_mask"}
+    assert set(strategies.available()) >= {
+        "random",
+        "margin",
+        "entropy",
+        "least_confidence",
+        "bait",
+        "fisher_mask",
+        "coreset",
+        "badge",
+    }
     assert "fraction = 0.01" in out
 
 

@@ -18,7 +18,10 @@ from fishermask.tensors.mask import (
     global_mask,
     head_size,
     last_layer_mask,
+    layerwise_mask,
     mask_size,
+    random_mask,
+    relative_mask,
 )
 from fishermask.tensors.trace import Objective, advance, gains, start_scores
 
@@ -83,6 +86,46 @@ def test_the_global_mask_holds_the_largest_entries_and_breaks_ties_to_the_lowest
     }
     assert mask.body_size == 4
     assert mask.layers == ["a", "b"]
+
+
+DIAGONAL = {
+    "a.weight": torch.tensor([8.0, 1.0, 1.0, 1.0, 1.0, 0.0]),
+    "a.bias": torch.tensor([9.0, 3.0]),
+    "b.weight": torch.tensor([0.1, 0.9, 0.1, 0.1]),
+}
+LAYOUT = Layout("head", ("a", "b"), ())
+
+
+def listed(mask):
+    return {name: entries.tolist() for name, entries in mask.entries.items()}
+
+
+def test_a_layerwise_mask_takes_the_same_share_of_every_layer():
+    # 6 of 12: 4 of layer a's 8 parameters, 2 of layer b's 4.
+    assert listed(layerwise_mask(DIAGONAL, LAYOUT, 6)) == {"a.weight": [0, 1], "a.bias": [0, 1], "b.weight": [0, 1]}
+    # 7 of 12 is 4.67 and 2.33: the left one goes to the larger remainder.
+    assert listed(layerwise_mask(DIAGONAL, LAYOUT, 7)) == {"a.weight": [0, 1, 2], "a.bias": [0, 1], "b.weight": [0, 1]}
+    for size in range(13):
+        assert layerwise_mask(DIAGONAL, LAYOUT, size).body_size == size
+
+
+def test_a_relative_mask_takes_what_is_above_twice_its_own_layers_mean():
+    # Layer a has mean 3, so above 6: 8 and 9; layer b has mean 0.3, so above 0.6: 0.9, the furthest above its mean.
+    assert listed(relative_mask(DIAGONAL, LAYOUT, 6)) == {"a.weight": [0], "a.bias": [0], "b.weight": [1]}
+    assert listed(relative_mask(DIAGONAL, LAYOUT, 2)) == {"a.bias": [0], "b.weight": [1]}
+    dead = DIAGONAL | {"b.weight": torch.zeros(4)}
+    assert listed(relative_mask(dead, LAYOUT, 6)) == {"a.weight": [0], "a.bias": [0]}
+
+
+def test_a_random_mask_has_the_size_asked_for_and_every_parameter_alike():
+    counts = torch.zeros(12)
+    for seed in range(600):
+        mask = random_mask(DIAGONAL, LAYOUT, 4, torch.Generator().manual_seed(seed))
+        assert mask.body_size == 4
+        flat = torch.cat([mask.entries.get(name, torch.tensor([], dtype=torch.long)) + start
+                          for name, start in (("a.weight", 0), ("a.bias", 6), ("b.weight", 8))])  # fmt: skip
+        counts[flat] += 1
+    assert (counts / 600 - 1 / 3).abs().max() < 0.08
 
 
 def test_a_fraction_too_small_for_the_last_layer_is_refused_with_one_that_works():

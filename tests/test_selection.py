@@ -13,9 +13,10 @@ from fishermask.experiment.setup import prepare
 from fishermask.experiment.streams import stream
 from fishermask.pool.pool import Pool
 from fishermask.pool.ray_shards import RayShards
-from fishermask.pool.selection import best_offer, minimise_trace
+from fishermask.pool.selection import TraceOptions, best_offer, minimise_trace
 from fishermask.pool.shard import BLOCK, Offer, cut
 from fishermask.pool.shards import LocalShards
+from fishermask.tensors.distances import BadgeScorer
 from fishermask.tensors.images import Statistics, normalise
 from fishermask.tensors.layout import Layout, inspect
 from fishermask.tensors.mask import fisher_diagonal, global_mask, last_layer_mask
@@ -35,28 +36,128 @@ def pool_of(images, model, labeled, shards=1):
     return Pool(local, len(images), torch.tensor(labeled), labels, model, stream(0, "a"), stream(0, "b"))
 
 
-@pytest.mark.parametrize("body_size", [0, 25])
-def test_the_batch_is_the_one_that_dense_greedy_selection_chooses(body_size):
-    model, images, labeled, budget, damping = cases.model("small_cnn"), pixels(24), [3, 4, 11, 20], 6, 0.5
+def case(body_size):
+    """A small network, 24 images, its mask, and the dense rows of its embedding: [n, C, k]."""
+    model, images = cases.model("small_cnn"), pixels(24)
     inputs = normalise(images, GREY, torch.float64)
     layout = inspect(model, inputs[:2])
-    head = layout.head
     diagonal = fisher_diagonal(model, inputs, layout)
     mask = global_mask(diagonal, layout, body_size) if body_size else last_layer_mask(layout)
-    found = minimise_trace(pool_of(images, model, labeled), mask, budget, damping=damping)
-
-    columns, start = [reference.head_entries(model, head)], 0
+    columns, start = [reference.head_entries(model, layout.head)], 0
     for name, parameter in model.named_parameters():
         columns.append(mask.entries.get(name, torch.tensor([], dtype=torch.long)) + start)
         start += parameter.numel()
-    rows = reference.information_rows(model, inputs)[:, :, torch.cat(columns)]
+    return model, images, mask, reference.information_rows(model, inputs)[:, :, torch.cat(columns)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        TraceOptions(damping=0.5),
+        TraceOptions(damping=0.5, initial_information=False),
+        TraceOptions(damping=0.5, batch_weighting="per_sample"),
+        TraceOptions(damping=0.5, target="identity"),
+        TraceOptions(damping=0.5, class_weighting="none"),
+        TraceOptions(damping=0.5, oversample=2.0),
+    ],
+    ids=lambda options: str({k: v for k, v in vars(options).items() if v != getattr(TraceOptions(), k)}),
+)
+@pytest.mark.parametrize("body_size", [0, 25])
+def test_the_batch_is_the_one_that_dense_greedy_selection_chooses(body_size, options):
+    labeled, budget = [3, 4, 11, 20], 6
+    model, images, mask, rows = case(body_size)
+    found = minimise_trace(pool_of(images, model, labeled, shards=2), mask, budget, options)
+
+    if options.class_weighting == "none":
+        with torch.no_grad():
+            rows = rows / model(normalise(images, GREY, torch.float64)).softmax(-1).sqrt()[:, :, None]
     every = torch.einsum("nck,ncl->nkl", rows, rows)
-    # fisher-math: M = lambda I + nL/(nL+K) I_L, candidates scaled by sqrt(K/(nL+K)).
-    total = len(labeled) + budget
-    matrix = damping * torch.eye(rows.shape[2]) + len(labeled) / total * every[labeled].mean(0)
+    # M = lambda I + nL/(nL+K) I_L; candidates are scaled by sqrt(K/(nL+K)).
+    total, eye = len(labeled) + budget, torch.eye(rows.shape[2], dtype=torch.float64)
+    matrix = options.damping * eye
+    if options.initial_information:
+        matrix = matrix + len(labeled) / total * every[labeled].mean(0)
+    target = every.mean(0) if options.target == "pool" else eye
+    weight = budget if options.batch_weighting == "bait" else 1
     candidates = [i for i in range(len(images)) if i not in labeled]
-    expected = reference.greedy(rows, candidates, matrix.double(), every.mean(0), budget, (budget / total) ** 0.5)
+    scale, count = (weight / total) ** 0.5, int(options.oversample * budget)
+    expected = reference.greedy(rows, candidates, matrix, target, count, scale)
+    matrix = matrix + scale**2 * every[expected].sum(0)
+    while len(expected) > budget:
+        values = [reference.trace(matrix - scale**2 * every[i], target) for i in expected]
+        worst = expected.pop(min(range(len(values)), key=lambda i: values[i]))
+        matrix = matrix - scale**2 * every[worst]
     assert found.tolist() == expected
+
+
+def query(name, model, images, labeled, budget, shards=2):
+    pool = pool_of(images, model, labeled, shards)
+    config = parse(ExperimentConfig, {"strategy": name}).strategy
+    return strategies.load(config).query(pool, budget).tolist()
+
+
+def test_coreset_takes_the_image_furthest_from_all_centers():
+    model, images, _, _ = case(0)
+    labeled, chosen = [3, 11], []
+    with torch.no_grad():
+        hidden = model[:-1](normalise(images, GREY, torch.float64))
+    distances = torch.cdist(hidden, hidden, compute_mode="donot_use_mm_for_euclid_dist")
+    for _ in range(8):
+        centers = labeled + chosen
+        left = [i for i in range(len(images)) if i not in centers]
+        chosen.append(max(left, key=lambda i: (float(distances[i, centers].min()), -i)))
+    assert query("coreset", model, images, labeled, 8) == chosen
+
+
+def test_badge_draws_in_proportion_to_the_squared_distance_of_dense_gradient_embeddings():
+    model, images, _, _ = case(0)
+    labeled, chosen = [3, 11], []
+    inputs = normalise(images, GREY, torch.float64)
+    with torch.no_grad():
+        hidden = torch.cat([model[:-1](inputs), torch.ones(len(images), 1, dtype=torch.float64)], dim=1)
+        p = model(inputs).softmax(-1)
+    residual = p - torch.nn.functional.one_hot(p.argmax(-1), p.shape[1])
+    gradients = (residual[:, :, None] * hidden[:, None, :]).flatten(1)
+    seed = int(torch.randint(2**31, (1,), generator=stream(0, "a")))
+    for step in range(8):
+        if step:
+            nearest = torch.cdist(gradients, gradients[chosen], compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+            noise = torch.Generator().manual_seed(BadgeScorer(seed).noise_seed(step, 0))
+            gumbel = -(-torch.rand(len(images), generator=noise, dtype=torch.float64).log()).log()
+            score = nearest.square().log() + gumbel
+        else:
+            score = gradients.square().sum(1)
+        left = [i for i in range(len(images)) if i not in labeled + chosen]
+        chosen.append(max(left, key=lambda i, score=score: float(score[i])))
+    assert query("badge", model, images, labeled, 8) == chosen
+
+
+def test_the_gumbel_trick_draws_in_proportion():
+    """Over many seeds each image comes up as often as its share of the squared distances says."""
+    distances = torch.tensor([1.0, 2.0, 5.0, 0.0, 2.0], dtype=torch.float64)
+    drawn = torch.bincount(
+        torch.tensor([int(BadgeScorer(seed).gains(distances.clone(), 1, 0).argmax()) for seed in range(4000)]),
+        minlength=5,
+    )
+    torch.testing.assert_close(drawn / 4000, distances.float() / 10, rtol=0, atol=0.03)
+
+
+def test_pools_of_equal_images_are_chosen_from_without_repetition():
+    model, images = cases.model("small_cnn"), pixels(1).expand(12, 1, 8, 8).contiguous()
+    for name in strategies.available():
+        params = {"fraction": 0.5} if name == "fisher_mask" else {}
+        batch = query({"name": name, "params": params}, model, images, [0, 5], 10)
+        assert sorted(batch) == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+
+
+def test_a_class_without_any_probability_changes_nothing():
+    """Its rows are zero: no division by it, no gradient of it."""
+    model, images = cases.model("mlp"), pixels(30)
+    with torch.no_grad():
+        model[-1].bias[2] = -2000.0
+    for name in ("fisher_mask", "bait", "badge", "entropy"):
+        params = {"fraction": 0.3} if name == "fisher_mask" else {}
+        assert len(query({"name": name, "params": params}, model, images, [0], 5)) == 5
 
 
 def test_blocks_in_narrow_parts_choose_the_same_batch(monkeypatch):
@@ -64,10 +165,10 @@ def test_blocks_in_narrow_parts_choose_the_same_batch(monkeypatch):
     model, images = cases.model("small_cnn"), pixels(900)
     layout = inspect(model, normalise(images[:2], GREY, torch.float64))
     mask = global_mask(fisher_diagonal(model, normalise(images[:20], GREY, torch.float64), layout), layout, 25)
-    whole = minimise_trace(pool_of(images, model, [3, 600], shards=1), mask, 8, damping=0.5)
+    whole = minimise_trace(pool_of(images, model, [3, 600], shards=1), mask, 8, TraceOptions(damping=0.5))
     monkeypatch.setattr("fishermask.pool.shard.WIDE_BODY", 24)
     pool = pool_of(images, model, [3, 600], shards=1)
-    assert minimise_trace(pool, mask, 8, damping=0.5).tolist() == whole.tolist()
+    assert minimise_trace(pool, mask, 8, TraceOptions(damping=0.5)).tolist() == whole.tolist()
 
 
 def test_equal_candidates_are_taken_from_the_lowest_position():
@@ -102,7 +203,9 @@ def test_a_model_that_overflows_is_an_error_not_a_choice():
     with torch.no_grad():
         next(p for p in model.parameters() if p.dim() == 2).mul_(1e200).mul_(1e200)
     with pytest.raises(FloatingPointError, match="not finite"):
-        minimise_trace(pool_of(pixels(10), model, [0]), last_layer_mask(Layout("5", (), ())), 2, damping=1.0)
+        minimise_trace(
+            pool_of(pixels(10), model, [0]), last_layer_mask(Layout("5", (), ())), 2, TraceOptions(damping=1.0)
+        )
 
 
 @pytest.mark.parametrize("batch", [[1, 2], [1, 2, 2], [1, 2, 7]])
@@ -220,7 +323,7 @@ def test_batch_norm_models_are_embedded_in_eval_mode(trained):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * 26 * 26, 10)).train()
     shards = LocalShards(setup.data.train.images[:20], setup.statistics)
     shards.call("set_model", model)
-    shards.call("embed", last_layer_mask(Layout("3", (), ())), 0, 1)
+    shards.call("embed", last_layer_mask(Layout("3", (), ())), "sqrt", 0, 1)
     assert not shards.shards[0].model.training
     assert model.training
     shards.close()

@@ -67,9 +67,13 @@ class Pool:
         images = torch.cat(self.shards.call("images_at", torch.arange(min(2, self.size))))
         return inspect(copy.deepcopy(self.model).eval(), images.to(next(self.model.parameters())))
 
-    def fisher_diagonal(self, layout: Layout, num_samples: int) -> dict[str, Tensor]:
-        """Mean Fisher diagonal of the parameters outside the last layer over a random sample of the whole pool."""
-        sample = torch.randperm(self.size, generator=self._sample_generator)[:num_samples].sort().values
+    def fisher_diagonal(self, layout: Layout, num_samples: int, which: str = "random") -> dict[str, Tensor]:
+        """Mean Fisher diagonal of the parameters outside the last layer over a ``random`` sample of the whole pool.
+
+        The paper's released code takes the ``first`` images instead.
+        """
+        order = torch.randperm(self.size, generator=self._sample_generator)
+        sample = order[:num_samples].sort().values if which == "random" else torch.arange(min(num_samples, self.size))
         batches = torch.cat(self.shards.call("images_at", sample)).split(DIAGONAL_BATCH)
         total: dict[str, Tensor] = {}
         for first in range(0, len(batches), self.shards.count):

@@ -7,7 +7,7 @@ thread, whoever calls it: the rounding of a sum over threads depends on their nu
 
 import copy
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from fishermask.tensors.embedding import Embedding, concatenate, embed, informat
 from fishermask.tensors.images import Statistics, normalise
 from fishermask.tensors.layout import Layout
 from fishermask.tensors.mask import Mask, fisher_diagonal
-from fishermask.tensors.trace import Update, advance, gains, start_scores
 
 BLOCK = 2048
 """Pool positions in a block; shards begin at multiples of it."""
@@ -27,6 +26,19 @@ embeddings in an order that the memory delivers faster (see docs/performance.md)
 NARROW = 256
 GRADIENT_BATCH = 128
 """Images differentiated at once; divides ``BLOCK``."""
+
+
+class Scorer(Protocol):
+    """What makes a greedy strategy: a state for each image, its change by a pick, and the gain read off it."""
+
+    def start(self, embedding: Embedding, first: int) -> Tensor:
+        """State of the images of ``embedding``, which are the pool's from position ``first``."""
+
+    def advance(self, state: Tensor, embedding: Embedding, update: Any) -> None:
+        """Bring the state up to date with a pick, in place."""
+
+    def gains(self, state: Tensor, step: int, first: int) -> Tensor:
+        """What each image would add after ``step`` picks, [n]."""
 
 
 class Offer(NamedTuple):
@@ -68,6 +80,8 @@ class Shard:
         """Rows that each of ``embeddings`` and of ``scores`` is of."""
         self.scores: list[Tensor] = []
         self.available = torch.zeros(len(images), dtype=torch.bool)
+        self.scorer: Scorer
+        self.step = 0
 
     def set_model(self, model: nn.Module) -> None:
         """Use ``model``, in eval mode, from now on; what was computed with another is dropped."""
@@ -99,11 +113,13 @@ class Shard:
             found.append({name: value.cpu() for name, value in diagonal.items()})
         return found
 
-    def embed(self, mask: Mask, piece: int, pieces: int) -> None:
+    def embed(self, mask: Mask, class_weighting: str, piece: int, pieces: int) -> None:
         """Embed the images in the ``piece``-th of ``pieces`` runs of blocks; call with each piece in turn."""
         mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
         for block in self._run(piece, pieces):
-            batches = [embed(self.model, batch, mask) for batch in self._inputs(block).split(GRADIENT_BATCH)]
+            batches = [
+                embed(self.model, batch, mask, class_weighting) for batch in self._inputs(block).split(GRADIENT_BATCH)
+            ]
             rows = BLOCK if mask.body_size <= WIDE_BODY else NARROW
             together = rows // GRADIENT_BATCH
             for first in range(0, len(batches), together):
@@ -124,28 +140,36 @@ class Shard:
                 known += information(take(embedding, rows.to(self.device)))
         return everything.cpu(), known.cpu()
 
-    def start_selection(self, inverse: Tensor, sandwich: Tensor, candidates: Tensor) -> Offer | None:
-        """Score all images against R and H and offer the best of the pool positions ``candidates``."""
+    def hidden_at(self, positions: Tensor) -> list[Tensor]:
+        """Hidden outputs [E] at those of the pool ``positions`` that lie in this slice, in their order."""
+        found = [self._row(int(p) - self.start) for p in positions if self.start <= p < self.start + len(self.images)]
+        return [embedding.hidden[:, 0].cpu() for embedding in found]
+
+    def start_selection(self, scorer: Scorer, candidates: Tensor) -> Offer | None:
+        """Score all images by ``scorer`` and offer the best of the pool positions ``candidates``."""
         inside = (candidates >= self.start) & (candidates < self.start + len(self.images))
         self.available = torch.zeros(len(self.images), dtype=torch.bool)
         self.available[candidates[inside] - self.start] = True
-        inverse, sandwich = inverse.to(self.device), sandwich.to(self.device)
-        self.scores = [start_scores(embedding, inverse, sandwich) for embedding in self.embeddings]
+        self.scorer, self.step = scorer, 0
+        firsts = [self.start + part.start for part in self.parts]
+        self.scores = [scorer.start(e, first) for e, first in zip(self.embeddings, firsts, strict=True)]
         return self._offer()
 
-    def advance(self, update: Update, taken: int) -> Offer | None:
+    def advance(self, update: Any, taken: int) -> Offer | None:
         """Bring the scores up to date with the pick of pool position ``taken``; offer the next best."""
-        update = Update(*(part.to(self.device, self._dtype()) for part in update))
+        update = _moved(update, self.embeddings[0].hidden) if self.embeddings else update
+        self.step += 1
         if self.start <= taken < self.start + len(self.images):
             self.available[taken - self.start] = False
         for scores, embedding in zip(self.scores, self.embeddings, strict=True):
-            advance(scores, embedding, update)
+            self.scorer.advance(scores, embedding, update)
         return self._offer()
 
     def _offer(self) -> Offer | None:
         if not self.available.any():
             return None
-        gain = torch.cat([gains(scores) for scores in self.scores]).cpu()
+        states = zip(self.scores, self.parts, strict=True)
+        gain = torch.cat([self.scorer.gains(state, self.step, self.start + part.start) for state, part in states]).cpu()
         if not torch.isfinite(gain[self.available]).all():
             raise FloatingPointError(
                 "a candidate's gain is not a number: the model's outputs overflow, or strategy.params.damping is too "
@@ -153,10 +177,13 @@ class Shard:
             )
         # argmax takes the first of equal values: ties go to the lowest position.
         row = int(torch.where(self.available, gain, -torch.inf).argmax())
+        chosen = Embedding(*(part.cpu() for part in self._row(row)))
+        return Offer(float(gain[row]), self.start + row, chosen)
+
+    def _row(self, row: int) -> Embedding:
         index = next(i for i, part in enumerate(self.parts) if row < part.stop)
         inside = row - self.parts[index].start
-        chosen = take(self.embeddings[index], slice(inside, inside + 1))
-        return Offer(float(gain[row]), self.start + row, Embedding(*(part.cpu() for part in chosen)))
+        return take(self.embeddings[index], slice(inside, inside + 1))
 
     def _run(self, piece: int, pieces: int) -> list[slice]:
         count = len(self.blocks)
@@ -167,3 +194,13 @@ class Shard:
 
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
+
+
+def _moved(update: Any, like: Tensor) -> Any:
+    """An update's tensors with the device and type of ``like``; tuples keep their kind."""
+    if isinstance(update, Tensor):
+        return update.to(like)
+    if isinstance(update, tuple):
+        parts = [_moved(part, like) for part in update]
+        return type(update)(*parts) if hasattr(update, "_fields") else tuple(parts)
+    return update

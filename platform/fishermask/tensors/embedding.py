@@ -46,16 +46,21 @@ class Embedding(NamedTuple):
         return self.head_size + self.body.shape[1]
 
 
-def embed(model: nn.Module, images: Tensor, mask: Mask) -> Embedding:
-    """Fisher embeddings of ``images`` [n, ...] under ``mask``, with w_c = sqrt(p_c).
+def embed(model: nn.Module, images: Tensor, mask: Mask, class_weighting: str = "sqrt") -> Embedding:
+    """Fisher embeddings of ``images`` [n, ...] under ``mask``.
 
-    The rows of V are linearly dependent, ``sum_c w_c V_c = sum_c p_c d log p_c = 0``, so the row of each image's most
-    probable class follows from the others, and C - 1 backward passes do. Its divisor is the largest w there is: no
-    accuracy is lost.
+    Args:
+        class_weighting: ``sqrt``: w_c = sqrt(p_c), so that V^T V is the Fisher information. ``none``: w_c = 1, as the
+            paper's released code has it.
+
+    The rows of V are linearly dependent, ``sum_c (p_c / w_c) V_c = sum_c p_c d log p_c = 0``, so the row of each
+    image's most probable class follows from the others, and C - 1 backward passes do. Its divisor is the largest there
+    is: no accuracy is lost.
     """
     run = forward(model, images, mask.layout.head, mask.layers)
     probabilities = run.probabilities
-    weights = probabilities.sqrt()
+    weights = probabilities.sqrt() if class_weighting == "sqrt" else torch.ones_like(probabilities)
+    share = weights if class_weighting == "sqrt" else probabilities  # p / w
     body = probabilities.new_zeros(*probabilities.shape, mask.body_size)
     if mask.entries:
         modules = dict(model.named_modules())
@@ -76,7 +81,7 @@ def embed(model: nn.Module, images: Tensor, mask: Mask) -> Embedding:
                 dim=1,
             )
             body[every, classes] = row
-            body[every, order[:, 0]] -= (weights[every, classes] / weights[every, order[:, 0]])[:, None] * row
+            body[every, order[:, 0]] -= (share[every, classes] / share[every, order[:, 0]])[:, None] * row
     return Embedding(probabilities.mT, weights.mT, run.hidden.mT, body.permute(1, 2, 0))
 
 

@@ -16,6 +16,8 @@ from fishermask.tensors.backprop import all_classes, class_gradients, forward
 from fishermask.tensors.layer_rules import squared_sums
 from fishermask.tensors.layout import Layout, per_sample_gradients
 
+RELATIVE_THRESHOLD = 2.0
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -99,12 +101,60 @@ def mask_size(model: nn.Module, layout: Layout, fraction: float) -> int:
 
 def global_mask(diagonal: Mapping[str, Tensor], layout: Layout, body_size: int) -> Mask:
     """The ``body_size`` largest entries over all body parameters together; ties to the lowest index."""
-    values = torch.cat(list(diagonal.values()))
-    # A stable sort keeps equal values in the parameters' order.
-    order = torch.sort(values, descending=True, stable=True).indices[:body_size].sort().values
+    return _entries(diagonal, layout, _largest(torch.cat(list(diagonal.values())), body_size))
+
+
+def layerwise_mask(diagonal: Mapping[str, Tensor], layout: Layout, body_size: int) -> Mask:
+    """The same share of every layer, by its largest entries: ``body_size`` in all.
+
+    What is left after rounding down goes to the layers with the largest remainders, the first of equal ones.
+    """
+    layers = _by_layer(diagonal)
+    total = sum(len(values) for values in layers.values())
+    exact = {layer: body_size * len(values) / total for layer, values in layers.items()}
+    counts = {layer: int(share) for layer, share in exact.items()}
+    for layer in sorted(exact, key=lambda layer: counts[layer] - exact[layer])[: body_size - sum(counts.values())]:
+        counts[layer] += 1
+    chosen, start = [], 0
+    for layer, values in layers.items():
+        chosen.append(_largest(values, counts[layer]) + start)
+        start += len(values)
+    return _entries(diagonal, layout, torch.cat(chosen))
+
+
+def relative_mask(diagonal: Mapping[str, Tensor], layout: Layout, body_size: int) -> Mask:
+    """Entries above twice the mean of their layer, at most ``body_size``: those furthest above it."""
+    ratio = torch.cat([values / values.mean() for values in _by_layer(diagonal).values()]).nan_to_num(nan=0.0)
+    chosen = _largest(ratio, body_size)
+    return _entries(diagonal, layout, chosen[ratio[chosen] > RELATIVE_THRESHOLD])
+
+
+def random_mask(parameters: Mapping[str, Tensor], layout: Layout, body_size: int, generator: torch.Generator) -> Mask:
+    """``body_size`` entries of the body uniformly at random: what the Fisher ranking is measured against."""
+    total = sum(values.numel() for values in parameters.values())
+    chosen = torch.randperm(total, generator=generator)[:body_size].sort().values
+    return _entries({name: values.flatten() for name, values in parameters.items()}, layout, chosen)
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Ascending indices of the largest values; a stable sort gives ties to the lowest index."""
+    return torch.sort(values, descending=True, stable=True).indices[:count].sort().values
+
+
+def _by_layer(diagonal: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layer -> its parameters' values, one after the other. A layer's parameters follow one another in a model."""
+    layers: dict[str, Tensor] = {}
+    for name, values in diagonal.items():
+        layer = split_name(name)[0]
+        layers[layer] = torch.cat([layers[layer], values]) if layer in layers else values
+    return layers
+
+
+def _entries(parameters: Mapping[str, Tensor], layout: Layout, chosen: Tensor) -> Mask:
+    """The mask of ascending indices into all body parameters, laid one after the other."""
     entries, start = {}, 0
-    for name, value in diagonal.items():
-        inside = order[(order >= start) & (order < start + len(value))] - start
+    for name, value in parameters.items():
+        inside = chosen[(chosen >= start) & (chosen < start + len(value))] - start
         if len(inside):
             entries[name] = inside
         start += len(value)

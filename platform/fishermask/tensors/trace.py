@@ -6,6 +6,7 @@ C (Woodbury), so a pick costs one structured product with 2 C columns over the p
 objective.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -60,13 +61,21 @@ class Objective:
 
     def add(self, embedding: Embedding) -> Update:
         """Add the one image of ``embedding`` to M and return what the scores of all others need."""
+        return self._change(embedding, 1.0)
+
+    def remove(self, embedding: Embedding) -> Update:
+        """Take the one image of ``embedding`` out of M again."""
+        return self._change(embedding, -1.0)
+
+    def _change(self, embedding: Embedding, sign: float) -> Update:
+        # (M + V^T V)^-1 = R - U (I + V U)^-1 U^T and (M - V^T V)^-1 = R - U (V U - I)^-1 U^T: one formula, two signs.
         v = dense(embedding)[0].double().mT * self.scale
         u, t = self.inverse @ v, self.sandwich @ v
         if self._u:
             past_u, past_ug, past_y = (torch.cat(past, dim=1) for past in (self._u, self._ug, self._y))
             u -= past_ug @ (past_u.mT @ v)
             t -= past_y @ (past_ug.mT @ v) + past_ug @ (past_y.mT @ v)
-        inner = torch.linalg.inv(torch.eye(v.shape[1], dtype=v.dtype, device=v.device) + v.mT @ u)
+        inner = torch.linalg.inv(sign * torch.eye(v.shape[1], dtype=v.dtype, device=v.device) + v.mT @ u)
         middle = v.mT @ t
         self.value -= float((inner * middle).sum())
         ug = u @ inner
@@ -83,6 +92,27 @@ class Objective:
             self.inverse.addmm_(ug, u.mT, alpha=-1)
             self.sandwich.addmm_(torch.cat([y, ug], dim=1), torch.cat([ug, y], dim=1).mT, alpha=-1)
             self._u, self._ug, self._y = [], [], []
+
+
+@dataclass(frozen=True)
+class TraceScorer:
+    """Scores candidates by the fall of ``tr(M^-1 F)``: what shards need of an ``Objective``."""
+
+    inverse: Tensor
+    sandwich: Tensor
+
+    def start(self, embedding: Embedding, first: int) -> Tensor:
+        """State of the images of ``embedding``, the pool's from position ``first``."""
+        inverse, sandwich = (matrix.to(embedding.hidden) for matrix in (self.inverse, self.sandwich))
+        return start_scores(embedding, inverse, sandwich)
+
+    def advance(self, state: Tensor, embedding: Embedding, update: Update) -> None:
+        """Bring the state up to date with a pick, in place."""
+        advance(state, embedding, update)
+
+    def gains(self, state: Tensor, step: int, first: int) -> Tensor:
+        """What each image would add, [n]; ``step`` counts the picks."""
+        return gains(state)
 
 
 def start_scores(embedding: Embedding, inverse: Tensor, sandwich: Tensor) -> Tensor:

@@ -1,0 +1,25 @@
+"""Uncertain and diverse: k-means++ on the loss's gradients by the last layer (BADGE, Ash et al. 2020)."""
+
+import torch
+from torch import Tensor, nn
+
+from fishermask.config import Config
+from fishermask.pool.pool import Pool
+from fishermask.pool.selection import greedy
+from fishermask.tensors.distances import BadgeScorer
+from fishermask.tensors.layout import inspect
+from fishermask.tensors.mask import last_layer_mask
+
+
+def check(params: Config, model: nn.Module, images: Tensor) -> None:
+    """The model must end in a linear layer."""
+    last_layer_mask(inspect(model, images))
+
+
+def query(pool: Pool, budget: int, params: Config) -> Tensor:
+    """Positions of ``budget`` candidates, drawn in proportion to the squared distance from those before."""
+    pool.in_pieces("embed", "embed", last_layer_mask(pool.layout()), "sqrt")
+    seed = int(torch.randint(2**31, (1,), generator=pool.generator))
+    picks = greedy(pool, BadgeScorer(seed), budget, lambda offer, step: (offer.embedding, step == 0))
+    pool.shards.call("clear")
+    return torch.tensor([pick.position for pick in picks])

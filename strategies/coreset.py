@@ -1,0 +1,25 @@
+"""Images far from all labelled ones: k-center greedy on the last hidden layer (Sener, Savarese 2018)."""
+
+import torch
+from torch import Tensor, nn
+
+from fishermask.config import Config
+from fishermask.pool.pool import Pool
+from fishermask.pool.selection import greedy
+from fishermask.tensors.distances import KCenterScorer
+from fishermask.tensors.layout import inspect
+from fishermask.tensors.mask import last_layer_mask
+
+
+def check(params: Config, model: nn.Module, images: Tensor) -> None:
+    """The model must end in a linear layer."""
+    last_layer_mask(inspect(model, images))
+
+
+def query(pool: Pool, budget: int, params: Config) -> Tensor:
+    """Positions of ``budget`` candidates, each the furthest from its nearest labelled or chosen image."""
+    pool.in_pieces("embed", "embed", last_layer_mask(pool.layout()), "sqrt")
+    labeled = [hidden for found in pool.shards.call("hidden_at", pool.labeled) for hidden in found]
+    picks = greedy(pool, KCenterScorer(torch.stack(labeled, dim=1)), budget, lambda offer, _: offer.embedding)
+    pool.shards.call("clear")
+    return torch.tensor([pick.position for pick in picks])

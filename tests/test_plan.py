@@ -111,7 +111,7 @@ def test_a_wrong_sweep_file_is_one_line_with_field_value_and_remedy(tmp_path, co
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strategy": "fisher"}, "strategy.name: unknown strategy 'fisher'; there are bait, entropy, fisher_mask"),
+        ({"strategy": "fisher"}, "strategy.name: unknown strategy 'fisher'; there are badge, bait, coreset, entropy"),
         ({"strategy": {"name": "bait", "params": {"lambda": 1}}}, "strategy.params.lambda: unknown key; .* damping"),
         ({"strategy": {"name": "margin", "params": {"x": 1}}}, "strategy.params.x: unknown key"),
         ({"strategy": "fisher_mask"}, "strategy.params.fraction: 0.01 of 33,194 .* the smallest that works is 0.01959"),

@@ -177,7 +177,7 @@ def test_equal_candidates_are_taken_from_the_lowest_position():
     images = pair[torch.arange(2 * BLOCK + 6) % 2]
     model = cases.model("mlp")
     found = minimise_trace(
-        pool_of(images, model, [0, 1], shards=2), last_layer_mask(Layout("5", (), ())), 6, damping=1.0
+        pool_of(images, model, [0, 1], shards=2), last_layer_mask(Layout("5", (), ())), 6, TraceOptions()
     ).tolist()
     for kind in (0, 1):
         same = [position for position in found if position % 2 == kind]

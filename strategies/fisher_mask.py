@@ -1,21 +1,26 @@
 """Batch that best covers the pool's Fisher information on the few parameters that matter (arXiv 2411.05752)."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fishermask.config import Config
 from fishermask.pool.pool import Pool
 from fishermask.pool.selection import TraceOptions, minimise_trace
 from fishermask.tensors import mask as masks
-from fishermask.tensors.layout import inspect
+from fishermask.tensors.layout import announce_slow, inspect
 from fishermask.tensors.mask import Mask
 
 RANKED = {"global": masks.global_mask, "layerwise": masks.layerwise_mask, "relative": masks.relative_mask}
 
 
+PRESETS: dict[str, dict[str, Any]] = {"fishermask-released": {"class_weighting": "none", "fisher_sample": "first"}}
+
+
 class Params(Config):
+    preset: Literal["fishermask-released"] | None = None
+    """Options switched on together, where they are not given: the choices of the paper's released code."""
     fraction: float = Field(0.01, gt=0, le=1)
     """Masked share of all parameters: the whole last layer, and the rest as ``mask`` says."""
     mask: Literal["global", "layerwise", "relative", "random", "last_layer"] = "global"
@@ -38,10 +43,16 @@ class Params(Config):
     oversample: float = Field(1.0, ge=1)
     """Choose this many times the budget, then take back what is missed least."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return PRESETS.get(given.get("preset") or "", {}) | given
+
 
 def check(params: Params, model: nn.Module, images: Tensor) -> None:
     """The mask must hold the last layer."""
     layout = inspect(model, images)
+    announce_slow(layout.slow)
     masks.mask_size(model, layout, params.fraction)
     if params.mask == "last_layer":
         masks.last_layer_mask(layout)

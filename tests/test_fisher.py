@@ -10,7 +10,7 @@ from torch import nn
 
 from fishermask.errors import InputError
 from fishermask.tensors.embedding import concatenate, dense, embed, information, product, quadratic, take
-from fishermask.tensors.layout import Layout, inspect
+from fishermask.tensors.layout import Layout, announce_slow, inspect
 from fishermask.tensors.mask import (
     Mask,
     body_parameters,
@@ -215,6 +215,16 @@ def test_what_has_no_rule_is_known_by_name(name, head, slow):
     fast = {f"{layer}.{leaf}" for layer, m in modules.items() for leaf, _ in m.named_parameters(recurse=False)}
     assert fast | set(layout.slow) == set(body_parameters(model, layout))
     assert not fast & set(layout.slow)
+
+
+def test_the_slow_way_is_announced_once(caplog):
+    announce_slow.cache_clear()
+    for _ in range(2):
+        announce_slow(("a", "b", "c", "d", "e"))
+        announce_slow(())
+    assert [record.message for record in caplog.records] == [
+        "model: 5 parameters have no gradient rule and take the slow way: a, b, c, d and 1 more"
+    ]
 
 
 def test_models_that_cannot_be_differentiated_image_by_image_are_refused():

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fishermask.config import ExperimentConfig, parse
+from fishermask import strategies
+from fishermask.config import ExperimentConfig, StrategyConfig, parse
 from fishermask.errors import InputError
 from fishermask.experiment.setup import prepare
 from fishermask.sweep import plan
@@ -126,6 +127,18 @@ def test_a_wrong_sweep_file_is_one_line_with_field_value_and_remedy(tmp_path, co
 def test_settings_that_do_not_go_with_the_data_are_one_line_before_anything_is_trained(settings, message):
     with pytest.raises(InputError, match=message):
         prepare(parse(ExperimentConfig, {"strategy": "random"} | settings))
+
+
+def test_a_preset_sets_what_is_not_given():
+    def params(**given):
+        return strategies.load(StrategyConfig(name="fisher_mask", params=given)).params
+
+    released = params(preset="fishermask-released", fraction=0.02)
+    assert (released.class_weighting, released.fisher_sample, released.fraction) == ("none", "first", 0.02)
+    assert params(preset="fishermask-released", class_weighting="sqrt").class_weighting == "sqrt"
+    assert params().class_weighting == "sqrt"
+    with pytest.raises(InputError, match="strategy.params.preset: .*'fishermask-released'.*, got 'released'"):
+        params(preset="released")
 
 
 def test_another_sweeps_folder_is_refused_and_a_grown_grid_is_welcome(tmp_path):

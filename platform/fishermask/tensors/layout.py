@@ -4,6 +4,8 @@ A layer with a rule (``layer_rules``) that is called once, sample by sample, tak
 parameter, an attention layer, tied weights, a layer called twice, goes through ``torch.func``: slower, always right.
 """
 
+import functools
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from fishermask.errors import InputError
 from fishermask.tensors.layer_rules import has_rule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,14 @@ def inspect(model: nn.Module, images: Tensor) -> Layout:
     layers = tuple(name for name in fast if name != head)
     covered = {f"{layer}.{leaf}" for layer in fast for leaf, _ in modules[layer].named_parameters(recurse=False)}
     return Layout(head, layers, tuple(name for name, _ in model.named_parameters() if name not in covered))
+
+
+@functools.cache
+def announce_slow(names: tuple[str, ...]) -> None:
+    """Say, once in a process, which parameters have no gradient rule."""
+    if names:
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        logger.warning("model: %d parameters have no gradient rule and take the slow way: %s", len(names), shown)
 
 
 class slow_attention:  # noqa: N801  a context manager

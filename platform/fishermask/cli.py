@@ -174,8 +174,8 @@ def _show(folder: Path, metric: str, console: Console) -> int:
     summary = report.write(folder, metric)
     header, rows = report.cells(summary, brief=True)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in header:
-        table.add_column(name, no_wrap=" " not in name, min_width=11 if name == "strategy" else None)
+    for name, *cells in zip(header, *rows, strict=True):
+        table.add_column(name, min_width=max(map(len, cells)))  # headers may break over lines, numbers may not
     for row in rows:
         table.add_row(*row)
     console.print(table, soft_wrap=False)

@@ -38,8 +38,8 @@ def cells(summary: pd.DataFrame, brief: bool = False) -> tuple[list[str], list[l
     columns: dict[str, list[str]] = {path.rpartition(".")[2]: [str(v) for v in summary[path]] for path in settings}
     records = summary.to_dict("records")
     columns["strategy"] = [str(r["strategy"]) for r in records]
-    columns["seeds"] = [str(r["runs"]) for r in records]
     if not brief:
+        columns["seeds"] = [str(r["runs"]) for r in records]
         columns["labels"] = [str(r["labels"]) for r in records]
     for metric in ("balanced_accuracy",) if brief else METRICS:
         columns[f"{metric.replace('_', ' ')} at the end"] = [

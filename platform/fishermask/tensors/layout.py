@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fishermask.errors import InputError
 from fishermask.tensors.layer_rules import has_rule
@@ -123,7 +124,8 @@ def per_sample_gradients(
         logits = torch.func.functional_call(model, {**parameters, **values}, (image[None],))
         return (logits[0] * weights).sum()
 
-    with slow_attention():
+    # The fused attention kernels know no vmap, and would go image by image.
+    with slow_attention(), sdpa_kernel(SDPBackend.MATH):
         rows = torch.func.vmap(torch.func.grad(weighted), in_dims=(None, 0, 0), chunk_size=chunk)(
             wanted, images, cotangent
         )

@@ -1,7 +1,7 @@
 """BADGE and k-center through the greedy loop, against scikit-activeml in the same run.
 
     pip install 'fishermask[benchmarks]'
-    python benchmarks/selectors.py
+    python benchmarks/distances.py
 
 20,000 candidates, 100 classes, 768 features. scikit-activeml forms the n x (C E) gradient embedding and is timed on a
 part of the candidates, which its time and memory grow with in proportion; both choose 10.

@@ -16,7 +16,12 @@ def ray_session():
     import ray
 
     ray.init(
-        num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False, logging_level="error"
+        "local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+        logging_level="error",
     )
     yield
     ray.shutdown()

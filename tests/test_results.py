@@ -55,19 +55,19 @@ def test_a_table_has_a_row_a_round_and_a_column_for_each_setting_that_varies(tmp
     assert list(table.columns[:4]) == ["run", "strategy", "imbalance.ratio", "seed"]
     assert {"labels", "accuracy", "recall.cat", "batch_classes.cat", "seconds.query", "ended_by"} <= set(table.columns)
     row = table[(table["run"] == "margin-1-1") & (table["round"] == 1)].iloc[0]
-    assert (row["accuracy"], row["seed"], row["labels"], row["imbalance.ratio"]) == (0.8, 1, 20, "1")
+    assert (row["accuracy"], row["seed"], row["labels"], row["imbalance.ratio"]) == (0.8, 1, 20, 1.0)
 
 
 def test_the_summary_pairs_each_strategy_with_random_of_the_same_seed(tmp_path):
     summary = summarise(collect(make_sweep(tmp_path / "s", FINALS))).set_index(["imbalance.ratio", "strategy"])
-    margin = summary.loc[("1", "margin")]
+    margin = summary.loc[(1.0, "margin")]
     # Balanced accuracy over the rounds: margin (.2 .25) for seeds 0 and 1, random (.15 .275).
     assert margin["balanced_accuracy_curve"] == pytest.approx(0.225)
     assert margin["gain"] == pytest.approx((0.05 - 0.025) / 2)
     assert margin["gain_sd"] == pytest.approx(0.075 / 2**0.5)
     assert (margin["wins"], margin["pairs"], margin["runs"]) == (1, 2, 2)
     assert margin["accuracy_final"] == pytest.approx(0.7)
-    assert pd.isna(summary.loc[("20", "margin")]["gain_sd"])
+    assert pd.isna(summary.loc[(20.0, "margin")]["gain_sd"])
 
 
 def test_unfinished_runs_are_not_compared_with_finished_ones(tmp_path):

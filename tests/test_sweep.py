@@ -92,7 +92,7 @@ def test_tensorboard_shows_metrics_by_labels_and_the_hyper_parameters(swept):
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     values = HParamsPluginData.FromString(content).session_start_info.hparams
     assert values["strategy"].string_value == "bait"
-    assert values["training.learning_rate"].string_value == "0.001"
+    assert values["training.learning_rate"].number_value == 0.001
     assert values["seed"].number_value == 0
     # One tidy tree: a run of TensorBoard's is a run of ours, and nothing else lies there.
     found = {path.parent for path in sweep.folder.rglob("events.out.tfevents.*")}

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fishermask.results.files import write_atomically
-from fishermask.results.tables import setting_columns
+from fishermask.results.tables import setting_columns, text
 
 COLUMNS = 3
 COLORS = matplotlib.color_sequences["tab10"]
@@ -18,7 +18,7 @@ COLORS = matplotlib.color_sequences["tab10"]
 
 def panel_title(settings: list[str], values: tuple[object, ...]) -> str:
     """``ratio = 20, query = 40``; what all settings share with the first of their path is left out."""
-    return ", ".join(f"{path.rpartition('.')[2]} = {value}" for path, value in zip(settings, values, strict=True))
+    return ", ".join(f"{path.rpartition('.')[2]} = {text(value)}" for path, value in zip(settings, values, strict=True))
 
 
 def draw(table: pd.DataFrame, metric: str, title: str) -> Figure:

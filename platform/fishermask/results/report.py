@@ -7,7 +7,7 @@ import pandas as pd
 
 from fishermask.results import curves
 from fishermask.results.files import write_atomically
-from fishermask.results.tables import BASELINE, METRICS, collect, setting_columns, summarise
+from fishermask.results.tables import BASELINE, METRICS, collect, setting_columns, summarise, text
 
 FEW_SEEDS = 5
 
@@ -35,7 +35,7 @@ def spread(mean: float, deviation: float, sign: str = "") -> str:
 def cells(summary: pd.DataFrame, brief: bool = False) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the summary as text; ``brief`` leaves out what a narrow terminal has no room for."""
     settings = list(summary.columns[: list(summary.columns).index("strategy")])
-    columns: dict[str, list[str]] = {path.rpartition(".")[2]: [str(v) for v in summary[path]] for path in settings}
+    columns: dict[str, list[str]] = {path.rpartition(".")[2]: [text(v) for v in summary[path]] for path in settings}
     records = summary.to_dict("records")
     columns["strategy"] = [str(r["strategy"]) for r in records]
     if not brief:

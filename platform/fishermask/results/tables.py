@@ -15,15 +15,18 @@ BASELINE = "random"
 
 
 def setting(config: ExperimentConfig, path: str) -> Any:
-    """The value at a dotted path of a config, as one cell: whole numbers and text as they are, the rest as text."""
+    """The value at a dotted path of a config, as one cell: numbers and text as they are, the rest as text."""
     value: Any = config.model_dump()
     for part in path.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if isinstance(value, dict):
         return " ".join(f"{key}={inner}" for key, inner in value.items() if inner not in (None, {}, []))
-    if isinstance(value, float):
-        return f"{value:g}"
     return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def text(value: Any) -> str:
+    """A cell as people read it: ``20``, not ``20.0``."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def strategy_label(strategy: StrategyConfig) -> str:

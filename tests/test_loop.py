@@ -112,6 +112,19 @@ def test_any_module_that_returns_logits_can_be_the_model(tmp_path):
     assert [r["labels"] for r in results(prepared)] == [6, 10, 14]
 
 
+def test_a_test_set_without_the_pools_classes_is_refused_before_training(tmp_path):
+    files = {}
+    for split, label in (("train", 0), ("test", 2)):
+        buffer = io.BytesIO()
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(buffer, "PNG")
+        image = {"bytes": buffer.getvalue(), "path": None}
+        files[split] = str(tmp_path / f"{split}.parquet")
+        pq.write_table(pa.table({"image": [image] * 4, "label": [label, label, label + 1, label + 1]}), files[split])
+    counts = {"kind": "counts", "counts": {0: 2, 1: 2}}
+    with pytest.raises(InputError, match="data.test: holds no image of the pool's classes"):
+        setup(data={"name": "parquet", **files}, imbalance=counts, budget={"initial": 1, "query": 1, "total": 2})
+
+
 def test_the_whole_pool_can_be_bought():
     everything = results(setup(budget={"initial": 20, "query": 200, "total": 330}))
     assert [r["labels"] for r in everything] == [20, 220, 330]

@@ -45,6 +45,8 @@ def prepare(config: ExperimentConfig) -> Setup:
     strategy = strategies.load(config.strategy)
     data = _pool(config.data, config.imbalance, config.seed)
     size = len(data.train.labels)
+    if not len(data.test.labels):
+        raise InputError("data.test: holds no image of the pool's classes; give test images of each of them")
     for field in ("initial", "query", "total"):
         if (value := getattr(config.budget, field)) > size:
             raise InputError(f"budget.{field}: {value} exceeds the pool of {size} images; lower it")

@@ -17,7 +17,7 @@ COLORS = matplotlib.color_sequences["tab10"]
 
 
 def panel_title(settings: list[str], values: tuple[object, ...]) -> str:
-    """``ratio = 20, query = 40``; what all settings share with the first of their path is left out."""
+    """``ratio = 20, query = 40``: the last part of each dotted path and its value."""
     return ", ".join(f"{path.rpartition('.')[2]} = {text(value)}" for path, value in zip(settings, values, strict=True))
 
 

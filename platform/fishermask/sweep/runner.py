@@ -27,7 +27,7 @@ def check(sweep: Sweep, console: Console) -> None:
     """Check every run against its data and model, and the folder against what is there, before anything starts.
 
     Raises:
-        InputError: what is wrong, with the run's name where not all runs have it.
+        InputError: a setting that cannot work, by its dotted path.
     """
     check_folder(sweep)
     seen = set()

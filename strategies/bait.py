@@ -15,6 +15,8 @@ class Params(Config):
     """lambda: how much identity is added to the labelled images' information."""
     oversample: float = Field(1.0, ge=1)
     """Choose this many times the budget, then take back what is missed least. BAIT's authors' code: 2; the paper: 1."""
+    top_classes: int | None = Field(None, ge=2)
+    """An approximation, for many classes: only an image's most probable classes count, as if others were impossible."""
 
 
 def check(params: Params, model: nn.Module, images: Tensor) -> None:

@@ -36,6 +36,8 @@ class Params(Config):
     """Whether the labelled images' information counts."""
     class_weighting: Literal["sqrt", "none"] = "sqrt"
     """With sqrt an image's embedding gives its Fisher information; the released code leaves it out."""
+    top_classes: int | None = Field(None, ge=2)
+    """An approximation, for many classes: only an image's most probable classes count, as if others were impossible."""
     batch_weighting: Literal["bait", "per_sample"] = "bait"
     """A candidate counts as much as the whole batch, as BAIT's code has it, or as much as a labelled image."""
     target: Literal["pool", "identity"] = "pool"

@@ -6,13 +6,18 @@ them, and nowhere before.
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fishermask.pool.shards import Shards
+from fishermask.tensors.embedding import Embedding
 from fishermask.tensors.layout import Layout, inspect
+from fishermask.tensors.mask import Mask
+from fishermask.tensors.memory import CHUNKS
+from fishermask.tensors.precision import Precision
 
 PIECES = 20
 """Parts that a pass over the pool is called in, so that its progress can be shown."""
@@ -20,6 +25,21 @@ DIAGONAL_BATCH = 32
 
 Progress = Callable[[str, int, int], None]
 """Told the stage, how much is done and how much there is."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a query is computed, none of which a strategy need know."""
+
+    precision: Precision = Precision()
+    drift: float = 1e-3
+    """Relative error of a pick's gain beyond which all scores are computed anew."""
+    chunk: int = CHUNKS[0]
+    """Images differentiated at once."""
+    past: list[tuple[int, bool]] = field(default_factory=list)
+    """Picks of this query that an earlier process made: position, and whether scores were computed anew before it."""
+    journal: Callable[[int, bool], None] = lambda position, rescored: None
+    """Told each pick as it is made."""
 
 
 class Pool:
@@ -32,6 +52,7 @@ class Pool:
         generator: the strategy's own random stream of this round.
         model: the trained model, in eval mode.
         shards: the pool's shards, which hold the same model.
+        notes: what is worth knowing of how the batch was found, by name.
     """
 
     def __init__(
@@ -44,6 +65,7 @@ class Pool:
         generator: torch.Generator,
         sample_generator: torch.Generator,
         progress: Progress = lambda stage, done, total: None,
+        engine: Engine | None = None,
     ) -> None:
         unlabeled = torch.ones(size, dtype=torch.bool)
         unlabeled[labeled] = False
@@ -52,7 +74,27 @@ class Pool:
         self.size, self.shards, self.model = size, shards, model
         self.generator, self.progress = generator, progress
         self._sample_generator = sample_generator
-        shards.call("set_model", model)
+        self.engine = engine or Engine()
+        self.notes: dict[str, float] = {}
+        shards.call("set_model", model, self.engine.precision)
+
+    @property
+    def scores_type(self) -> torch.dtype:
+        """The type that scores are kept in."""
+        return self.engine.precision.scores or next(self.model.parameters()).dtype
+
+    def note(self, name: str, value: float, combine: Callable[[float, float], float] = max) -> None:
+        """Keep ``value`` under ``name``, combined with what is there already."""
+        self.notes[name] = combine(self.notes[name], value) if name in self.notes else value
+
+    def embed(self, mask: Mask, class_weighting: str = "sqrt", top_classes: int | None = None) -> None:
+        """Let the shards embed all images; see ``tensors.embedding.embed``."""
+        self.in_pieces("embed", "embed", mask, class_weighting, top_classes, self.engine.chunk)
+
+    def embeddings_at(self, positions: Tensor) -> list[Embedding]:
+        """The embeddings of single images, which shards must hold, in the order of ``positions``."""
+        found = {k: v for own in self.shards.call("embeddings_at", positions) for k, v in own.items()}
+        return [found[position] for position in positions.tolist()]
 
     def probabilities(self) -> Tensor:
         """Predicted probabilities of the candidates, [u, C]."""

@@ -8,6 +8,7 @@ from fishermask.pool.pool import Pool
 from fishermask.pool.selection import TraceOptions, minimise_trace
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import last_layer_mask
+from fishermask.tensors.memory import Workload, workload
 
 
 class Params(Config):
@@ -19,9 +20,10 @@ class Params(Config):
     """An approximation, for many classes: only an image's most probable classes count, as if others were impossible."""
 
 
-def check(params: Params, model: nn.Module, images: Tensor) -> None:
+def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
     """The model must end in a linear layer."""
-    last_layer_mask(inspect(model, images))
+    mask = last_layer_mask(inspect(model, images))
+    return workload(model, images, mask.layout, top_classes=params.top_classes)
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:

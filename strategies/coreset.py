@@ -9,11 +9,13 @@ from fishermask.pool.selection import DistanceCriterion, greedy
 from fishermask.tensors.distances import KCenterScorer
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import last_layer_mask
+from fishermask.tensors.memory import Workload, workload
 
 
-def check(params: Config, model: nn.Module, images: Tensor) -> None:
+def check(params: Config, model: nn.Module, images: Tensor) -> Workload:
     """The model must end in a linear layer."""
-    last_layer_mask(inspect(model, images))
+    mask = last_layer_mask(inspect(model, images))
+    return workload(model, images, mask.layout, trace=False)
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:

@@ -241,7 +241,7 @@ def trained():
     return setup, model
 
 
-def choose(name, shards, setup, model, budget=15):
+def choose(name, shards, setup, model, budget=15, engine=None, notes=lambda found: None, progress=None):
     params = {"fraction": 0.03, "fisher_samples": 256} if name == "fisher_mask" else {}
     train = setup.data.train
     pool = Pool(
@@ -252,10 +252,13 @@ def choose(name, shards, setup, model, budget=15):
         model.cpu(),
         stream(0, "strategy"),
         stream(0, "sample"),
+        progress or (lambda *_: None),
+        engine,
     )
     config = parse(ExperimentConfig, {"strategy": {"name": name, "params": params}}).strategy
     batch = strategies.load(config).query(pool, budget)
     shards.close()
+    notes(pool.notes)
     return checked(batch, pool.candidates, budget).tolist()
 
 

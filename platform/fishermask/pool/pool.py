@@ -16,12 +16,11 @@ from fishermask.pool.shards import Shards
 from fishermask.tensors.embedding import Embedding
 from fishermask.tensors.layout import Layout, inspect
 from fishermask.tensors.mask import Mask
-from fishermask.tensors.memory import CHUNKS
+from fishermask.tensors.memory import CHUNKS, DIAGONAL_BATCH
 from fishermask.tensors.precision import Precision
 
 PIECES = 20
 """Parts that a pass over the pool is called in, so that its progress can be shown."""
-DIAGONAL_BATCH = 32
 
 Progress = Callable[[str, int, int], None]
 """Told the stage, how much is done and how much there is."""
@@ -36,6 +35,8 @@ class Engine:
     """Relative error of a pick's gain beyond which all scores are computed anew."""
     chunk: int = CHUNKS[0]
     """Images differentiated at once."""
+    diagonal_batch: int = DIAGONAL_BATCH
+    """Images whose Fisher diagonal is computed at once."""
     past: list[tuple[int, bool]] = field(default_factory=list)
     """Picks of this query that an earlier process made: position, and whether scores were computed anew before it."""
     journal: Callable[[int, bool], None] = lambda position, rescored: None
@@ -109,14 +110,17 @@ class Pool:
         images = torch.cat(self.shards.call("images_at", torch.arange(min(2, self.size))))
         return inspect(copy.deepcopy(self.model).eval(), images.to(next(self.model.parameters())))
 
+    def sample(self, count: int) -> Tensor:
+        """Positions of ``count`` images of the whole pool, or of all it has, drawn at random, ascending."""
+        return torch.randperm(self.size, generator=self._sample_generator)[:count].sort().values
+
     def fisher_diagonal(self, layout: Layout, num_samples: int, which: str = "random") -> dict[str, Tensor]:
         """Mean Fisher diagonal of the parameters outside the last layer over a ``random`` sample of the whole pool.
 
         The paper's released code takes the ``first`` images instead.
         """
-        order = torch.randperm(self.size, generator=self._sample_generator)
-        sample = order[:num_samples].sort().values if which == "random" else torch.arange(min(num_samples, self.size))
-        batches = torch.cat(self.shards.call("images_at", sample)).split(DIAGONAL_BATCH)
+        sample = self.sample(num_samples) if which == "random" else torch.arange(min(num_samples, self.size))
+        batches = torch.cat(self.shards.call("images_at", sample)).split(self.engine.diagonal_batch)
         total: dict[str, Tensor] = {}
         for first in range(0, len(batches), self.shards.count):
             self.progress("fisher diagonal", first, len(batches))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fishermask.pool.pool import Pool
 from fishermask.pool.shard import Offer, Scorer, moved
-from fishermask.tensors.embedding import Embedding, concatenate, take
+from fishermask.tensors.embedding import Embedding, concatenate, dense, take
 from fishermask.tensors.mask import Mask
 from fishermask.tensors.trace import Objective, TraceScorer, Update, advance, gains, start_scores
 
@@ -17,6 +17,9 @@ RESCORE_AFTER = 16
 """Picks between two times that all scores are computed anew because they drifted."""
 RESCORE_EVERY = 256
 """Picks after which they are in any case: what has to be repeated when a shard or a selection is lost is bounded."""
+
+SAMPLE_NUMBERS = 20_000_000
+"""Numbers in the dense embeddings of the sample that an approximation is compared on."""
 
 
 class Criterion(Protocol):
@@ -163,6 +166,10 @@ def minimise_trace(pool: Pool, mask: Mask, budget: int, options: TraceOptions) -
     objective = _objective(pool, budget, options)
     count = min(len(pool.candidates), math.ceil(options.oversample * budget))
     chosen = greedy(pool, TraceCriterion(objective, pool.scores_type), count)
+    if options.top_classes is not None:
+        pool.note(
+            "relative error of the objective by top_classes, on a sample", approximation_error(pool, mask, options)
+        )
     pool.shards.call("clear")
     pool.note("objective", objective.value)
     for left in range(count - budget, 0, -1):
@@ -177,6 +184,26 @@ def minimise_trace(pool: Pool, mask: Mask, budget: int, options: TraceOptions) -
         kept, scores = take(kept, rest).map(Tensor.contiguous), scores[..., rest].contiguous()
         del chosen[worst]
     return torch.tensor([offer.position for offer in chosen])
+
+
+def approximation_error(pool: Pool, mask: Mask, options: TraceOptions) -> float:
+    """Relative error, by keeping few classes, of ``tr((lambda I + F)^-1 F)`` with F the mean information of a sample.
+
+    The shards must hold the embeddings with few classes.
+    """
+    rough = pool.embeddings_at(torch.zeros(1, dtype=torch.long))[0]
+    count = max(4, min(64, SAMPLE_NUMBERS // (rough.size * rough.num_classes)))
+    sample = pool.sample(count)
+    images = torch.cat(pool.shards.call("images_at", sample))
+    (exact,) = pool.shards.scatter("embed_images", [(images, mask, options.class_weighting)])
+    values = []
+    for found in (exact, concatenate(pool.embeddings_at(sample))):
+        rows = dense(found.to(torch.float64)).flatten(0, 1)
+        # A A^T has the same nonzero eigenvalues as F = A^T A, and is small.
+        inner = rows @ rows.mT / len(sample)
+        damped = inner + options.damping * torch.eye(len(inner), dtype=torch.float64)
+        values.append(float(torch.linalg.solve(damped, inner).trace()))
+    return abs(values[1] - values[0]) / values[0]
 
 
 def least_missed(scores: Tensor) -> int:

@@ -142,6 +142,14 @@ class Shard:
                 self.embeddings.append(self._stored(found))
                 self.parts.append(slice(start, start + len(part)))
 
+    def embed_images(self, images: Tensor, mask: Mask, class_weighting: str) -> Embedding:
+        """Exact embeddings of uint8 ``images``, with all classes, not kept here."""
+        inputs = normalise(images.to(self.device), self.statistics, self._dtype())
+        mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
+        return concatenate([embed(self.model, part, mask, class_weighting) for part in inputs.split(ALIGNMENT)]).map(
+            Tensor.cpu
+        )
+
     def largest_information(self) -> float:
         """Largest entry of any part's sum of ``V^T V``; on the diagonal, where all the largest are."""
         return max([float(information_diagonal(self._loaded(i)).max()) for i in range(len(self.parts))], default=0.0)

@@ -102,7 +102,7 @@ def embed(
         probabilities = torch.zeros_like(probabilities).scatter_(1, kept, probabilities.gather(1, kept))
         probabilities /= probabilities.sum(1, keepdim=True)
         order = order[:, :top_classes]
-        slot = torch.searchsorted(kept, order)  # row of a class in ``body``
+        slot = torch.searchsorted(kept, order.contiguous())  # row of a class in ``body``
     weights = probabilities.sqrt() if class_weighting == "sqrt" else torch.ones_like(probabilities)
     share = weights if class_weighting == "sqrt" else probabilities  # p / w
     body = probabilities.new_zeros(len(images), order.shape[1], mask.body_size)

@@ -22,6 +22,10 @@ from fishermask.tensors.mask import Mask, body_parameters, fisher_diagonal, rand
 CHUNKS = (128, 64, 32, 16)
 """Images differentiated at once. From 16 on, and in multiples of it, an image's numbers do not depend on the chunk."""
 ALIGNMENT = CHUNKS[-1]
+DIAGONAL_BATCH = 32
+DIAGONAL_BYTES = 2e9
+"""The Fisher diagonal of as many images, at most, is computed at once as take this many bytes. A fixed number, not what
+a machine has: the sum over a batch rounds with its size."""
 
 
 class _Live(TorchDispatchMode):
@@ -92,14 +96,31 @@ class Workload:
     """E"""
     trace: bool
     """Whether candidates are scored by the trace objective, with k x k matrices; else by distances."""
-    diagonal_batch: int = 0
-    """Images whose Fisher diagonal is computed at once; 0 if it is not needed."""
-    class_weighting: str = "sqrt"
+    ranked: bool
+    """Whether parameters are ranked by their Fisher information first."""
 
     @property
     def size(self) -> int:
         """k"""
         return self.body_size + self.num_classes * self.width
+
+
+def workload(
+    model: nn.Module,
+    images: Tensor,
+    layout: Layout,
+    body_size: int = 0,
+    trace: bool = True,
+    ranked: bool = False,
+    top_classes: int | None = None,
+) -> Workload:
+    """The workload of a query with ``model``, which takes ``images`` [n, ...]."""
+    with torch.no_grad():
+        num_classes = model(images).shape[1]
+    head = None if layout.head is None else model.get_submodule(layout.head)
+    assert head is None or isinstance(head, nn.Linear)
+    width = 0 if head is None else head.in_features + (head.bias is not None)
+    return Workload(layout, body_size, num_classes, min(num_classes, top_classes or num_classes), width, trace, ranked)
 
 
 @dataclass(frozen=True)
@@ -140,75 +161,86 @@ class Probe:
     """What a model's gradients take, counted once: bytes for each image of a chunk.
 
     Args:
-        image: one normalised image [1, ...], of the type and on the device that chunks will have.
+        image: normalised images [1, ...] or more, of the type and on the device that chunks will have.
+        mask: as it was chosen; else one spread over all layers, which needs the most.
     """
 
     def __init__(self, model: nn.Module, image: Tensor, work: Workload, mask: Mask | None = None) -> None:
-        if mask is None:  # not chosen yet: spread over all layers, which needs the most
+        if mask is None:
             body = body_parameters(model, work.layout)
             mask = random_mask(body, work.layout, work.body_size, torch.Generator().manual_seed(0))
-        self.work, self.base, self.image_numbers = work, image.dtype, image.numel()
-        self.chunk = chunk_bytes(model, image, mask, class_weighting=work.class_weighting, top_classes=work.rows)
-        self.diagonal = diagonal_bytes(model, image, work.layout) if work.diagonal_batch else 0.0
+        self.work, self.base, self.image_numbers = work, image.dtype, image[0].numel()
+        self.chunk = chunk_bytes(model, image, mask, top_classes=work.rows)
+        diagonal = diagonal_bytes(model, image, work.layout) if work.ranked else 0.0
+        self.diagonal_batch = max(1, min(DIAGONAL_BATCH, int(DIAGONAL_BYTES // max(diagonal, 1.0))))
+        self.diagonal = diagonal * self.diagonal_batch
 
 
 def estimate(
-    probe: Probe, images: int, block: int, chunk: int, storage: torch.dtype, scores: torch.dtype, shards: int = 1
+    probe: Probe,
+    images: int,
+    block: int,
+    chunk: int,
+    storage: torch.dtype,
+    scores: torch.dtype,
+    shards: int = 1,
+    leads: bool = True,
 ) -> Estimate:
-    """What a process needs that holds ``shards`` shards of ``images`` pool images each and leads the selection.
+    """What a process needs that holds ``shards`` shards of ``images`` pool images each.
 
     Args:
         block: images in a block.
         chunk: images differentiated at once.
+        leads: whether the process also leads the selection.
     """
     work, base = probe.work, probe.base.itemsize
     kept, scored = image_bytes(work, storage, scores, probe.base)
     numbers = work.rows * work.body_size + work.width + 2 * work.rows
     matrix = work.size**2 * 8 if work.trace else 0
     sums = 3 * matrix + 3 * 4 * work.body_size**2  # two sums and a block's share, with its body's as it grows
-    # While a block is embedded: its images as floats, its embeddings in pieces and then together.
     block = min(block, images)
-    embedding = probe.chunk * chunk + block * base * (probe.image_numbers + 2 * numbers)
+    # While a block is embedded: its images as floats, its embeddings in pieces and then together.
+    embedding = probe.chunk * min(chunk, block) + block * base * (probe.image_numbers + 2 * numbers)
     # While a block is scored: itself in the scores' type, and the largest structured products.
     scoring = block * (2 * work.num_classes * work.width + 3 * work.rows * work.body_size) * scores.itemsize
     everything = shards * images * kept
+    told = 2 * work.size**2 * scores.itemsize if work.trace else 0  # R and H as shards use them
     moments: dict[str, dict[str, float]] = {
-        "ranks the parameters": {"gradients of a batch": shards * probe.diagonal * work.diagonal_batch},
-        "embeds the pool": {"embeddings": everything, "gradients of a chunk": shards * embedding},
+        "ranks the parameters": {"gradients": shards * probe.diagonal},
+        "embeds the pool": {"embeddings": everything, "gradients": shards * embedding},
+        "scores the pool": {
+            "embeddings": everything,
+            "scores": shards * images * scored,
+            "k x k matrices": told + (2 * matrix if leads else 0),
+            "products": shards * scoring,
+        },
     }
     if work.trace:
-        moments["sums the information"] = {
-            "embeddings": everything,
-            "k x k matrices": shards * sums,
-            "products of a block": shards * scoring,
-        }
-        # M, its factor, its inverse R, F, R F and H = R F R.
-        moments["inverts the information"] = {"embeddings": everything, "k x k matrices": 6 * matrix}
-    moments["scores the pool"] = {
-        "embeddings": everything,
-        "scores": shards * images * scored,
-        "k x k matrices": 3 * matrix if scores.itemsize == 4 else 4 * matrix,
-        "products of a block": shards * scoring,
-    }
+        sums_here = {"k x k matrices": shards * sums, "products": shards * scoring}
+        moments["sums the information"] = {"embeddings": everything, **sums_here}
+        if leads:  # M, its factor, its inverse R, F, R F and H = R F R
+            moments["inverts the information"] = {"embeddings": everything, "k x k matrices": 6 * matrix}
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     return Estimate(moments[worst], worst, chunk)
 
 
-def fit(probe: Probe, allowed: float, images: int, block: int, **settings: Any) -> Estimate:
+def fit(probe: Probe, allowed: float, **settings: Any) -> Estimate:
     """The estimate with the largest chunk that needs no more than ``allowed`` bytes.
 
     Raises:
         InputError: not even the smallest does; the message says what takes the most and which setting would help.
     """
-    estimates = [estimate(probe, images, block, chunk, **settings) for chunk in CHUNKS]
+    estimates = [estimate(probe, chunk=chunk, **settings) for chunk in CHUNKS]
     for found in estimates:
         if found.total <= allowed:
             return found
     found = estimates[-1]
     worst = max(found.parts, key=lambda part: found.parts[part])
     remedy = {
-        "embeddings": "use more shards on more machines, engine.storage: bfloat16, or a smaller fraction",
-        "scores": "use more shards on more machines, or engine.scores: float32",
-        "k x k matrices": "lower the strategy's fraction",
-    }.get(worst, "give it more memory, or choose a smaller model")
-    raise InputError(f"resources.memory: a query needs {found}, but there are {readable(allowed)}; {remedy}")
+        "embeddings": "set engine.storage to bfloat16, lower strategy.params.fraction, or use shards on more machines",
+        "scores": "lower strategy.params.top_classes, or use shards on more machines",
+        "k x k matrices": "lower strategy.params.fraction",
+    }.get(worst, "give it more, or choose a smaller model")
+    raise InputError(
+        f"resources.memory: a query needs {found}, which is more than the {readable(allowed)} there are; {remedy}"
+    )

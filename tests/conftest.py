@@ -8,11 +8,15 @@ os.environ.pop("RAY_ADDRESS", None)
 import pytest  # noqa: E402
 
 import fishermask.sweep.cluster  # noqa: E402, F401  sets what else Ray reads at import
+from fishermask.config import ExperimentConfig, parse  # noqa: E402
+from fishermask.experiment.setup import prepare  # noqa: E402
+from fishermask.experiment.streams import stream  # noqa: E402
+from fishermask.tensors.training import fit  # noqa: E402
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_session():
-    """One local Ray cluster for all tests that need it."""
+    """One local Ray cluster for a file's tests that need it."""
     import ray
 
     ray.init(
@@ -25,3 +29,23 @@ def ray_session():
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """A CNN trained on 40 images of the embedded data, and the pool of 4,500 that they come from: three blocks."""
+    settings = {"imbalance": {"kind": "balanced", "per_class": 450}, "budget": {"initial": 40}, "strategy": "random"}
+    setup = prepare(parse(ExperimentConfig, settings))
+    model = setup.model(0)
+    training = setup.config.training.model_dump() | {"max_epochs": 20}
+    train = setup.data.train
+    fit(
+        model,
+        train.images[setup.initial],
+        train.labels[setup.initial],
+        setup.statistics,
+        stream(0, "order"),
+        **training,
+        augmentation=None,
+    )
+    return setup, model

@@ -7,8 +7,9 @@ import cases
 import pytest
 import reference
 import torch
+from queries import choose
 from test_fisher import flat_mask, made
-from test_selection import GREY, choose, pixels, trained  # noqa: F401  a fixture
+from test_selection import GREY, pixels
 from torch import nn
 
 from fishermask.errors import InputError
@@ -121,12 +122,12 @@ def test_other_ways_to_compute_gradients_give_nearly_the_same_embeddings(name, p
         pool.embed(mask)
         found.append(torch.cat([dense(e) for e in pool.embeddings_at(torch.arange(6))]))
     error = float((found[1] - found[0]).norm() / found[0].norm())
-    # bfloat16 keeps 8 bits; the memory layout changes no more than the order of sums.
-    assert 0 <= error < (0.1 if precision.autocast else 1e-5)
+    # bfloat16 keeps 8 bits, and loses some in each of many layers; the memory layout changes the order of sums only.
+    assert 0 <= error < (0.3 if precision.autocast else 1e-5)
     assert precision.autocast is None or error > 1e-6
 
 
-def test_the_chunk_in_which_images_are_differentiated_changes_nothing(trained):  # noqa: F811
+def test_the_chunk_in_which_images_are_differentiated_changes_nothing(trained):
     """Not a bit, on trained float32 networks: a chunk may be as small as memory wants it."""
     setup, model = trained
     images = setup.data.train.images[:150]
@@ -142,7 +143,7 @@ def test_the_chunk_in_which_images_are_differentiated_changes_nothing(trained): 
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-def test_scores_are_computed_anew_when_they_have_drifted(trained):  # noqa: F811
+def test_scores_are_computed_anew_when_they_have_drifted(trained):
     setup, model = trained
 
     def notes(drift):
@@ -160,7 +161,7 @@ def test_scores_are_computed_anew_when_they_have_drifted(trained):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["bait", "coreset", "badge"])
-def test_a_journal_is_gone_on_from_as_if_the_selection_had_never_stopped(name, trained, monkeypatch):  # noqa: F811
+def test_a_journal_is_gone_on_from_as_if_the_selection_had_never_stopped(name, trained, monkeypatch):
     setup, model = trained
     monkeypatch.setattr(selection, "RESCORE_EVERY", 8)
 
@@ -192,7 +193,7 @@ def test_memory_decides_the_chunk_and_what_cannot_fit_is_refused():
     model, images = cases.model("thin_resnet18").float(), torch.zeros(1, 1, 8, 8)
     work = workload(model, images, inspect(model, torch.zeros(2, 1, 8, 8)), 50)
     probe = Probe(model, images, work)
-    settings = {"images": 50_000, "block": 2048, "storage": torch.float32, "scores": torch.float32}
+    settings = {"images": 50_000, "block": 2048, "part": 2048, "storage": torch.float32, "scores": torch.float32}
     needs = [estimate(probe, chunk=chunk, **settings).total for chunk in CHUNKS]
     for chunk, need in zip(CHUNKS, needs, strict=True):
         assert fit(probe, need, **settings).chunk in {c for c, n in zip(CHUNKS, needs, strict=True) if n == need} | {

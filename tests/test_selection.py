@@ -4,12 +4,12 @@ import cases
 import pytest
 import reference
 import torch
+from queries import choose
 from torch import nn
 
 from fishermask import strategies
 from fishermask.config import ExperimentConfig, parse
 from fishermask.experiment.loop import checked
-from fishermask.experiment.setup import prepare
 from fishermask.experiment.streams import stream
 from fishermask.pool.pool import Pool
 from fishermask.pool.ray_shards import RayShards
@@ -21,7 +21,6 @@ from fishermask.tensors.images import Statistics, normalise
 from fishermask.tensors.layout import Layout, inspect
 from fishermask.tensors.mask import fisher_diagonal, global_mask, last_layer_mask
 from fishermask.tensors.precision import Precision
-from fishermask.tensors.training import fit
 
 GREY = Statistics((0.5,), (0.25,))
 
@@ -219,47 +218,6 @@ def test_a_strategy_that_returns_too_few_or_equal_or_labelled_positions_is_an_er
 def test_a_strategy_that_returns_no_row_of_whole_numbers_is_an_error(batch):
     with pytest.raises(RuntimeError, match="1-d integer tensor was due"):
         checked(batch, torch.tensor([1, 2, 3]), 3)
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """A CNN trained on 40 images of the embedded data, and the pool of 4,500 that they come from: three blocks."""
-    settings = {"imbalance": {"kind": "balanced", "per_class": 450}, "budget": {"initial": 40}, "strategy": "random"}
-    setup = prepare(parse(ExperimentConfig, settings))
-    model = setup.model(0)
-    training = setup.config.training.model_dump() | {"max_epochs": 20}
-    train = setup.data.train
-    fit(
-        model,
-        train.images[setup.initial],
-        train.labels[setup.initial],
-        setup.statistics,
-        stream(0, "order"),
-        **training,
-        augmentation=None,
-    )
-    return setup, model
-
-
-def choose(name, shards, setup, model, budget=15, engine=None, notes=lambda found: None, progress=None):
-    params = {"fraction": 0.03, "fisher_samples": 256} if name == "fisher_mask" else {}
-    train = setup.data.train
-    pool = Pool(
-        shards,
-        len(train.labels),
-        setup.initial,
-        train.labels[setup.initial],
-        model.cpu(),
-        stream(0, "strategy"),
-        stream(0, "sample"),
-        progress or (lambda *_: None),
-        engine,
-    )
-    config = parse(ExperimentConfig, {"strategy": {"name": name, "params": params}}).strategy
-    batch = strategies.load(config).query(pool, budget)
-    shards.close()
-    notes(pool.notes)
-    return checked(batch, pool.candidates, budget).tolist()
 
 
 @pytest.mark.parametrize("name", strategies.available())

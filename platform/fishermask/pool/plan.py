@@ -1,12 +1,13 @@
 """What a query will need, before it starts: memory, chunks that fit into it, or a refusal that says what to change."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 from torch import Tensor, nn
 
-from fishermask.pool.shard import BLOCK, cut
+from fishermask.pool.shard import BLOCK, cut, rows_together
 from fishermask.tensors.memory import Estimate, Probe, Workload, estimate, fit
 from fishermask.tensors.precision import Precision
 
@@ -49,15 +50,16 @@ def plan(
     """
     probe = Probe(model, image, work)
     base = image.dtype
-    types: dict[str, Any] = {"storage": precision.storage or base, "scores": precision.scores or base}
+    settings: dict[str, Any] = {"storage": precision.storage or base, "scores": precision.scores or base}
+    settings |= {"block": BLOCK, "part": rows_together(work.body_size)}
     images = max(end - start for start, end in cut(size, shards))
     free = memory if memory is not None else SPARE * psutil.virtual_memory().available
     if in_process:
-        own = fit(probe, free, images=images, block=BLOCK, shards=shards, **types)
+        own = fit(probe, free, images=images, shards=shards, **settings)
         return Plan(own.chunk, probe.diagonal_batch, own, None)
     # Shards may live on machines of other sizes: what those have free is not known here.
-    each = fit(probe, memory if memory is not None else float("inf"), images=images, block=BLOCK, leads=False, **types)
-    leader = estimate(probe, images=0, block=BLOCK, chunk=each.chunk, **types)
+    each = fit(probe, memory if memory is not None else math.inf, images=images, leads=False, **settings)
+    leader = estimate(probe, images=0, chunk=each.chunk, **settings)
     if leader.total > free:
-        fit(probe, free, images=0, block=BLOCK, **types)
+        fit(probe, free, images=0, **settings)
     return Plan(each.chunk, probe.diagonal_batch, leader, each)

@@ -57,6 +57,11 @@ def cut(size: int, num_shards: int) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:], strict=False))
 
 
+def rows_together(body_size: int) -> int:
+    """Images whose embeddings are kept together."""
+    return BLOCK if body_size <= WIDE_BODY else NARROW
+
+
 class Shard:
     """The pool's images ``start`` to ``start + n``.
 
@@ -123,7 +128,7 @@ class Shard:
             chunk: images differentiated at once, a multiple of ``ALIGNMENT`` that divides ``NARROW``.
         """
         mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
-        rows = BLOCK if mask.body_size <= WIDE_BODY else NARROW
+        rows = rows_together(mask.body_size)
         for block in self._run(piece, pieces):
             for part in self._inputs(block).split(rows):
                 chunks = [

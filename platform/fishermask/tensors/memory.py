@@ -22,6 +22,10 @@ from fishermask.tensors.mask import Mask, body_parameters, fisher_diagonal, rand
 CHUNKS = (128, 64, 32, 16)
 """Images differentiated at once. From 16 on, and in multiples of it, an image's numbers do not depend on the chunk."""
 ALIGNMENT = CHUNKS[-1]
+LIBRARIES = 40e6
+"""Bytes that kernels and thread pools come to need of their own ..."""
+SLACK = 0.1
+"""... and what the allocator cannot give back in time, as a share of all. Both as benchmarks/memory.py finds them."""
 DIAGONAL_BATCH = 32
 DIAGONAL_BYTES = 2e9
 """The Fisher diagonal of as many images, at most, is computed at once as take this many bytes. A fixed number, not what
@@ -180,6 +184,7 @@ def estimate(
     probe: Probe,
     images: int,
     block: int,
+    part: int,
     chunk: int,
     storage: torch.dtype,
     scores: torch.dtype,
@@ -189,7 +194,8 @@ def estimate(
     """What a process needs that holds ``shards`` shards of ``images`` pool images each.
 
     Args:
-        block: images in a block.
+        block: images that are made ready for the model at once.
+        part: images whose embeddings are kept together.
         chunk: images differentiated at once.
         leads: whether the process also leads the selection.
     """
@@ -198,11 +204,13 @@ def estimate(
     numbers = work.rows * work.body_size + work.width + 2 * work.rows
     matrix = work.size**2 * 8 if work.trace else 0
     sums = 3 * matrix + 3 * 4 * work.body_size**2  # two sums and a block's share, with its body's as it grows
-    block = min(block, images)
-    # While a block is embedded: its images as floats, its embeddings in pieces and then together.
-    embedding = probe.chunk * min(chunk, block) + block * base * (probe.image_numbers + 2 * numbers)
-    # While a block is scored: itself in the scores' type, and the largest structured products.
-    scoring = block * (2 * work.num_classes * work.width + 3 * work.rows * work.body_size) * scores.itemsize
+    block, part = min(block, images), min(part, images)
+    # While a part is embedded: the block's images as floats, the embeddings in pieces and then together.
+    embedding = probe.chunk * min(chunk, part) + block * base * probe.image_numbers + part * base * 2 * numbers
+    # While a part is scored: itself in the scores' type, and the largest structured products.
+    scoring = part * (2 * work.num_classes * work.width + 3 * work.rows * work.body_size) * scores.itemsize
+    if storage != scores:
+        scoring += part * numbers * scores.itemsize
     everything = shards * images * kept
     told = 2 * work.size**2 * scores.itemsize if work.trace else 0  # R and H as shards use them
     moments: dict[str, dict[str, float]] = {
@@ -221,7 +229,8 @@ def estimate(
         if leads:  # M, its factor, its inverse R, F, R F and H = R F R
             moments["inverts the information"] = {"embeddings": everything, "k x k matrices": 6 * matrix}
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
-    return Estimate(moments[worst], worst, chunk)
+    used = sum(moments[worst].values())
+    return Estimate({**moments[worst], "libraries": LIBRARIES + SLACK * used}, worst, chunk)
 
 
 def fit(probe: Probe, allowed: float, **settings: Any) -> Estimate:

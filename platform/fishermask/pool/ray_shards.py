@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import ray
 import torch
-from torch import Tensor
 
 from fishermask.pool.shard import Shard, cut
-from fishermask.tensors.images import Statistics
+from fishermask.tensors.images import Images, Statistics
 
 START_TIMEOUT = 300
 """Seconds until an actor that was never placed is given up: a pending actor raises no error by itself."""
@@ -18,25 +16,26 @@ START_TIMEOUT = 300
 # The coordinator must know of a lost shard: a restarted actor would be empty, and would answer all the same.
 @ray.remote(max_restarts=0, max_task_retries=0)
 class ShardActor(Shard):
-    def __init__(self, images: np.ndarray, start: int, statistics: Statistics, device: str) -> None:
+    def __init__(self, images: Images, start: int, statistics: Statistics, device: str) -> None:
         torch.set_num_threads(1)
         super().__init__(images, start, statistics, device)
 
 
 class RayShards:
-    """``count`` actors, each with ``cpus`` and ``gpus`` (fractions allowed) of its own."""
+    """``count`` actors, each with ``cpus`` and ``gpus`` (fractions allowed) of its own.
 
-    def __init__(self, images: Tensor, statistics: Statistics, count: int, cpus: float, gpus: float) -> None:
+    Args:
+        images: the whole pool. An actor gets a view of its share, which travels as row numbers; it maps the pixels on
+            its own machine, or reads them from their source there.
+    """
+
+    def __init__(self, images: Images, statistics: Statistics, count: int, cpus: float, gpus: float) -> None:
         self.count = count
         device = "cuda" if gpus else "cpu"
         options = ShardActor.options(num_cpus=cpus, num_gpus=gpus)  # type: ignore[attr-defined]
-        pixels = images.numpy()
-        # One object a shard, so that a node fetches its own slices only; actors map it without a copy. The references
-        # are kept: an object may leave the store when its owner forgets it.
-        self.slices = [ray.put(pixels[start:end]) for start, end in cut(len(images), count)]
         self.actors = [
-            options.remote(pixels, start, statistics, device)
-            for pixels, (start, _) in zip(self.slices, cut(len(images), count), strict=True)
+            options.remote(images.narrow(0, start, end - start), start, statistics, device)
+            for start, end in cut(len(images), count)
         ]
         ray.get([actor.clear.remote() for actor in self.actors], timeout=START_TIMEOUT)
 
@@ -50,4 +49,4 @@ class RayShards:
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
-        self.actors, self.slices = [], []
+        self.actors = []

@@ -6,15 +6,13 @@ thread, whoever calls it: the rounding of a sum over threads depends on their nu
 """
 
 import copy
-import warnings
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fishermask.tensors.embedding import Embedding, concatenate, embed, information, take
-from fishermask.tensors.images import Statistics, normalise
+from fishermask.tensors.images import Images, Statistics, normalise
 from fishermask.tensors.layout import Layout
 from fishermask.tensors.mask import Mask, fisher_diagonal
 
@@ -62,17 +60,13 @@ class Shard:
     """The pool's images ``start`` to ``start + n``.
 
     Args:
-        images: uint8 [n, channels, height, width].
+        images: uint8 [n, channels, height, width], a tensor or a view of what is on disk.
         start: the pool position of the first image, a multiple of ``BLOCK``.
         device: where to compute.
     """
 
-    def __init__(self, images: np.ndarray, start: int, statistics: Statistics, device: str) -> None:
-        with warnings.catch_warnings():
-            # Ray maps arguments read-only; we never write to images.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            self.images = torch.from_numpy(images)
-        self.start, self.statistics, self.device = start, statistics, torch.device(device)
+    def __init__(self, images: Images, start: int, statistics: Statistics, device: str) -> None:
+        self.images, self.start, self.statistics, self.device = images, start, statistics, torch.device(device)
         self.blocks = [slice(i, min(i + BLOCK, len(images))) for i in range(0, len(images), BLOCK)]
         self.model: nn.Module = nn.Identity()
         self.embeddings: list[Embedding] = []

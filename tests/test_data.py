@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,9 @@ def test_fashion_mnist_is_read_from_a_torchvision_root(tmp_path):
     assert torch.equal(found.train.images[:], data.train.images[:30])
     assert torch.equal(found.test.labels, data.test.labels[:30])
     assert found.published is not None
+    part = pickle.dumps(found.train.images.take(torch.tensor([20, 3])))
+    shutil.rmtree(found.train.images.origin.store)
+    assert torch.equal(pickle.loads(part)[:], data.train.images[torch.tensor([20, 3])])
 
 
 def test_cifar10_and_svhn_keep_channels_and_pixels_in_place(tmp_path, monkeypatch):

@@ -49,6 +49,8 @@ class Ids(Sequence[str]):
 
     def positions(self, names: Sequence[str]) -> Tensor:
         """Where each of ``names`` stands, int64 [m]; -1 for one that is not there."""
+        if not len(self):
+            return torch.full((len(names),), -1)
         encoded = [name.encode() for name in names]
         # Of the file's own width: a wider array would make numpy convert, and so copy, the whole file.
         fits = np.array([len(name) <= self._names.itemsize for name in encoded], dtype=bool)
@@ -58,9 +60,7 @@ class Ids(Sequence[str]):
         if isinstance(self._rows, range):
             found = rows - self._rows.start
             here &= (found >= 0) & (found < len(self))
-        elif len(self):
+        else:
             found = np.searchsorted(self._rows, rows).clip(max=len(self) - 1)
             here &= self._rows[found] == rows
-        else:
-            found, here = rows, np.zeros_like(here)
         return torch.from_numpy(np.where(here, found, -1))

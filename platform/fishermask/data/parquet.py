@@ -18,7 +18,7 @@ MAX_CLASSES = 100_000
 """Where a file names no classes, a larger label is taken for something else than a class."""
 DECODE_BATCH = 256
 """Images decoded at once."""
-ENTRY_BATCH = 65_536
+ENTRY_BATCH = 8192
 """Labels and paths read at once."""
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CROP_PADDING = 4
-READ_BATCH = 1024
+READ_BATCH = 256
 
 
 class Images(Protocol):
@@ -36,12 +36,12 @@ class Statistics(NamedTuple):
 def channel_statistics(images: Images) -> Statistics:
     """Statistics of ``images``, read once, a batch at a time."""
     count, channels, height, width = images.shape
-    # Exact integer sums: they do not depend on the batch's size.
-    total, squares = torch.zeros(2, channels, dtype=torch.int64)
+    # How often each channel has each grey level: exact whatever the batch's size, and one pass on one thread.
+    levels, found = torch.arange(256), torch.zeros(channels, 256, dtype=torch.int64)
     for start in range(0, count, READ_BATCH):
-        batch = images[start : start + READ_BATCH]
-        total += batch.sum((0, 2, 3), dtype=torch.int64)
-        squares += batch.int().square().sum((0, 2, 3), dtype=torch.int64)
+        batch = images[start : start + READ_BATCH].transpose(0, 1).flatten(1)
+        found += torch.stack([channel.bincount(minlength=256) for channel in batch])
+    total, squares = (found * levels).sum(1), (found * levels.square()).sum(1)
     count *= height * width
     mean = total.double() / count
     # A constant channel has no scale of its own; one grey level keeps the division defined.

@@ -35,7 +35,7 @@ def naive(model, images, columns, samples):
 def floor(model, images, head, layers):
     """One forward pass and C backward passes to the outputs of ``layers``."""
     run = forward(model, images, head, layers)
-    for _ in class_gradients(run, run.probabilities.sqrt(), all_classes(run)):
+    for _ in class_gradients(run, run.probabilities, run.probabilities.sqrt(), all_classes(run)):
         pass
 
 

@@ -5,7 +5,8 @@ A strategy file holds
 * a docstring whose first line says what it chooses, and where it is published;
 * ``query(pool, budget, params)``: the positions of ``budget`` distinct candidates, as an integer tensor;
 * if it has parameters, ``class Params(Config)``;
-* if some parameters do not go with some models, ``check(params, model, image)``, which raises ``InputError``.
+* if some parameters do not go with some models, ``check(params, model, images)``, which raises ``InputError``, and
+  returns, for a strategy that embeds the pool, the ``Workload`` of a query, from which memory and time are estimated.
 """
 
 import pkgutil
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from fishermask.config import Config, StrategyConfig, parse
 from fishermask.errors import InputError
 from fishermask.pool.pool import Pool
+from fishermask.tensors.memory import Workload
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,10 @@ class Strategy:
         """Positions of ``budget`` candidates, in the order of choice."""
         return self.module.query(pool, budget, self.params)
 
-    def check(self, model: nn.Module, image: Tensor) -> None:
-        """Raise ``InputError`` if the parameters do not go with ``model``, which takes ``image`` [1, ...]."""
-        check: Callable[[Config, nn.Module, Tensor], None] | None = getattr(self.module, "check", None)
-        if check is not None:
-            check(self.params, model, image)
+    def check(self, model: nn.Module, images: Tensor) -> Workload | None:
+        """Raise ``InputError`` if the parameters do not go with ``model``, which takes ``images`` [n, ...]."""
+        check: Callable[[Config, nn.Module, Tensor], Workload | None] | None = getattr(self.module, "check", None)
+        return None if check is None else check(self.params, model, images)
 
 
 def available() -> list[str]:

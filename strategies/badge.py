@@ -5,21 +5,23 @@ from torch import Tensor, nn
 
 from fishermask.config import Config
 from fishermask.pool.pool import Pool
-from fishermask.pool.selection import greedy
+from fishermask.pool.selection import DistanceCriterion, greedy
 from fishermask.tensors.distances import BadgeScorer
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import last_layer_mask
+from fishermask.tensors.memory import Workload, workload
 
 
-def check(params: Config, model: nn.Module, images: Tensor) -> None:
+def check(params: Config, model: nn.Module, images: Tensor) -> Workload:
     """The model must end in a linear layer."""
-    last_layer_mask(inspect(model, images))
+    mask = last_layer_mask(inspect(model, images))
+    return workload(model, images, mask.layout, trace=False)
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:
     """Positions of ``budget`` candidates, drawn in proportion to the squared distance from those before."""
-    pool.in_pieces("embed", "embed", last_layer_mask(pool.layout()), "sqrt")
+    pool.embed(last_layer_mask(pool.layout()))
     seed = int(torch.randint(2**31, (1,), generator=pool.generator))
-    picks = greedy(pool, BadgeScorer(seed), budget, lambda offer, step: (offer.embedding, step == 0))
+    picks = greedy(pool, DistanceCriterion(BadgeScorer(seed)), budget)
     pool.shards.call("clear")
     return torch.tensor([pick.position for pick in picks])

@@ -8,6 +8,7 @@ from fishermask.pool.pool import Pool
 from fishermask.pool.selection import TraceOptions, minimise_trace
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import last_layer_mask
+from fishermask.tensors.memory import Workload, workload
 
 
 class Params(Config):
@@ -15,11 +16,14 @@ class Params(Config):
     """lambda: how much identity is added to the labelled images' information."""
     oversample: float = Field(1.0, ge=1)
     """Choose this many times the budget, then take back what is missed least. BAIT's authors' code: 2; the paper: 1."""
+    top_classes: int | None = Field(None, ge=2)
+    """An approximation, for many classes: only an image's most probable classes count, as if others were impossible."""
 
 
-def check(params: Params, model: nn.Module, images: Tensor) -> None:
+def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
     """The model must end in a linear layer."""
-    last_layer_mask(inspect(model, images))
+    mask = last_layer_mask(inspect(model, images))
+    return workload(model, images, mask.layout, top_classes=params.top_classes)
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:

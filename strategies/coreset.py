@@ -5,21 +5,23 @@ from torch import Tensor, nn
 
 from fishermask.config import Config
 from fishermask.pool.pool import Pool
-from fishermask.pool.selection import greedy
+from fishermask.pool.selection import DistanceCriterion, greedy
 from fishermask.tensors.distances import KCenterScorer
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import last_layer_mask
+from fishermask.tensors.memory import Workload, workload
 
 
-def check(params: Config, model: nn.Module, images: Tensor) -> None:
+def check(params: Config, model: nn.Module, images: Tensor) -> Workload:
     """The model must end in a linear layer."""
-    last_layer_mask(inspect(model, images))
+    mask = last_layer_mask(inspect(model, images))
+    return workload(model, images, mask.layout, trace=False)
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:
     """Positions of ``budget`` candidates, each the furthest from its nearest labelled or chosen image."""
-    pool.in_pieces("embed", "embed", last_layer_mask(pool.layout()), "sqrt")
-    labeled = [hidden for found in pool.shards.call("hidden_at", pool.labeled) for hidden in found]
-    picks = greedy(pool, KCenterScorer(torch.stack(labeled, dim=1)), budget, lambda offer, _: offer.embedding)
+    pool.embed(last_layer_mask(pool.layout()))
+    labeled = [found.hidden for found in pool.embeddings_at(pool.labeled)]
+    picks = greedy(pool, DistanceCriterion(KCenterScorer(torch.cat(labeled, dim=1))), budget)
     pool.shards.call("clear")
     return torch.tensor([pick.position for pick in picks])

@@ -11,6 +11,7 @@ from fishermask.pool.selection import TraceOptions, minimise_trace
 from fishermask.tensors import mask as masks
 from fishermask.tensors.layout import announce_slow, inspect
 from fishermask.tensors.mask import Mask
+from fishermask.tensors.memory import Workload, workload
 
 RANKED = {"global": masks.global_mask, "layerwise": masks.layerwise_mask, "relative": masks.relative_mask}
 
@@ -36,6 +37,8 @@ class Params(Config):
     """Whether the labelled images' information counts."""
     class_weighting: Literal["sqrt", "none"] = "sqrt"
     """With sqrt an image's embedding gives its Fisher information; the released code leaves it out."""
+    top_classes: int | None = Field(None, ge=2)
+    """An approximation, for many classes: only an image's most probable classes count, as if others were impossible."""
     batch_weighting: Literal["bait", "per_sample"] = "bait"
     """A candidate counts as much as the whole batch, as BAIT's code has it, or as much as a labelled image."""
     target: Literal["pool", "identity"] = "pool"
@@ -49,13 +52,15 @@ class Params(Config):
         return PRESETS.get(given.get("preset") or "", {}) | given
 
 
-def check(params: Params, model: nn.Module, images: Tensor) -> None:
+def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
     """The mask must hold the last layer."""
     layout = inspect(model, images)
     announce_slow(layout.slow)
-    masks.mask_size(model, layout, params.fraction)
+    body_size = masks.mask_size(model, layout, params.fraction) - masks.head_size(model, layout)
     if params.mask == "last_layer":
-        masks.last_layer_mask(layout)
+        body_size = masks.last_layer_mask(layout).body_size
+    ranked = params.mask in RANKED
+    return workload(model, images, layout, body_size, ranked=ranked, top_classes=params.top_classes)
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:

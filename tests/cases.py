@@ -12,17 +12,20 @@ from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from fishermask.tensors import models
 
 
-def _settle(model: nn.Module) -> nn.Module:
+def _settle(model: nn.Module, like: Tensor) -> nn.Module:
     """float64, eval mode, batch-norm statistics and all parameters away from their special initial values."""
     generator = torch.Generator().manual_seed(7)
-    model = model.double().eval().requires_grad_(False)
+    model = model.double().requires_grad_(False).train()
     for parameter in model.parameters():
-        parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        size = max(0.05, float(0.3 * parameter.std())) if parameter.numel() > 1 else 0.05
+        parameter += size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    for _ in range(20):  # or rectified units die, and with them every gradient that a test would compare
+        model(like)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.running_mean += torch.rand(module.running_mean.shape, generator=generator)
+            module.running_mean += 0.1 * torch.randn(module.running_mean.shape, generator=generator)
             module.running_var *= 0.5 + torch.rand(module.running_var.shape, generator=generator)
-    return model
+    return model.eval()
 
 
 def _convolutions() -> nn.Module:
@@ -135,7 +138,7 @@ def model(name: str) -> nn.Module:
     made = MODELS[name]()
     if any(isinstance(module, nn.LazyLinear) for module in made.modules()):
         made(torch.zeros(2, CHANNELS.get(name, 1), 8, 8))
-    return _settle(made)
+    return _settle(made, images(name, 32))
 
 
 def images(name: str, count: int) -> Tensor:

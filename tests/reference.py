@@ -15,11 +15,18 @@ def parameter_vector_jacobian(model: nn.Module, image: Tensor) -> tuple[Tensor, 
     return log_probabilities(parameters), torch.cat([j.flatten(1) for j in jacobian.values()], dim=1)
 
 
-def information_rows(model: nn.Module, images: Tensor) -> Tensor:
-    """sqrt(p_c) d log p_c / d theta for each image, [n, C, P]."""
+def information_rows(model: nn.Module, images: Tensor, top_classes: int | None = None) -> Tensor:
+    """sqrt(p_c) d log p_c / d theta for each image, [n, C, P].
+
+    With ``top_classes`` q, as if an image's q most probable classes were all there are: [n, q, P], by class number.
+    """
     rows = []
     for image in images:
         log_p, jacobian = parameter_vector_jacobian(model, image)
+        if top_classes is not None:
+            kept = log_p.topk(top_classes).indices.sort().values
+            log_p, jacobian = log_p[kept].log_softmax(-1), jacobian[kept]
+            jacobian = jacobian - log_p.exp() @ jacobian
         rows.append(log_p.exp().sqrt()[:, None] * jacobian)
     return torch.stack(rows)
 

@@ -20,6 +20,7 @@ from fishermask.tensors.distances import BadgeScorer
 from fishermask.tensors.images import Statistics, normalise
 from fishermask.tensors.layout import Layout, inspect
 from fishermask.tensors.mask import fisher_diagonal, global_mask, last_layer_mask
+from fishermask.tensors.precision import Precision
 from fishermask.tensors.training import fit
 
 GREY = Statistics((0.5,), (0.25,))
@@ -240,7 +241,7 @@ def trained():
     return setup, model
 
 
-def choose(name, shards, setup, model, budget=15):
+def choose(name, shards, setup, model, budget=15, engine=None, notes=lambda found: None, progress=None):
     params = {"fraction": 0.03, "fisher_samples": 256} if name == "fisher_mask" else {}
     train = setup.data.train
     pool = Pool(
@@ -251,10 +252,13 @@ def choose(name, shards, setup, model, budget=15):
         model.cpu(),
         stream(0, "strategy"),
         stream(0, "sample"),
+        progress or (lambda *_: None),
+        engine,
     )
     config = parse(ExperimentConfig, {"strategy": {"name": name, "params": params}}).strategy
     batch = strategies.load(config).query(pool, budget)
     shards.close()
+    notes(pool.notes)
     return checked(batch, pool.candidates, budget).tolist()
 
 
@@ -312,7 +316,7 @@ def test_images_in_any_memory_layout_give_the_same_embedding(trained):
     found = []
     for layout in (images, other):
         shards = LocalShards(layout, setup.statistics)
-        shards.call("set_model", model)
+        shards.call("set_model", model, Precision())
         found.append(shards.call("probabilities", 0, 1)[0])
         shards.close()
     assert torch.equal(*found)
@@ -323,8 +327,8 @@ def test_batch_norm_models_are_embedded_in_eval_mode(trained):
     setup, _ = trained
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * 26 * 26, 10)).train()
     shards = LocalShards(setup.data.train.images[:20], setup.statistics)
-    shards.call("set_model", model)
-    shards.call("embed", last_layer_mask(Layout("3", (), ())), "sqrt", 0, 1)
+    shards.call("set_model", model, Precision())
+    shards.call("embed", last_layer_mask(Layout("3", (), ())), "sqrt", None, 128, 0, 1)
     assert not shards.shards[0].model.training
     assert model.training
     shards.close()

@@ -132,6 +132,22 @@ class StrategyConfig(NamedConfig):
     """Name in tables, pictures and folders; the strategy's name, with its parameters where that is not enough."""
 
 
+class EngineConfig(Config):
+    """What numbers are kept and computed in. All but float32 may change the batch a little; ``docs/performance.md``
+    says by how much, and what it saves."""
+
+    storage: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type that embeddings are kept in."""
+    scores: Literal["float32", "float64"] = "float32"
+    """Type that scores are kept and computed in."""
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    """Type that layers compute gradients in."""
+    channels_last: bool = False
+    """Memory layout of images and convolutions while gradients are computed."""
+    drift: float = Field(1e-3, gt=0)
+    """Relative error of a pick's gain, against float64, beyond which all scores are computed anew."""
+
+
 class ResourcesConfig(Config):
     cpus: float = Field(1, gt=0)
     """CPUs of the run's own process: training and evaluation use as many threads, and in-process shards live here."""
@@ -143,9 +159,11 @@ class ResourcesConfig(Config):
     cpus_per_shard: float = Field(1, gt=0)
     """CPUs reserved for each Ray shard. A shard computes on one thread: use more shards for more cores."""
     gpus_per_shard: float = Field(0, ge=0)
+    memory: float | None = Field(None, gt=0)
+    """GB that a query may use in the run's own process, and in each Ray shard; what is free when not given."""
 
 
-SHARDING = {"shards", "workers", "cpus_per_shard", "gpus_per_shard"}
+SHARDING = {"shards", "workers", "cpus_per_shard", "gpus_per_shard", "memory"}
 
 
 class ExperimentConfig(Config):
@@ -159,6 +177,7 @@ class ExperimentConfig(Config):
     budget: BudgetConfig = BudgetConfig()
     strategy: StrategyConfig = StrategyConfig(name="fisher_mask")
     seed: int = Field(0, ge=0)
+    engine: EngineConfig = EngineConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
     def fingerprint(self) -> str:

@@ -2,16 +2,16 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fishermask.errors import InputError
-from fishermask.experiment.setup import Setup
+from fishermask.experiment.setup import Setup, precision
 from fishermask.experiment.streams import stream
-from fishermask.pool.pool import Pool, Progress
+from fishermask.pool.pool import Engine, Pool, Progress
 from fishermask.pool.shards import Shards
 from fishermask.tensors.images import Images
 from fishermask.tensors.metrics import evaluate
@@ -41,6 +41,8 @@ class RoundResult:
     """Ids queried after this round's training, in the order of choice; empty in the last round."""
     batch_classes: dict[str, int]
     """How many of the batch belong to each class."""
+    notes: dict[str, float]
+    """What is worth knowing of how the batch was found, by name: the objective's value, the largest drift."""
 
     def as_dict(self) -> dict[str, Any]:
         """What is written to ``rounds.jsonl``."""
@@ -72,6 +74,9 @@ def run(
     labeled = torch.cat([setup.initial, positions])
     device = torch.device("cuda" if config.resources.gpus else "cpu")
     augment = config.data.augment if config.data.augment is not None else setup.data.image_shape[0] == 3
+    engine = Engine(precision(config.engine), config.engine.drift)
+    if setup.plan is not None:
+        engine = replace(engine, chunk=setup.plan.chunk, diagonal_batch=setup.plan.diagonal_batch)
     shards: Shards | None = None
     try:
         for index in range(len(history), num_rounds(budget.initial, budget.query, budget.total)):
@@ -96,7 +101,7 @@ def run(
             evaluated = time.perf_counter()
             # Query the next batch and label it.
             size = min(budget.query, budget.total - len(labeled))
-            batch = labeled[:0]
+            batch, notes = labeled[:0], dict[str, float]()
             stages = StageClock(progress)
             if size:
                 shards = shards or make_shards(pool_data.images, setup.statistics)
@@ -109,8 +114,10 @@ def run(
                     stream(seed, f"strategy {config.strategy.name}", index),
                     stream(seed, "fisher sample", index),
                     stages,
+                    engine,
                 )
                 batch = checked(setup.strategy.query(pool, size), pool.candidates, size)
+                notes = pool.notes
             queried = time.perf_counter()
             counts = torch.bincount(pool_data.labels[batch], minlength=len(setup.data.classes)).tolist()
             yield RoundResult(
@@ -131,6 +138,7 @@ def run(
                 },
                 batch=[pool_data.ids[i] for i in batch.tolist()],
                 batch_classes=dict(zip(setup.data.classes, counts, strict=True)),
+                notes=notes,
             )
             labeled = torch.cat([labeled, batch])
     finally:

@@ -1,20 +1,24 @@
 """What a run works on, made from its settings, with every check that can be made before anything is trained."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import nn
 
 from fishermask import strategies
-from fishermask.config import DataConfig, ExperimentConfig, Imbalance
+from fishermask.config import DataConfig, EngineConfig, ExperimentConfig, Imbalance
 from fishermask.data import dataset, imbalance
 from fishermask.data.dataset import Dataset
 from fishermask.errors import InputError
 from fishermask.experiment.streams import stream, stream_seed
+from fishermask.pool.plan import Plan, plan
 from fishermask.strategies import Strategy
 from fishermask.tensors import models
 from fishermask.tensors.images import Statistics, channel_statistics, normalise
+from fishermask.tensors.precision import Precision
+
+TYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Setup:
     """Pool positions that are labelled at the start, ascending."""
     statistics: Statistics
     strategy: Strategy
+    plan: Plan | None = None
+    """How a query goes about it, where the strategy says what it computes."""
 
     def model(self, round_index: int) -> nn.Module:
         """A fresh model for a round: the same for every strategy."""
@@ -57,13 +63,37 @@ def prepare(config: ExperimentConfig) -> Setup:
     own = config.data.statistics == "pool" or data.published is None
     statistics = _pool_statistics(*pool) if own or data.published is None else data.published
     setup = Setup(config, data, drawn[: config.budget.initial].sort().values, statistics, strategy)
-    model = setup.model(0).eval()
+    return replace(setup, plan=_plan(setup))
+
+
+def precision(engine: EngineConfig) -> Precision:
+    """The types that ``engine`` names."""
+    autocast = None if engine.gradients == "float32" else TYPES[engine.gradients]
+    return Precision(TYPES[engine.storage], TYPES[engine.scores], autocast, engine.channels_last)
+
+
+def _plan(setup: Setup) -> Plan | None:
+    config, data = setup.config, setup.data
+    model = setup.model(0).eval().requires_grad_(False)
+    images = normalise(data.train.images[:2], setup.statistics)
     try:
-        strategy.check(model, normalise(data.train.images[:2], statistics))
+        work = setup.strategy.check(model, images)
     except InputError as error:
         message = str(error)
         raise InputError(message if message.startswith("model") else f"strategy.params.{message}") from None
-    return setup
+    if work is None:
+        return None
+    resources = config.resources
+    return plan(
+        work,
+        model,
+        images[:1],
+        len(data.train.labels),
+        resources.shards,
+        resources.workers == "in_process",
+        precision(config.engine),
+        None if resources.memory is None else resources.memory * 1e9,
+    )
 
 
 # One run after another usually wants another seed's pool or the same again; its row numbers and labels are all that is

@@ -6,20 +6,41 @@ them, and nowhere before.
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fishermask.pool.shards import Shards
+from fishermask.tensors.embedding import Embedding
 from fishermask.tensors.layout import Layout, inspect
+from fishermask.tensors.mask import Mask
+from fishermask.tensors.memory import CHUNKS, DIAGONAL_BATCH
+from fishermask.tensors.precision import Precision
 
 PIECES = 20
 """Parts that a pass over the pool is called in, so that its progress can be shown."""
-DIAGONAL_BATCH = 32
 
 Progress = Callable[[str, int, int], None]
 """Told the stage, how much is done and how much there is."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a query is computed, none of which a strategy need know."""
+
+    precision: Precision = Precision()
+    drift: float = 1e-3
+    """Relative error of a pick's gain beyond which all scores are computed anew."""
+    chunk: int = CHUNKS[0]
+    """Images differentiated at once."""
+    diagonal_batch: int = DIAGONAL_BATCH
+    """Images whose Fisher diagonal is computed at once."""
+    past: list[tuple[int, bool]] = field(default_factory=list)
+    """Picks of this query that an earlier process made: position, and whether scores were computed anew before it."""
+    journal: Callable[[int, bool], None] = lambda position, rescored: None
+    """Told each pick as it is made."""
 
 
 class Pool:
@@ -32,6 +53,7 @@ class Pool:
         generator: the strategy's own random stream of this round.
         model: the trained model, in eval mode.
         shards: the pool's shards, which hold the same model.
+        notes: what is worth knowing of how the batch was found, by name.
     """
 
     def __init__(
@@ -44,6 +66,7 @@ class Pool:
         generator: torch.Generator,
         sample_generator: torch.Generator,
         progress: Progress = lambda stage, done, total: None,
+        engine: Engine | None = None,
     ) -> None:
         unlabeled = torch.ones(size, dtype=torch.bool)
         unlabeled[labeled] = False
@@ -52,7 +75,27 @@ class Pool:
         self.size, self.shards, self.model = size, shards, model
         self.generator, self.progress = generator, progress
         self._sample_generator = sample_generator
-        shards.call("set_model", model)
+        self.engine = engine or Engine()
+        self.notes: dict[str, float] = {}
+        shards.call("set_model", model, self.engine.precision)
+
+    @property
+    def scores_type(self) -> torch.dtype:
+        """The type that scores are kept in."""
+        return self.engine.precision.scores or next(self.model.parameters()).dtype
+
+    def note(self, name: str, value: float, combine: Callable[[float, float], float] = max) -> None:
+        """Keep ``value`` under ``name``, combined with what is there already."""
+        self.notes[name] = combine(self.notes[name], value) if name in self.notes else value
+
+    def embed(self, mask: Mask, class_weighting: str = "sqrt", top_classes: int | None = None) -> None:
+        """Let the shards embed all images; see ``tensors.embedding.embed``."""
+        self.in_pieces("embed", "embed", mask, class_weighting, top_classes, self.engine.chunk)
+
+    def embeddings_at(self, positions: Tensor) -> list[Embedding]:
+        """The embeddings of single images, which shards must hold, in the order of ``positions``."""
+        found = {k: v for own in self.shards.call("embeddings_at", positions) for k, v in own.items()}
+        return [found[position] for position in positions.tolist()]
 
     def probabilities(self) -> Tensor:
         """Predicted probabilities of the candidates, [u, C]."""
@@ -67,14 +110,17 @@ class Pool:
         images = torch.cat(self.shards.call("images_at", torch.arange(min(2, self.size))))
         return inspect(copy.deepcopy(self.model).eval(), images.to(next(self.model.parameters())))
 
+    def sample(self, count: int) -> Tensor:
+        """Positions of ``count`` images of the whole pool, or of all it has, drawn at random, ascending."""
+        return torch.randperm(self.size, generator=self._sample_generator)[:count].sort().values
+
     def fisher_diagonal(self, layout: Layout, num_samples: int, which: str = "random") -> dict[str, Tensor]:
         """Mean Fisher diagonal of the parameters outside the last layer over a ``random`` sample of the whole pool.
 
         The paper's released code takes the ``first`` images instead.
         """
-        order = torch.randperm(self.size, generator=self._sample_generator)
-        sample = order[:num_samples].sort().values if which == "random" else torch.arange(min(num_samples, self.size))
-        batches = torch.cat(self.shards.call("images_at", sample)).split(DIAGONAL_BATCH)
+        sample = self.sample(num_samples) if which == "random" else torch.arange(min(num_samples, self.size))
+        batches = torch.cat(self.shards.call("images_at", sample)).split(self.engine.diagonal_batch)
         total: dict[str, Tensor] = {}
         for first in range(0, len(batches), self.shards.count):
             self.progress("fisher diagonal", first, len(batches))

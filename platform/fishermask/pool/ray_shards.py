@@ -1,16 +1,29 @@
-"""Shards as Ray actors: children of whichever process makes them, inside its placement group if it has one."""
+"""Shards as Ray actors: children of whichever process makes them, inside its placement group if it has one.
 
-from collections.abc import Sequence
+A lost actor is made again and told again what its predecessor was told since it got the model: everything a shard
+computes follows from that, to the last bit, so the batch is the one that an undisturbed run chooses.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from torch import Tensor
 
+from fishermask.errors import InputError
 from fishermask.pool.shard import Shard, cut
+from fishermask.pool.shards import summed
 from fishermask.tensors.images import Images, Statistics
+
+logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 300
 """Seconds until an actor that was never placed is given up: a pending actor raises no error by itself."""
+SMALL = {"advance"}
+"""Methods whose arguments travel with the call: that is faster than the object store for some 100 kB."""
 
 
 # The coordinator must know of a lost shard: a restarted actor would be empty, and would answer all the same.
@@ -27,26 +40,115 @@ class RayShards:
     Args:
         images: the whole pool. An actor gets a view of its share, which travels as row numbers; it maps the pixels on
             its own machine, or reads them from their source there.
+        restarts: how often in all a lost shard is made again before the run fails.
     """
 
-    def __init__(self, images: Images, statistics: Statistics, count: int, cpus: float, gpus: float) -> None:
-        self.count = count
+    def __init__(
+        self, images: Images, statistics: Statistics, count: int, cpus: float, gpus: float, restarts: int = 3
+    ) -> None:
+        self.count, self.restarts, self.rebuilt = count, restarts, 0
         device = "cuda" if gpus else "cpu"
         options = ShardActor.options(num_cpus=cpus, num_gpus=gpus)  # type: ignore[attr-defined]
-        self.actors = [
-            options.remote(images.narrow(0, start, end - start), start, statistics, device)
-            for start, end in cut(len(images), count)
-        ]
-        ray.get([actor.clear.remote() for actor in self.actors], timeout=START_TIMEOUT)
+        slices = [(images.narrow(0, start, end - start), start) for start, end in cut(len(images), count)]
+        self._make = [lambda own=own: options.remote(own[0], own[1], statistics, device) for own in slices]
+        self._log: list[tuple[str, list[Any]]] = []
+        self.actors = [make() for make in self._make]
+        for index in range(count):
+            self._started(index)
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        shared = [ray.put(arg) for arg in args]  # once a node, not once a shard
-        return ray.get([getattr(actor, method).remote(*shared) for actor in self.actors])
+        return [self._get(index, *call) for index, call in enumerate(self._submit(method, args))]
+
+    def total(self, method: str, *args: Any) -> list[Tensor]:
+        calls = {call[0]: (index, *call) for index, call in enumerate(self._submit(method, args))}
+
+        def as_they_come() -> Iterator[Any]:
+            waiting = list(calls)
+            while waiting:
+                (ready,), waiting = ray.wait(waiting)
+                yield self._get(*calls.pop(ready))
+
+        return summed(as_they_come())
 
     def scatter(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
-        return ray.get([getattr(actor, method).remote(*own) for actor, own in zip(self.actors, args, strict=False)])
+        calls = [
+            (getattr(actor, method).remote(*own), method, list(own))
+            for actor, own in zip(self.actors, args, strict=False)
+        ]
+        return [self._get(index, *call) for index, call in enumerate(calls)]
 
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
-        self.actors = []
+        self.actors, self._log = [], []
+
+    def _submit(self, method: str, args: tuple[Any, ...]) -> list[tuple[Any, str, list[Any]]]:
+        """Call ``method`` on all actors: for each, where its result will be, and what it was asked."""
+        shared = list(args) if method in SMALL else [ray.put(arg) for arg in args]  # once a node, not once a shard
+        self._remember(method, shared)
+        return [(getattr(actor, method).remote(*shared), method, shared) for actor in self.actors]
+
+    def _remember(self, method: str, args: list[Any]) -> None:
+        """Keep what a shard's state follows from: no more than was said since it got the model, and still counts."""
+        match method:
+            case "set_model":
+                self._log = []
+            case "start_selection":
+                self._log = [call for call in self._log if call[0] not in ("start_selection", "advance")]
+            case "clear":
+                self._log = self._log[:1]
+        if method in ("set_model", "embed", "start_selection", "advance"):
+            self._log.append((method, args))
+
+    def _get(self, index: int, result: Any, method: str, args: list[Any]) -> Any:
+        """The result of a call, from the actor that was asked or, if that is lost, from one made in its place."""
+        while True:
+            try:
+                return ray.get(result if result is not None else self._again(index, method, args))
+            except RayTaskError as error:  # the shard's own: it would come again
+                raise _cause(error) from None
+            except (RayActorError, ObjectLostError) as error:
+                if self.rebuilt == self.restarts:
+                    raise RuntimeError(
+                        f"shard {index} was lost, after {self.rebuilt} lost shards that were made again "
+                        f"(resources.restarts): {_first_line(error)}"
+                    ) from None
+                self.rebuilt += 1
+                logger.warning("shard %d was lost and is made again: %s", index, _first_line(error))
+                result = None
+
+    def _again(self, index: int, method: str, args: list[Any]) -> Any:
+        """Make shard ``index`` again, tell it what it was told, and repeat the call: where its result will be."""
+        ray.kill(self.actors[index])  # it may only seem to be lost
+        actor = self.actors[index] = self._make[index]()
+        self._started(index)
+        told = [call for call in self._log if call[1] is not args]
+        for earlier, own in told:
+            # Offers are not wanted: nothing but the state.
+            getattr(actor, earlier).remote(*own, *([False] if earlier == "advance" and len(own) == 2 else []))
+        return getattr(actor, method).remote(*args)
+
+    def _started(self, index: int) -> None:
+        """Wait until an actor has a place.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        try:
+            ray.get(self.actors[index].clear.remote(), timeout=START_TIMEOUT)
+        except GetTimeoutError:
+            raise RuntimeError(f"shard {index} found no place within {START_TIMEOUT} seconds") from None
+        except RayActorError as error:
+            if not error.actor_init_failed:
+                raise
+            last = str(error).strip().splitlines()[-1]
+            kind, _, message = last.partition(": ")
+            raise (InputError(message) if kind.endswith("InputError") else RuntimeError(last)) from None
+
+
+def _cause(error: RayTaskError) -> Exception:
+    return error.cause if isinstance(error.cause, Exception) else error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

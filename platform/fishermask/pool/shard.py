@@ -6,15 +6,18 @@ thread, whoever calls it: the rounding of a sum over threads depends on their nu
 """
 
 import copy
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fishermask.tensors.embedding import Embedding, concatenate, embed, information, take
+from fishermask.tensors.embedding import Embedding, concatenate, embed, information, information_diagonal, take
 from fishermask.tensors.images import Images, Statistics, normalise
 from fishermask.tensors.layout import Layout
 from fishermask.tensors.mask import Mask, fisher_diagonal
+from fishermask.tensors.memory import ALIGNMENT
+from fishermask.tensors.precision import Precision
 
 BLOCK = 2048
 """Pool positions in a block; shards begin at multiples of it."""
@@ -22,8 +25,6 @@ WIDE_BODY = 1024
 """Masked parameters outside the head from which on a block is kept in narrower parts: a product then reads the
 embeddings in an order that the memory delivers faster (see docs/performance.md)."""
 NARROW = 256
-GRADIENT_BATCH = 128
-"""Images differentiated at once; divides ``BLOCK``."""
 
 
 class Scorer(Protocol):
@@ -32,8 +33,8 @@ class Scorer(Protocol):
     def start(self, embedding: Embedding, first: int) -> Tensor:
         """State of the images of ``embedding``, which are the pool's from position ``first``."""
 
-    def advance(self, state: Tensor, embedding: Embedding, update: Any) -> None:
-        """Bring the state up to date with a pick, in place."""
+    def advance(self, state: Tensor, embedding: Embedding, update: Any, step: int) -> None:
+        """Bring the state up to date with a pick, the ``step``-th, in place."""
 
     def gains(self, state: Tensor, step: int, first: int) -> Tensor:
         """What each image would add after ``step`` picks, [n]."""
@@ -76,11 +77,16 @@ class Shard:
         self.available = torch.zeros(len(images), dtype=torch.bool)
         self.scorer: Scorer
         self.step = 0
+        self.precision = Precision()
+        self.layout = torch.contiguous_format
 
-    def set_model(self, model: nn.Module) -> None:
+    def set_model(self, model: nn.Module, precision: Precision) -> None:
         """Use ``model``, in eval mode, from now on; what was computed with another is dropped."""
         # A copy: the hooks of one shard must not see the passes of another in the same process.
         self.model = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
+        self.precision = precision
+        self.layout = torch.channels_last if precision.channels_last else torch.contiguous_format
+        self.model.to(memory_format=self.layout)
         self.clear()
 
     def clear(self) -> None:
@@ -107,77 +113,129 @@ class Shard:
             found.append({name: value.cpu() for name, value in diagonal.items()})
         return found
 
-    def embed(self, mask: Mask, class_weighting: str, piece: int, pieces: int) -> None:
-        """Embed the images in the ``piece``-th of ``pieces`` runs of blocks; call with each piece in turn."""
-        mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
-        for block in self._run(piece, pieces):
-            batches = [
-                embed(self.model, batch, mask, class_weighting) for batch in self._inputs(block).split(GRADIENT_BATCH)
-            ]
-            rows = BLOCK if mask.body_size <= WIDE_BODY else NARROW
-            together = rows // GRADIENT_BATCH
-            for first in range(0, len(batches), together):
-                start = block.start + first * GRADIENT_BATCH
-                self.embeddings.append(concatenate(batches[first : first + together]))
-                self.parts.append(slice(start, min(start + rows, block.stop)))
+    def embed(
+        self, mask: Mask, class_weighting: str, top_classes: int | None, chunk: int, piece: int, pieces: int
+    ) -> None:
+        """Embed the images in the ``piece``-th of ``pieces`` runs of blocks; call with each piece in turn.
 
-    def information(self, labeled: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of ``V^T V`` over all images and over those at the pool positions ``labeled``: two [k, k], float64."""
+        Args:
+            chunk: images differentiated at once, a multiple of ``ALIGNMENT`` that divides ``NARROW``.
+        """
+        mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
+        rows = BLOCK if mask.body_size <= WIDE_BODY else NARROW
+        for block in self._run(piece, pieces):
+            for part in self._inputs(block).split(rows):
+                chunks = [
+                    embed(
+                        self.model,
+                        _aligned(batch, self.layout),
+                        mask,
+                        class_weighting,
+                        top_classes,
+                        self.precision.autocast,
+                    )
+                    for batch in part.split(chunk)
+                ]
+                found = take(concatenate(chunks), slice(len(part)))
+                start = self.parts[-1].stop if self.parts else 0
+                self.embeddings.append(self._stored(found))
+                self.parts.append(slice(start, start + len(part)))
+
+    def embed_images(self, images: Tensor, mask: Mask, class_weighting: str) -> Embedding:
+        """Exact embeddings of uint8 ``images``, with all classes, not kept here."""
+        inputs = normalise(images.to(self.device), self.statistics, self._dtype())
+        mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
+        return concatenate([embed(self.model, part, mask, class_weighting) for part in inputs.split(ALIGNMENT)]).map(
+            Tensor.cpu
+        )
+
+    def largest_information(self) -> float:
+        """Largest entry of any part's sum of ``V^T V``; on the diagonal, where all the largest are."""
+        return max([float(information_diagonal(self._loaded(i)).max()) for i in range(len(self.parts))], default=0.0)
+
+    def information(self, labeled: Tensor, quantum: float) -> tuple[Tensor, Tensor]:
+        """Sums of ``V^T V`` over all images and over those at the pool positions ``labeled``, in units of ``quantum``.
+
+        Two [k, k] of whole numbers: adding those is exact, so no order of parts or shards changes what comes out.
+        Empty [0, 0] from a shard without images.
+        """
         size = self.embeddings[0].size if self.embeddings else 0
-        everything = torch.zeros(size, size, dtype=torch.float64, device=self.device)
+        everything = torch.zeros(size, size, dtype=torch.int64, device=self.device)
         known = everything.clone()
-        for part, embedding in zip(self.parts, self.embeddings, strict=True):
-            everything += information(embedding)
+        for i, part in enumerate(self.parts):
+            embedding = self._loaded(i)
+            _add_whole(everything, information(embedding), quantum)
             first, last = self.start + part.start, self.start + part.stop
-            rows = labeled[(labeled >= first) & (labeled < last)] - first
+            rows = labeled[(labeled >= first) & (labeled < last)].sort().values - first
             if len(rows):
-                known += information(take(embedding, rows.to(self.device)))
+                _add_whole(known, information(take(embedding, rows.to(self.device))), quantum)
         return everything.cpu(), known.cpu()
 
-    def hidden_at(self, positions: Tensor) -> list[Tensor]:
-        """Hidden outputs [E] at those of the pool ``positions`` that lie in this slice, in their order."""
-        found = [self._row(int(p) - self.start) for p in positions if self.start <= p < self.start + len(self.images)]
-        return [embedding.hidden[:, 0].cpu() for embedding in found]
+    def embeddings_at(self, positions: Tensor) -> dict[int, Embedding]:
+        """Pool position -> embedding of that one image, for those of ``positions`` that lie in this slice."""
+        inside = [int(p) for p in positions if self.start <= p < self.start + len(self.images)]
+        return {position: self._row(position - self.start) for position in inside}
 
-    def start_selection(self, scorer: Scorer, candidates: Tensor) -> Offer | None:
-        """Score all images by ``scorer`` and offer the best of the pool positions ``candidates``."""
+    def start_selection(self, scorer: Scorer, candidates: Tensor, step: int) -> Offer | None:
+        """Score all images by ``scorer`` and offer the best of the pool positions ``candidates``.
+
+        ``step`` picks were made before.
+        """
         inside = (candidates >= self.start) & (candidates < self.start + len(self.images))
-        self.available = torch.zeros(len(self.images), dtype=torch.bool)
-        self.available[candidates[inside] - self.start] = True
-        self.scorer, self.step = scorer, 0
-        firsts = [self.start + part.start for part in self.parts]
-        self.scores = [scorer.start(e, first) for e, first in zip(self.embeddings, firsts, strict=True)]
+        self.available = torch.zeros(len(self.images), dtype=torch.bool, device=self.device)
+        self.available[candidates[inside].to(self.device) - self.start] = True
+        self.scorer, self.step = moved(scorer, self._scores_type(), self.device), step
+        self.scores = []  # the old ones go before the new ones come
+        for i, part in enumerate(self.parts):
+            self.scores.append(scorer.start(self._loaded(i), self.start + part.start))
         return self._offer()
 
-    def advance(self, update: Any, taken: int) -> Offer | None:
-        """Bring the scores up to date with the pick of pool position ``taken``; offer the next best."""
-        update = _moved(update, self.embeddings[0].hidden) if self.embeddings else update
+    def advance(self, update: Any, taken: int, offer: bool = True) -> Offer | None:
+        """Bring the scores up to date with the pick of pool position ``taken``; ``offer`` the next best."""
+        if self.embeddings:
+            update = moved(update, self._scores_type(), self.device)
         self.step += 1
         if self.start <= taken < self.start + len(self.images):
             self.available[taken - self.start] = False
-        for scores, embedding in zip(self.scores, self.embeddings, strict=True):
-            self.scorer.advance(scores, embedding, update)
-        return self._offer()
+        for i, scores in enumerate(self.scores):
+            self.scorer.advance(scores, self._loaded(i), update, self.step)
+        return self._offer() if offer else None
 
     def _offer(self) -> Offer | None:
         if not self.available.any():
             return None
         states = zip(self.scores, self.parts, strict=True)
-        gain = torch.cat([self.scorer.gains(state, self.step, self.start + part.start) for state, part in states]).cpu()
-        if not torch.isfinite(gain[self.available]).all():
+        gain = torch.cat([self.scorer.gains(state, self.step, self.start + part.start) for state, part in states])
+        gain = torch.where(self.available, gain, -torch.inf)
+        best = gain.max()  # infinite or not a number if any of them is
+        if not torch.isfinite(best):
             raise FloatingPointError(
                 "a candidate's gain is not a number: the model's outputs overflow, or strategy.params.damping is too "
                 "small for the information matrix to be inverted"
             )
-        # argmax takes the first of equal values: ties go to the lowest position.
-        row = int(torch.where(self.available, gain, -torch.inf).argmax())
-        chosen = Embedding(*(part.cpu() for part in self._row(row)))
-        return Offer(float(gain[row]), self.start + row, chosen)
+        row = int((gain == best).nonzero()[0])  # the first of equal ones
+        return Offer(float(best), self.start + row, self._row(row))
 
     def _row(self, row: int) -> Embedding:
+        """The embedding of one image, a copy: a view would keep its whole part alive."""
         index = next(i for i, part in enumerate(self.parts) if row < part.stop)
         inside = row - self.parts[index].start
-        return take(self.embeddings[index], slice(inside, inside + 1))
+        return take(self.embeddings[index], slice(inside, inside + 1)).map(lambda part: part.cpu().clone())
+
+    def _stored(self, embedding: Embedding) -> Embedding:
+        """``embedding`` as it is kept: the bulk of it in the storage type."""
+        storage = self.precision.storage or embedding.hidden.dtype
+        kept = replace(embedding, hidden=embedding.hidden.to(storage), body=embedding.body.to(storage))
+        if storage == torch.float16 and not (kept.hidden.isfinite().all() and kept.body.isfinite().all()):
+            raise FloatingPointError("engine.storage: float16 cannot hold the embeddings; set bfloat16 or float32")
+        return kept
+
+    def _loaded(self, index: int) -> Embedding:
+        """A part's embeddings as scores are computed from them."""
+        return self.embeddings[index].to(self._scores_type())
+
+    def _scores_type(self) -> torch.dtype:
+        return self.precision.scores or self._dtype()
 
     def _run(self, piece: int, pieces: int) -> list[slice]:
         count = len(self.blocks)
@@ -190,11 +248,25 @@ class Shard:
         return next(self.model.parameters()).dtype
 
 
-def _moved(update: Any, like: Tensor) -> Any:
-    """An update's tensors with the device and type of ``like``; tuples keep their kind."""
-    if isinstance(update, Tensor):
-        return update.to(like)
-    if isinstance(update, tuple):
-        parts = [_moved(part, like) for part in update]
-        return type(update)(*parts) if hasattr(update, "_fields") else tuple(parts)
-    return update
+def moved(value: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """A tensor, or a named tuple or dataclass of them, with its numbers in another type and on another device."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(part, dtype, device) for part in value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: moved(getattr(value, f.name), dtype, device) for f in fields(value)})
+    return value
+
+
+def _aligned(images: Tensor, layout: torch.memory_format) -> Tensor:
+    """``images`` repeated at the end up to a multiple of ``ALIGNMENT``: few images at a time may round otherwise."""
+    missing = -len(images) % ALIGNMENT
+    whole = torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]) if missing else images
+    return whole.contiguous(memory_format=layout)
+
+
+def _add_whole(total: Tensor, share: Tensor, quantum: float) -> None:
+    """Add ``share`` to ``total`` in whole numbers of ``quantum``, in place, a few rows at a time."""
+    for rows, own in zip(total.split(512), share.split(512), strict=True):
+        rows += (own / quantum).round_().long()

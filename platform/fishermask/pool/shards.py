@@ -1,10 +1,11 @@
 """Calling all shards of a pool: what the greedy loop needs, and its simplest kind, shards in this process."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from fishermask.pool.shard import Shard, cut
 from fishermask.tensors.images import Images, Statistics
@@ -21,8 +22,23 @@ class Shards(Protocol):
     def scatter(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call ``method`` on the first ``len(args)`` shards, each with its own arguments; the results in order."""
 
+    def total(self, method: str, *args: Any) -> list[Tensor]:
+        """Sums over all shards of the tensors that ``method`` returns; shards without images return empty ones."""
+
     def close(self) -> None:
         """Free what the shards hold."""
+
+
+def summed(found: Iterator[Sequence[Tensor]]) -> list[Tensor]:
+    """Element by element, the sums of several rows of tensors, in place of the first; empty tensors do not count."""
+    totals: list[Tensor] = []
+    for row in found:
+        if len(row[0]) and totals:
+            for total, part in zip(totals, row, strict=True):
+                total += part
+        elif len(row[0]):
+            totals = list(row)
+    return totals
 
 
 class LocalShards:
@@ -49,6 +65,9 @@ class LocalShards:
             self.threads.submit(getattr(shard, method), *own) for shard, own in zip(self.shards, args, strict=False)
         ]
         return [call.result() for call in calls]
+
+    def total(self, method: str, *args: Any) -> list[Tensor]:
+        return summed(iter(self.call(method, *args)))
 
     def close(self) -> None:
         self.threads.shutdown()

@@ -31,6 +31,7 @@ class RunEvents:
         scalars |= {f"recall/{name}": value for name, value in result["recall"].items() if math.isfinite(value)}
         scalars |= {f"batch/{name}": count for name, count in result["batch_classes"].items() if result["batch"]}
         scalars |= {f"seconds/{stage}": value for stage, value in result["seconds"].items()}
+        scalars |= {f"notes/{name}": value for name, value in result.get("notes", {}).items()}
         scalars |= {"training/epochs": result["epochs"], "training/accuracy": result["train_accuracy"]}
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, labels)

@@ -61,24 +61,25 @@ def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence
     ]
     try:
         with torch.set_grad_enabled(bool(layers)), slow_attention():
-            logits = model(images)
+            logits = model(images).to(images.dtype)  # under autocast it has another
     finally:
         for handle in handles:
             handle.remove()
     if head is None:
         return ForwardPass(logits, logits.new_empty(len(logits), 0), inputs, outputs)
-    features = hidden[0]
+    features = hidden[0].to(images.dtype)
     if modules[head].bias is not None:
         features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
     return ForwardPass(logits, features, inputs, outputs)
 
 
 def class_gradients(
-    run: ForwardPass, weights: Tensor, classes: Tensor
+    run: ForwardPass, probabilities: Tensor, weights: Tensor, classes: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """Gradients of ``weights_c * log p_c`` with respect to the layers' outputs, one backward pass after the other.
 
     Args:
+        probabilities: [n, C], those of ``run``, or renormalised over some of the classes, as if others did not exist.
         weights: [n, C], constants.
         classes: [n, r]: in pass i, image x is differentiated for class ``classes[x, i]``.
 
@@ -89,7 +90,6 @@ def class_gradients(
     The softmax part rides in the cotangent, ``w_c (e_c - p)``, and so costs nothing and does not cancel when a
     prediction is nearly certain.
     """
-    probabilities = run.probabilities
     outputs = list(run.outputs.values())
     for i, current in enumerate(classes.unbind(1)):
         cotangent = torch.zeros_like(probabilities).scatter_(1, current[:, None], 1.0) - probabilities

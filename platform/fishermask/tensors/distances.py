@@ -25,11 +25,11 @@ class KCenterScorer:
     def start(self, embedding: Embedding, first: int) -> Tensor:
         """Squared distance to the nearest labelled image, [n]; infinite if none is labelled."""
         state = embedding.hidden.new_full((embedding.hidden.shape[1],), torch.inf)
-        for center in self.centers.to(embedding.hidden).unbind(1):
+        for center in self.centers.unbind(1):
             _nearer(state, (embedding.hidden - center[:, None]).square().sum(0))
         return state
 
-    def advance(self, state: Tensor, embedding: Embedding, update: Embedding) -> None:
+    def advance(self, state: Tensor, embedding: Embedding, update: Embedding, step: int) -> None:
         """The pick, ``update``, is a center from now on."""
         # By differences: the square of a sum can fall below zero in rounding, this cannot.
         _nearer(state, (embedding.hidden - update.hidden).square().sum(0))
@@ -57,18 +57,16 @@ class BadgeScorer:
         """Squared lengths of the gradient embeddings, [n]."""
         return _residual(embedding).square().sum(0) * embedding.hidden.square().sum(0)
 
-    def advance(self, state: Tensor, embedding: Embedding, update: tuple[Embedding, bool]) -> None:
-        """The pick is a center from now on; the flag says that it is the first, before which there was no distance."""
-        pick, is_first = update
-        ours, theirs = _residual(embedding), _residual(pick)
+    def advance(self, state: Tensor, embedding: Embedding, update: Embedding, step: int) -> None:
+        """The pick, ``update``, is a center from now on; before the first there was no distance."""
+        ours, theirs = _residual(embedding), _residual(update)
         # |a (x) h - b (x) k|^2 with a = b + (a - b): no difference of large squares.
-        change, step = ours - theirs, embedding.hidden - pick.hidden
-        length = theirs.square().sum(0) * step.square().sum(0) + change.square().sum(0) * embedding.hidden.square().sum(
-            0
-        )
-        across = (theirs * change).sum(0) * (step * embedding.hidden).sum(0)
+        change, way = ours - theirs, embedding.hidden - update.hidden
+        length = theirs.square().sum(0) * way.square().sum(0)
+        length += change.square().sum(0) * embedding.hidden.square().sum(0)
+        across = (theirs * change).sum(0) * (way * embedding.hidden).sum(0)
         distance = (length + 2 * across).clamp_min(0)
-        if is_first:
+        if step == 1:
             state.copy_(distance)
         else:
             _nearer(state, distance)

@@ -70,7 +70,7 @@ def fisher_diagonal(model: nn.Module, images: Tensor, layout: Layout) -> dict[st
     modules = dict(model.named_modules())
     sums: dict[str, Tensor] = {}
     passes = []
-    for _, cotangent, gradients in class_gradients(run, run.probabilities.sqrt(), all_classes(run)):
+    for _, cotangent, gradients in class_gradients(run, run.probabilities, run.probabilities.sqrt(), all_classes(run)):
         passes.append(gradients)
         for name, rows in per_sample_gradients(model, images, layout.slow, cotangent).items():
             sums[name] = sums.get(name, 0) + rows.double().square().sum(0)

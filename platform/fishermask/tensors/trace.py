@@ -27,6 +27,8 @@ class Update(NamedTuple):
     """G = (I + V U)^-1, [C, C]."""
     middle: Tensor
     """s = V T, [C, C]."""
+    gain: float
+    """By how much the trace falls."""
 
 
 class Objective:
@@ -54,22 +56,27 @@ class Objective:
         self._ug: list[Tensor] = []
         self._y: list[Tensor] = []
 
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """R and H as unscaled embeddings meet them: both times scale^2."""
-        self._apply()
-        return self.inverse * self.scale**2, self.sandwich * self.scale**2
+    def matrices(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """R and H as unscaled embeddings meet them, both times scale^2: copies in ``dtype``."""
+        self._gather()
+        return self.inverse.to(dtype) * self.scale**2, self.sandwich.to(dtype) * self.scale**2
 
     def add(self, embedding: Embedding) -> Update:
         """Add the one image of ``embedding`` to M and return what the scores of all others need."""
-        return self._change(embedding, 1.0)
+        update = self.consider(embedding)
+        self.apply(update)
+        return update
 
     def remove(self, embedding: Embedding) -> Update:
         """Take the one image of ``embedding`` out of M again."""
-        return self._change(embedding, -1.0)
+        update = self.consider(embedding, -1.0)
+        self.apply(update)
+        return update
 
-    def _change(self, embedding: Embedding, sign: float) -> Update:
+    def consider(self, embedding: Embedding, sign: float = 1.0) -> Update:
+        """What adding the one image of ``embedding`` to M (or taking it out, ``sign`` -1) would change."""
         # (M + V^T V)^-1 = R - U (I + V U)^-1 U^T and (M - V^T V)^-1 = R - U (V U - I)^-1 U^T: one formula, two signs.
-        v = dense(embedding)[0].double().mT * self.scale
+        v = dense(embedding.to(torch.float64))[0].mT * self.scale
         u, t = self.inverse @ v, self.sandwich @ v
         if self._u:
             past_u, past_ug, past_y = (torch.cat(past, dim=1) for past in (self._u, self._ug, self._y))
@@ -77,16 +84,20 @@ class Objective:
             t -= past_y @ (past_ug.mT @ v) + past_ug @ (past_y.mT @ v)
         inner = torch.linalg.inv(sign * torch.eye(v.shape[1], dtype=v.dtype, device=v.device) + v.mT @ u)
         middle = v.mT @ t
-        self.value -= float((inner * middle).sum())
-        ug = u @ inner
+        return Update(torch.cat([u, t], dim=1) * self.scale, inner, middle, float((inner * middle).sum()))
+
+    def apply(self, update: Update) -> None:
+        """Change M as was considered."""
+        u, t = (update.basis / self.scale).chunk(2, dim=1)
+        ug = u @ update.inner
+        self.value -= update.gain
         self._u.append(u)
         self._ug.append(ug)
-        self._y.append(t - 0.5 * ug @ middle)
+        self._y.append(t - 0.5 * ug @ update.middle)
         if len(self._u) == LAZY_PICKS:
-            self._apply()
-        return Update(torch.cat([u, t], dim=1) * self.scale, inner, middle)
+            self._gather()
 
-    def _apply(self) -> None:
+    def _gather(self) -> None:
         if self._u:
             u, ug, y = (torch.cat(past, dim=1) for past in (self._u, self._ug, self._y))
             self.inverse.addmm_(ug, u.mT, alpha=-1)
@@ -103,10 +114,9 @@ class TraceScorer:
 
     def start(self, embedding: Embedding, first: int) -> Tensor:
         """State of the images of ``embedding``, the pool's from position ``first``."""
-        inverse, sandwich = (matrix.to(embedding.hidden) for matrix in (self.inverse, self.sandwich))
-        return start_scores(embedding, inverse, sandwich)
+        return start_scores(embedding, self.inverse, self.sandwich)
 
-    def advance(self, state: Tensor, embedding: Embedding, update: Update) -> None:
+    def advance(self, state: Tensor, embedding: Embedding, update: Update, step: int) -> None:
         """Bring the state up to date with a pick, in place."""
         advance(state, embedding, update)
 
@@ -116,9 +126,8 @@ class TraceScorer:
 
 
 def start_scores(embedding: Embedding, inverse: Tensor, sandwich: Tensor) -> Tensor:
-    """P and Q from ``Objective.matrices()``, stacked: [2, C, C, n]."""
-    dtype = embedding.hidden.dtype
-    return torch.stack([quadratic(embedding, inverse.to(dtype)), quadratic(embedding, sandwich.to(dtype))])
+    """P and Q from ``Objective.matrices()``, of the embedding's type, stacked: [2, C, C, n]."""
+    return torch.stack([quadratic(embedding, inverse), quadratic(embedding, sandwich)])
 
 
 def advance(scores: Tensor, embedding: Embedding, update: Update) -> None:

@@ -1,0 +1,246 @@
+"""How much memory a query needs, known before it starts: bytes an image, k x k matrices, the peak of a gradient chunk.
+
+Sizes of what is kept follow from shapes. The peak of a gradient chunk does not (activations, what autograd saves, what
+``torch.func`` unrolls), so it is counted: every tensor that lives while a few images are differentiated.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fishermask.errors import InputError
+from fishermask.tensors.embedding import embed
+from fishermask.tensors.layout import Layout
+from fishermask.tensors.mask import Mask, body_parameters, fisher_diagonal, random_mask
+
+CHUNKS = (128, 64, 32, 16)
+"""Images differentiated at once. From 16 on, and in multiples of it, an image's numbers do not depend on the chunk."""
+ALIGNMENT = CHUNKS[-1]
+DIAGONAL_BATCH = 32
+DIAGONAL_BYTES = 2e9
+"""The Fisher diagonal of as many images, at most, is computed at once as take this many bytes. A fixed number, not what
+a machine has: the sum over a batch rounds with its size."""
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that come to life inside the block and are alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if (key := storage._cdata) not in self.known and key not in given:
+                    self.known.add(key)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, key, storage.nbytes())
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def live_peak(work: Callable[[], object]) -> int:
+    """Bytes of the tensors that ``work`` makes, at the moment when most are alive."""
+    counter = _Live()
+    with counter:
+        work()
+    return counter.peak
+
+
+def _per_image(work: Callable[[Tensor], object], images: Tensor) -> float:
+    """Bytes that ``work`` on a batch needs for each more image of it."""
+    work(images[:1])  # what is made once, by the first call, is nobody's
+
+    def peak(count: int) -> int:
+        return live_peak(lambda: work(images[:1].expand(count, *images.shape[1:]).contiguous()))
+
+    return (peak(6) - peak(2)) / 4
+
+
+def chunk_bytes(model: nn.Module, image: Tensor, mask: Mask, **options: Any) -> float:
+    """Bytes for each image of a chunk while it is embedded under ``mask``; ``options`` are those of ``embed``."""
+    return _per_image(lambda images: embed(model, images, mask, **options), image)
+
+
+def diagonal_bytes(model: nn.Module, image: Tensor, layout: Layout) -> float:
+    """Bytes for each image of a batch while its Fisher diagonal is computed."""
+    return _per_image(lambda images: fisher_diagonal(model, images, layout), image)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a query computes: all that its memory and time depend on but the size of the pool."""
+
+    layout: Layout
+    body_size: int
+    """k_body"""
+    num_classes: int
+    rows: int
+    """q, classes kept of each image"""
+    width: int
+    """E"""
+    trace: bool
+    """Whether candidates are scored by the trace objective, with k x k matrices; else by distances."""
+    ranked: bool
+    """Whether parameters are ranked by their Fisher information first."""
+
+    @property
+    def size(self) -> int:
+        """k"""
+        return self.body_size + self.num_classes * self.width
+
+
+def workload(
+    model: nn.Module,
+    images: Tensor,
+    layout: Layout,
+    body_size: int = 0,
+    trace: bool = True,
+    ranked: bool = False,
+    top_classes: int | None = None,
+) -> Workload:
+    """The workload of a query with ``model``, which takes ``images`` [n, ...]."""
+    with torch.no_grad():
+        num_classes = model(images).shape[1]
+    head = None if layout.head is None else model.get_submodule(layout.head)
+    assert head is None or isinstance(head, nn.Linear)
+    width = 0 if head is None else head.in_features + (head.bias is not None)
+    return Workload(layout, body_size, num_classes, min(num_classes, top_classes or num_classes), width, trace, ranked)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that a process needs for a query beyond what it holds before."""
+
+    parts: Mapping[str, float]
+    """What -> bytes, at the worst moment of the query."""
+    moment: str
+    """When that is."""
+    chunk: int
+    """Images differentiated at once."""
+
+    @property
+    def total(self) -> float:
+        """Bytes in all."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {readable(size)}" for name, size in self.parts.items() if size >= 5e5)
+        return f"{readable(self.total)} while it {self.moment} ({parts})"
+
+
+def readable(size: float) -> str:
+    """``1.23 GB``, or ``45 MB``."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{max(1, round(size / 1e6))} MB"
+
+
+def image_bytes(work: Workload, storage: torch.dtype, scores: torch.dtype, base: torch.dtype) -> tuple[int, int]:
+    """Bytes of an image's embedding and of its scores."""
+    kept = (work.rows * work.body_size + work.width) * storage.itemsize + 2 * work.rows * base.itemsize
+    if work.rows < work.num_classes:
+        kept += 8 * work.rows
+    return kept, (2 * work.rows**2 if work.trace else 1) * scores.itemsize
+
+
+class Probe:
+    """What a model's gradients take, counted once: bytes for each image of a chunk.
+
+    Args:
+        image: normalised images [1, ...] or more, of the type and on the device that chunks will have.
+        mask: as it was chosen; else one spread over all layers, which needs the most.
+    """
+
+    def __init__(self, model: nn.Module, image: Tensor, work: Workload, mask: Mask | None = None) -> None:
+        if mask is None:
+            body = body_parameters(model, work.layout)
+            mask = random_mask(body, work.layout, work.body_size, torch.Generator().manual_seed(0))
+        self.work, self.base, self.image_numbers = work, image.dtype, image[0].numel()
+        self.chunk = chunk_bytes(model, image, mask, top_classes=work.rows)
+        diagonal = diagonal_bytes(model, image, work.layout) if work.ranked else 0.0
+        self.diagonal_batch = max(1, min(DIAGONAL_BATCH, int(DIAGONAL_BYTES // max(diagonal, 1.0))))
+        self.diagonal = diagonal * self.diagonal_batch
+
+
+def estimate(
+    probe: Probe,
+    images: int,
+    block: int,
+    chunk: int,
+    storage: torch.dtype,
+    scores: torch.dtype,
+    shards: int = 1,
+    leads: bool = True,
+) -> Estimate:
+    """What a process needs that holds ``shards`` shards of ``images`` pool images each.
+
+    Args:
+        block: images in a block.
+        chunk: images differentiated at once.
+        leads: whether the process also leads the selection.
+    """
+    work, base = probe.work, probe.base.itemsize
+    kept, scored = image_bytes(work, storage, scores, probe.base)
+    numbers = work.rows * work.body_size + work.width + 2 * work.rows
+    matrix = work.size**2 * 8 if work.trace else 0
+    sums = 3 * matrix + 3 * 4 * work.body_size**2  # two sums and a block's share, with its body's as it grows
+    block = min(block, images)
+    # While a block is embedded: its images as floats, its embeddings in pieces and then together.
+    embedding = probe.chunk * min(chunk, block) + block * base * (probe.image_numbers + 2 * numbers)
+    # While a block is scored: itself in the scores' type, and the largest structured products.
+    scoring = block * (2 * work.num_classes * work.width + 3 * work.rows * work.body_size) * scores.itemsize
+    everything = shards * images * kept
+    told = 2 * work.size**2 * scores.itemsize if work.trace else 0  # R and H as shards use them
+    moments: dict[str, dict[str, float]] = {
+        "ranks the parameters": {"gradients": shards * probe.diagonal},
+        "embeds the pool": {"embeddings": everything, "gradients": shards * embedding},
+        "scores the pool": {
+            "embeddings": everything,
+            "scores": shards * images * scored,
+            "k x k matrices": told + (2 * matrix if leads else 0),
+            "products": shards * scoring,
+        },
+    }
+    if work.trace:
+        sums_here = {"k x k matrices": shards * sums, "products": shards * scoring}
+        moments["sums the information"] = {"embeddings": everything, **sums_here}
+        if leads:  # M, its factor, its inverse R, F, R F and H = R F R
+            moments["inverts the information"] = {"embeddings": everything, "k x k matrices": 6 * matrix}
+    worst = max(moments, key=lambda moment: sum(moments[moment].values()))
+    return Estimate(moments[worst], worst, chunk)
+
+
+def fit(probe: Probe, allowed: float, **settings: Any) -> Estimate:
+    """The estimate with the largest chunk that needs no more than ``allowed`` bytes.
+
+    Raises:
+        InputError: not even the smallest does; the message says what takes the most and which setting would help.
+    """
+    estimates = [estimate(probe, chunk=chunk, **settings) for chunk in CHUNKS]
+    for found in estimates:
+        if found.total <= allowed:
+            return found
+    found = estimates[-1]
+    worst = max(found.parts, key=lambda part: found.parts[part])
+    remedy = {
+        "embeddings": "set engine.storage to bfloat16, lower strategy.params.fraction, or use shards on more machines",
+        "scores": "lower strategy.params.top_classes, or use shards on more machines",
+        "k x k matrices": "lower strategy.params.fraction",
+    }.get(worst, "give it more, or choose a smaller model")
+    raise InputError(
+        f"resources.memory: a query needs {found}, which is more than the {readable(allowed)} there are; {remedy}"
+    )

@@ -16,6 +16,7 @@ from fishermask.experiment.setup import prepare
 from fishermask.pool.ray_shards import RayShards
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.models import mlp
+from fishermask.tensors.precision import Precision
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +133,7 @@ def test_ray_shards_read_their_own_images_where_there_is_no_store(tmp_path, ray_
     images, model = setup.data.train.images, mlp(1, 8, 4, width=4, depth=1)
 
     def probabilities(shards):
-        shards.call("set_model", model)
+        shards.call("set_model", model, Precision())
         try:
             return shards.call("probabilities", 0, 1)[0]
         finally:

@@ -1,7 +1,12 @@
-"""Shared fixtures. Ray's settings must stand before it is imported."""
+"""Shared fixtures. Ray's settings must stand before it is imported, and its workers inherit the cache's place."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
+os.environ["FISHERMASK_CACHE"] = tempfile.mkdtemp(prefix="fishermask-cache-")
+atexit.register(shutil.rmtree, os.environ["FISHERMASK_CACHE"], ignore_errors=True)
 os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 os.environ.pop("RAY_ADDRESS", None)
 

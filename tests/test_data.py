@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_the_embedded_data_are_what_the_script_makes_of_idx_files(tmp_path):
             rows = [int(name.split("/")[1].removesuffix(".png")) for name in split.ids]
             # The images between ours belong to classes that have had their share: a repeated image of class 9 last.
             images, labels = np.zeros((max(rows) + 1, 28, 28), np.uint8), np.full(max(rows) + 1, 255, np.uint8)
-            images[rows], labels[rows] = split.images[:, 0].numpy(), split.labels.numpy()
+            images[rows], labels[rows] = split.images[:][:, 0].numpy(), split.labels.numpy()
             write_idx(source / f"{prefix}-images-idx3-ubyte.gz", images)
             write_idx(source / f"{prefix}-labels-idx1-ubyte.gz", labels)
     assert script.make(source, tmp_path / "made") == DIGEST
@@ -96,8 +97,8 @@ def load_parquet(path: Path, **settings):
 def test_parquet_images_come_with_their_paths_as_ids(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", [png(value=v) for v in (1, 2, 3)], [0, 2, 1], "img", paths=list("xyz"))
     data = load_parquet(file)
-    assert data.train.ids == ["x", "y", "z"]
-    assert data.train.images[:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert list(data.train.ids) == ["x", "y", "z"]
+    assert data.train.images[:][:, 0, 0, 0].tolist() == [1, 2, 3]
     assert data.train.labels.tolist() == [0, 2, 1]
     assert data.classes == ["0", "1", "2"]
 
@@ -107,13 +108,13 @@ def test_parquet_folders_and_globs_are_read_in_order_and_unnamed_rows_get_ids(tm
     write_parquet(tmp_path / "a.parquet", [png(value=1)], [0])
     for source in (tmp_path, tmp_path / "*.parquet"):
         data = load_parquet(source)
-        assert data.train.images[:, 0, 0, 0].tolist() == [1, 2]
-        assert data.train.ids == ["train-00000000", "train-00000001"]
+        assert data.train.images[:][:, 0, 0, 0].tolist() == [1, 2]
+        assert list(data.train.ids) == ["train-00000000", "train-00000001"]
 
 
 def test_colour_images_stay_colour_and_sizes_can_be_brought_together(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", [png((8, 8, 3)), png((16, 16, 3))], [0, 1])
-    with pytest.raises(InputError, match="row 1 is 16 x 16 pixels.*set data.image_size"):
+    with pytest.raises(InputError, match="row 1 is 16 x 16 pixels, .* 8 x 8; set data.image_size"):
         load_parquet(file)
     assert load_parquet(file, image_size=12).image_shape == (3, 12, 12)
 
@@ -158,13 +159,19 @@ def test_fashion_mnist_is_read_from_a_torchvision_root(tmp_path):
     raw = tmp_path / "FashionMNIST/raw"
     raw.mkdir(parents=True)
     for prefix, split in (("train", data.train), ("t10k", data.test)):
-        for kind, array in (("images-idx3", split.images[:30, 0]), ("labels-idx1", split.labels[:30].to(torch.uint8))):
+        for kind, array in (
+            ("images-idx3", split.images[:30][:, 0]),
+            ("labels-idx1", split.labels[:30].to(torch.uint8)),
+        ):
             write_idx(raw / "x.gz", array.numpy())
             (raw / f"{prefix}-{kind}-ubyte").write_bytes(gzip.decompress((raw / "x.gz").read_bytes()))
     found = dataset.load(DataConfig(name="FashionMNIST", root=str(tmp_path)))
-    assert torch.equal(found.train.images, data.train.images[:30])
+    assert torch.equal(found.train.images[:], data.train.images[:30])
     assert torch.equal(found.test.labels, data.test.labels[:30])
     assert found.published is not None
+    part = pickle.dumps(found.train.images.take(torch.tensor([20, 3])))
+    shutil.rmtree(found.train.images.origin.store)
+    assert torch.equal(pickle.loads(part)[:], data.train.images[torch.tensor([20, 3])])
 
 
 def test_cifar10_and_svhn_keep_channels_and_pixels_in_place(tmp_path, monkeypatch):
@@ -187,7 +194,7 @@ def test_cifar10_and_svhn_keep_channels_and_pixels_in_place(tmp_path, monkeypatc
         scipy.io.savemat(tmp_path / f"{split}_32x32.mat", mat)
     monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)
     found = dataset.load(DataConfig(name="SVHN", root=str(tmp_path)))
-    assert torch.equal(found.train.images, torch.from_numpy(images))
+    assert torch.equal(found.train.images[:], torch.from_numpy(images))
     assert found.train.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
 
 
@@ -271,4 +278,4 @@ def test_the_test_set_keeps_the_classes_of_the_pool_with_labels_from_zero():
     assert small.classes == [data.classes[2], data.classes[7]]
     assert torch.bincount(small.train.labels).tolist() == [5, 9]
     assert torch.bincount(small.test.labels).tolist() == [200, 200]
-    assert [data.train.ids[row] for row in rows] == small.train.ids
+    assert [data.train.ids[row] for row in rows] == list(small.train.ids)

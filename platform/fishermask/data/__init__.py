@@ -1,1 +1,1 @@
-"""Data sets: uint8 images in memory, labels, and ids that lead back to the source."""
+"""Data sets: decoded once per machine into a store that all processes map, with ids that lead back to the source."""

@@ -13,10 +13,11 @@ from fishermask.experiment.setup import Setup, precision
 from fishermask.experiment.streams import stream
 from fishermask.pool.pool import Engine, Pool, Progress
 from fishermask.pool.shards import Shards
+from fishermask.tensors.images import Images
 from fishermask.tensors.metrics import evaluate
 from fishermask.tensors.training import fit, predict
 
-MakeShards = Callable[[Tensor, Any], Shards]
+MakeShards = Callable[[Images, Any], Shards]
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ def run(
     """
     config, pool_data, test = setup.config, setup.data.train, setup.data.test
     budget, training, seed = config.budget, config.training, config.seed
-    position = {name: i for i, name in enumerate(pool_data.ids)}
     bought = [name for result in history for name in result["batch"]]
-    if not position.keys() >= set(bought) or len(set(bought)) < len(bought):
+    positions = pool_data.ids.positions(bought)
+    if (positions < 0).any() or len(set(bought)) < len(bought):
         raise InputError("rounds.jsonl: holds ids that are not in the pool, or one twice; remove it to run again")
-    labeled = torch.cat([setup.initial, torch.tensor([position[name] for name in bought]).long()])
+    labeled = torch.cat([setup.initial, positions])
     device = torch.device("cuda" if config.resources.gpus else "cpu")
     augment = config.data.augment if config.data.augment is not None else setup.data.image_shape[0] == 3
     engine = Engine(precision(config.engine), config.engine.drift)
@@ -95,7 +96,7 @@ def run(
             # Evaluate it on the test set.
             trained = time.perf_counter()
             progress("evaluate", 0, 1)
-            predictions = predict(model, test.images.to(device), setup.statistics).argmax(-1).cpu()
+            predictions = predict(model, test.images, setup.statistics).argmax(-1).cpu()
             metrics = evaluate(predictions, test.labels, len(setup.data.classes))
             evaluated = time.perf_counter()
             # Query the next batch and label it.

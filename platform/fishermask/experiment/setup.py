@@ -49,7 +49,8 @@ def prepare(config: ExperimentConfig) -> Setup:
         InputError: settings that cannot work; the message names the field and what would be right.
     """
     strategy = strategies.load(config.strategy)
-    data = _pool(config.data, config.imbalance, config.seed)
+    pool = (config.data, config.imbalance, config.seed)
+    data = _pool(*pool)
     size = len(data.train.labels)
     if not len(data.test.labels):
         raise InputError("data.test: holds no image of the pool's classes; give test images of each of them")
@@ -60,7 +61,7 @@ def prepare(config: ExperimentConfig) -> Setup:
     if config.data.statistics == "published" and data.published is None:
         raise InputError(f"data.statistics: there are no published ones for {config.data.name}; use pool")
     own = config.data.statistics == "pool" or data.published is None
-    statistics = channel_statistics(data.train.images) if own or data.published is None else data.published
+    statistics = _pool_statistics(*pool) if own or data.published is None else data.published
     setup = Setup(config, data, drawn[: config.budget.initial].sort().values, statistics, strategy)
     return replace(setup, plan=_plan(setup))
 
@@ -95,9 +96,17 @@ def _plan(setup: Setup) -> Plan | None:
     )
 
 
-@lru_cache(maxsize=8)
+# One run after another usually wants another seed's pool or the same again; its row numbers and labels are all that is
+# kept in memory, so one is kept.
+@lru_cache(maxsize=1)
 def _pool(data: DataConfig, rule: Imbalance, seed: int) -> Dataset:
     """The data set after imbalance; the same for all strategies and budgets of a seed."""
     whole = dataset.load(data)
     rows, classes = imbalance.choose(whole.train.labels, len(whole.classes), rule, stream(seed, "imbalance"))
     return whole.restrict(rows, classes)
+
+
+# A few numbers each, but every image is read for them.
+@lru_cache(maxsize=1024)
+def _pool_statistics(data: DataConfig, rule: Imbalance, seed: int) -> Statistics:
+    return channel_statistics(_pool(data, rule, seed).train.images)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fishermask.errors import InputError
 from fishermask.pool.shard import Shard, cut
 from fishermask.pool.shards import summed
-from fishermask.tensors.images import Statistics
+from fishermask.tensors.images import Images, Statistics
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ SMALL = {"advance"}
 # The coordinator must know of a lost shard: a restarted actor would be empty, and would answer all the same.
 @ray.remote(max_restarts=0, max_task_retries=0)
 class ShardActor(Shard):
-    def __init__(self, images: Any, start: int, statistics: Statistics, device: str) -> None:
+    def __init__(self, images: Images, start: int, statistics: Statistics, device: str) -> None:
         torch.set_num_threads(1)
         super().__init__(images, start, statistics, device)
 
@@ -38,16 +38,18 @@ class RayShards:
     """``count`` actors, each with ``cpus`` and ``gpus`` (fractions allowed) of its own.
 
     Args:
+        images: the whole pool. An actor gets a view of its share, which travels as row numbers; it maps the pixels on
+            its own machine, or reads them from their source there.
         restarts: how often in all a lost shard is made again before the run fails.
     """
 
     def __init__(
-        self, images: Any, statistics: Statistics, count: int, cpus: float, gpus: float, restarts: int = 3
+        self, images: Images, statistics: Statistics, count: int, cpus: float, gpus: float, restarts: int = 3
     ) -> None:
         self.count, self.restarts, self.rebuilt = count, restarts, 0
         device = "cuda" if gpus else "cpu"
         options = ShardActor.options(num_cpus=cpus, num_gpus=gpus)  # type: ignore[attr-defined]
-        slices = [(images[start:end], start) for start, end in cut(len(images), count)]
+        slices = [(images.narrow(0, start, end - start), start) for start, end in cut(len(images), count)]
         self._make = [lambda own=own: options.remote(own[0], own[1], statistics, device) for own in slices]
         self._log: list[tuple[str, list[Any]]] = []
         self.actors = [make() for make in self._make]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fishermask.tensors.embedding import Embedding, concatenate, embed, information, information_diagonal, take
-from fishermask.tensors.images import Statistics, normalise
+from fishermask.tensors.images import Images, Statistics, normalise
 from fishermask.tensors.layout import Layout
 from fishermask.tensors.mask import Mask, fisher_diagonal
 from fishermask.tensors.memory import ALIGNMENT
@@ -66,14 +66,13 @@ class Shard:
     """The pool's images ``start`` to ``start + n``.
 
     Args:
-        images: uint8 [n, channels, height, width]: a tensor, or what gives one when indexed by a slice or by rows.
+        images: uint8 [n, channels, height, width], a tensor or a view of what is on disk.
         start: the pool position of the first image, a multiple of ``BLOCK``.
         device: where to compute.
     """
 
-    def __init__(self, images: Any, start: int, statistics: Statistics, device: str) -> None:
-        self.images = images
-        self.start, self.statistics, self.device = start, statistics, torch.device(device)
+    def __init__(self, images: Images, start: int, statistics: Statistics, device: str) -> None:
+        self.images, self.start, self.statistics, self.device = images, start, statistics, torch.device(device)
         self.blocks = [slice(i, min(i + BLOCK, len(images))) for i in range(0, len(images), BLOCK)]
         self.model: nn.Module = nn.Identity()
         self.embeddings: list[Embedding] = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fishermask.pool.shard import Shard, cut
-from fishermask.tensors.images import Statistics
+from fishermask.tensors.images import Images, Statistics
 
 
 class Shards(Protocol):
@@ -45,12 +45,15 @@ class LocalShards:
     """Shards that live in this process, each on a thread of its own.
 
     Args:
-        images: the whole pool, uint8 [n, channels, height, width].
+        images: the whole pool; no shard copies its share.
     """
 
-    def __init__(self, images: Tensor, statistics: Statistics, count: int = 1, device: str = "cpu") -> None:
+    def __init__(self, images: Images, statistics: Statistics, count: int = 1, device: str = "cpu") -> None:
         self.count = count
-        self.shards = [Shard(images[start:end], start, statistics, device) for start, end in cut(len(images), count)]
+        self.shards = [
+            Shard(images.narrow(0, start, end - start), start, statistics, device)
+            for start, end in cut(len(images), count)
+        ]
         # The number of threads that torch computes with is kept by thread: the caller's own stays as it is.
         self.threads = ThreadPoolExecutor(count, "shard", torch.set_num_threads, (1,))
 

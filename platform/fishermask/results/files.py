@@ -9,7 +9,7 @@ results/<sweep>/runs/<run>/error.txt      traceback of the last attempt, if it f
 
 import csv
 import fcntl
-import io
+import filecmp
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -56,9 +56,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write to a temporary name, then rename: a reader sees the old file or the whole new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def make_folder(path: Path) -> None:
@@ -112,16 +116,18 @@ class RunFolder:
             InputError: the run's first rounds were made with other data.
         """
         make_folder(self.path)
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["id", "class", "initial"])
-        writer.writerows((name, label, int(initial)) for name, label, initial in pool)
         index = self.path / "pool.csv"
-        if self.rounds.exists() and index.exists() and index.read_text() != table.getvalue():
+        partial = _partial(index)
+        with partial.open("w", encoding="utf-8", newline="") as table:
+            writer = csv.writer(table, lineterminator="\n")
+            writer.writerow(["id", "class", "initial"])
+            writer.writerows((name, label, int(initial)) for name, label, initial in pool)
+        if self.rounds.exists() and index.exists() and not filecmp.cmp(index, partial, shallow=False):
+            partial.unlink()
             raise InputError(
                 f"data: its images are not those that {self.path} was begun with; choose another name=NAME"
             )
-        write_atomically(index, table.getvalue())
+        partial.replace(index)
         settings = config.model_dump()
         write_atomically(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 

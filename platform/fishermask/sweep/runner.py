@@ -19,6 +19,7 @@ from fishermask.results import files
 from fishermask.results.tables import varied_settings
 from fishermask.sweep.plan import Run, Sweep, check_folder
 from fishermask.sweep.recorder import Recorder, rounds_of
+from fishermask.tensors.images import Images
 
 History = list[dict[str, Any]]
 
@@ -64,7 +65,7 @@ def create_folders(sweep: Sweep, runs: list[tuple[Run, History]]) -> None:
         pool = setup.data.train
         rows = (
             (name, setup.data.classes[label], position in initial)
-            for position, (name, label) in enumerate(zip(pool.ids, pool.labels.tolist(), strict=True))
+            for position, (name, label) in enumerate(zip(pool.ids, pool.label_numbers(), strict=True))
         )
         run.folder.create(run.config, rows)
 
@@ -101,7 +102,7 @@ def rounds(config: ExperimentConfig, history: History, record: Any, stage: Any =
 def shard_maker(resources: ResourcesConfig) -> MakeShards:
     """How a run's shards are made, in its own process or as Ray actors."""
 
-    def make(images: torch.Tensor, statistics: Any) -> Shards:
+    def make(images: Images, statistics: Any) -> Shards:
         if resources.workers == "in_process":
             return LocalShards(images, statistics, resources.shards, "cuda" if resources.gpus else "cpu")
         from fishermask.pool.ray_shards import RayShards

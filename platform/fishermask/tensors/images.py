@@ -1,12 +1,29 @@
-"""Images stay uint8 [n, channels, height, width] in memory; batches are normalised, and augmented, on the fly."""
+"""Images stay uint8 [n, channels, height, width]; batches are normalised, and augmented, on the fly."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 CROP_PADDING = 4
+READ_BATCH = 256
+
+
+class Images(Protocol):
+    """uint8 [n, channels, height, width]: a tensor, or something that reads one from elsewhere when it is indexed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """n, channels, height, width"""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, selection: slice | Tensor, /) -> Tensor:
+        """The images of a slice, or at an index tensor [m] of any order."""
+
+    def narrow(self, dim: int, start: int, length: int) -> "Images":
+        """``length`` images from ``start``, without a copy; ``dim`` is 0."""
 
 
 class Statistics(NamedTuple):
@@ -16,13 +33,16 @@ class Statistics(NamedTuple):
     std: tuple[float, ...]
 
 
-def channel_statistics(images: Tensor) -> Statistics:
-    """Statistics of ``images``, uint8 [n, channels, height, width]."""
-    # Exact integer sums, chunk by chunk: no float copy of the whole pool, and no dependence on the chunk's size.
-    count = images.numel() // images.shape[1]
-    total = sum(chunk.sum((0, 2, 3), dtype=torch.int64) for chunk in images.split(1024))
-    squares = sum(chunk.int().square().sum((0, 2, 3), dtype=torch.int64) for chunk in images.split(1024))
-    assert isinstance(total, Tensor) and isinstance(squares, Tensor)
+def channel_statistics(images: Images) -> Statistics:
+    """Statistics of ``images``, read once, a batch at a time."""
+    count, channels, height, width = images.shape
+    # How often each channel has each grey level: exact whatever the batch's size, and one pass on one thread.
+    levels, found = torch.arange(256), torch.zeros(channels, 256, dtype=torch.int64)
+    for start in range(0, count, READ_BATCH):
+        batch = images[start : start + READ_BATCH].transpose(0, 1).flatten(1)
+        found += torch.stack([channel.bincount(minlength=256) for channel in batch])
+    total, squares = (found * levels).sum(1), (found * levels.square()).sum(1)
+    count *= height * width
     mean = total.double() / count
     # A constant channel has no scale of its own; one grey level keeps the division defined.
     std = (squares.double() / count - mean.square()).clamp_min(1.0).sqrt()

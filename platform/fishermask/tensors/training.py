@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fishermask.tensors.images import Statistics, crop_and_flip, normalise
+from fishermask.tensors.images import Images, Statistics, crop_and_flip, normalise
 
 PREDICTION_BATCH = 256
 
@@ -73,7 +73,9 @@ def fit(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, statistics: Statistics) -> Tensor:
-    """Logits [n, C] of uint8 ``images`` in eval mode, without augmentation."""
+def predict(model: nn.Module, images: Images, statistics: Statistics) -> Tensor:
+    """Logits [n, C] of ``images`` in eval mode, without augmentation, where the model is."""
     model.eval()
-    return torch.cat([model(normalise(batch, statistics)) for batch in images.split(PREDICTION_BATCH)])
+    device = next(model.parameters()).device
+    batches = (images[start : start + PREDICTION_BATCH] for start in range(0, len(images), PREDICTION_BATCH))
+    return torch.cat([model(normalise(batch.to(device), statistics)) for batch in batches])

@@ -1,0 +1,103 @@
+"""Memory of the process that prepares runs, by the size of the pool: 32x32x3 images, a fresh process for each number.
+
+    python benchmarks/memory.py [SIZE ...]
+
+Private memory is what a process alone has written (``Private_Dirty``); pages mapped from the decoded images are shared
+by all processes of the machine and given back when memory is short. The peak is of anonymous memory, sampled.
+"""
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from table import show
+
+CASES = {
+    "decode": {"kind": "balanced"},
+    "prepare, whole pool": {"kind": "balanced"},
+    "prepare, step imbalance": {"kind": "step", "ratio": 2},
+    "prepare and pool.csv": {"kind": "step", "ratio": 2},
+}
+
+
+def write_source(path: Path, count: int) -> None:
+    """``count`` images of 10 classes that differ in their paths."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", kind), ("label", pa.int64())])
+    with pq.ParquetWriter(path, schema) as file:
+        for start in range(0, count, 10_000):
+            rows = range(start, min(start + 10_000, count))
+            images = pa.array([{"bytes": buffer.getvalue(), "path": f"pool/{row:09d}.png"} for row in rows], kind)
+            file.write_table(pa.table({"image": images, "label": [row % 10 for row in rows]}, schema))
+
+
+def status(file: str, field: str) -> int:
+    """Bytes of a field of /proc/self."""
+    lines = Path("/proc/self", file).read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def child(case: str, train: str, warmup: str, folder: str) -> None:
+    """Print private growth and peak growth of one case, in bytes."""
+    from fishermask.config import ExperimentConfig, parse
+    from fishermask.experiment.setup import prepare
+    from fishermask.sweep import plan, runner
+
+    def settings(path: str) -> dict:
+        data = {"name": "parquet", "train": path, "test": warmup}
+        budget = {"initial": 10, "query": 10, "total": 50}
+        return {"data": data, "imbalance": CASES[case], "budget": budget, "strategy": "random"}
+
+    prepare(parse(ExperimentConfig, settings(warmup)))
+    prepare(parse(ExperimentConfig, settings(warmup) | {"seed": 1}))
+    before = status("smaps_rollup", "Private_Dirty"), status("status", "RssAnon")
+    peak, done = [before[1]], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], status("status", "RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    if "pool.csv" in case:
+        sweep = plan.expand(plan.SweepConfig(name="s", output=folder, base=settings(train)))
+        runner.create_folders(sweep, [(run, []) for run in sweep.runs])
+    else:
+        kept = prepare(parse(ExperimentConfig, settings(train)))
+        assert kept
+    done.set()
+    watcher.join()
+    print(status("smaps_rollup", "Private_Dirty") - before[0], peak[0] - before[1])
+
+
+def main(sizes: list[int]) -> None:
+    rows = []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            train, warmup = Path(folder, "train.parquet"), Path(folder, "small.parquet")
+            write_source(train, size)
+            write_source(warmup, 1000)
+            environment = os.environ | {"FISHERMASK_CACHE": f"{folder}/cache"}
+            for case in CASES:
+                command = [sys.executable, __file__, "--child", case, str(train), str(warmup), folder]
+                found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+                private, peak = map(float, found.split())
+                rows.append([case, f"{size:,}", size * 3072 / 1e6, private / 1e6, peak / 1e6])
+    show("", ["case", "images", "pixels MB", "private growth MB", "peak growth MB"], rows)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:])
+    else:
+        main([int(size) for size in sys.argv[1:]] or [20_000, 200_000])

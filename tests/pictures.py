@@ -1,0 +1,45 @@
+"""Parquet files of 120 small grey images, in any order, for tests of how images are stored and travel."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from fishermask.config import DataConfig
+from fishermask.data import dataset
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (120, 8, 8), np.uint8)
+NAMES = [f"{'köln' if i % 3 else 'bonn'}/{i}.png" for i in range(120)]
+KIND = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+SHUFFLED = np.random.default_rng(1).permutation(120).tolist()
+BY_NAME = sorted(range(120), key=lambda i: NAMES[i].encode())
+SMALL = {"initial": 1, "query": 1, "total": 2}
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(path: Path, order=range(120), names=NAMES, group=30) -> Path:
+    """120 grey images of 4 classes in this order."""
+    images = [{"bytes": png(PIXELS[i]), "path": names and names[i]} for i in order]
+    table = pa.table({"image": pa.array(images, KIND), "label": [i % 4 for i in order]})
+    pq.write_table(table, path, row_group_size=group, compression="none")
+    return path
+
+
+def config(path: Path) -> DataConfig:
+    return DataConfig(name="parquet", train=str(path), test=str(path))
+
+
+def load(path: Path) -> dataset.Dataset:
+    return dataset.load(config(path))
+
+
+def stores(folder: Path) -> list[Path]:
+    return [path for path in (folder / "cache").iterdir() if path.is_dir()]

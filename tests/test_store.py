@@ -1,0 +1,192 @@
+"""Decoded images on disk: what is kept, and who may write it."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pictures import BY_NAME, KIND, NAMES, PIXELS, SHUFFLED, SMALL, config, load, png, stores, write
+
+from fishermask.config import ExperimentConfig, parse
+from fishermask.data import cache, dataset
+from fishermask.errors import InputError
+from fishermask.experiment.loop import run
+from fishermask.experiment.setup import prepare
+from fishermask.pool.shards import LocalShards
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FISHERMASK_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_store_holds_plain_arrays_sorted_by_the_bytes_of_the_ids(tmp_path):
+    data = load(write(tmp_path / "a.parquet", SHUFFLED))
+    (folder,) = stores(tmp_path)
+    images, labels, ids = (np.load(folder / "train" / f"{name}.npy") for name in ("images", "labels", "ids"))
+    assert (images == PIXELS[BY_NAME][:, None]).all()
+    assert labels.tolist() == data.train.labels.tolist() == [i % 4 for i in BY_NAME]
+    assert [name.decode() for name in ids] == list(data.train.ids) == [NAMES[i] for i in BY_NAME]
+    assert sorted(path.name for path in folder.glob("train/*")) == sorted(
+        ["images.npy", "labels.npy", "ids.npy", "source_rows.npy"]
+    )
+
+
+def test_a_source_in_another_order_gives_the_same_rounds(tmp_path):
+    found = []
+    for name, order in (("a", range(120)), ("b", SHUFFLED)):
+        settings = {
+            "data": config(write(tmp_path / f"{name}.parquet", order)).model_dump(),
+            "imbalance": {"kind": "step", "ratio": 3},
+            "model": {"name": "mlp", "params": {"width": 8, "depth": 1}},
+            "budget": {"initial": 8, "query": 5, "total": 18},
+            "training": {"max_epochs": 3},
+            "strategy": "bait",
+        }
+        setup = prepare(parse(ExperimentConfig, settings))
+        assert len(setup.data.train.ids) == 2 * 30 + 2 * 10
+        initial = [setup.data.train.ids[i] for i in setup.initial]
+        rounds = [r.as_dict() | {"seconds": None} for r in run(setup, LocalShards)]
+        found.append((list(setup.data.train.ids), setup.statistics, initial, rounds))
+    assert found[0] == found[1]
+
+
+def test_rows_without_a_name_or_with_the_name_of_another_keep_the_order_of_the_source(tmp_path):
+    for file, names in (("a", None), ("b", [*NAMES[:-1], NAMES[0]])):
+        train = load(write(tmp_path / f"{file}.parquet", SHUFFLED, names)).train
+        assert list(train.ids) == [f"train-{row:08d}" for row in range(120)]
+        assert (train.images[:][:, 0].numpy() == PIXELS[SHUFFLED]).all()
+
+
+def test_the_image_of_the_lowest_id_decides_between_grey_and_colour(tmp_path):
+    grey, colour = png(PIXELS[0]), png(np.stack([PIXELS[1]] * 3, -1))
+    for name, order in (("ab", 1), ("ba", -1)):
+        images = [{"bytes": grey, "path": "a"}, {"bytes": colour, "path": "b"}][::order]
+        pq.write_table(pa.table({"image": images, "label": [0, 1]}), tmp_path / f"{name}.parquet")
+        assert load(tmp_path / f"{name}.parquet").image_shape == (1, 8, 8)
+
+
+def test_a_store_is_made_once_and_again_when_its_source_or_settings_change(tmp_path):
+    file = write(tmp_path / "a.parquet")
+    load(file)
+    (first,) = stores(tmp_path)
+    before = (first / "store.json").stat().st_mtime_ns
+    load(file)
+    dataset.load(config(file).model_copy(update={"augment": True, "statistics": "pool"}))
+    assert (stores(tmp_path), (first / "store.json").stat().st_mtime_ns) == ([first], before)
+    dataset.load(config(file).model_copy(update={"image_size": 6}))
+    assert len(stores(tmp_path)) == 2
+    write(file, SHUFFLED)
+    load(file)
+    assert len(stores(tmp_path)) == 3
+
+
+def test_two_writers_at_once_leave_one_whole_store(tmp_path):
+    file = write(tmp_path / "a.parquet")
+    code = f"""
+from fishermask.data import dataset
+print(dataset.load(dataset.DataConfig(**{config(file).model_dump()})).train.images[:].sum().item())
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert {writer.communicate()[0].strip() for writer in writers} == {str(PIXELS.sum())}
+    assert len(stores(tmp_path)) == 1
+
+
+def test_a_writer_that_finds_the_store_made_meanwhile_leaves_it(tmp_path):
+    """Where locks do not hold."""
+    cache.root().mkdir()
+    for text in ("first", "second"):
+        with cache.partial("key") as folder:
+            (folder / cache.NOTE).write_text(text)
+    assert [path.name for path in stores(tmp_path)] == ["key"]
+    assert (cache.root() / "key" / cache.NOTE).read_text() == "first"
+
+
+def test_a_writer_that_is_killed_leaves_no_store_and_the_next_one_removes_its_remains(tmp_path):
+    file = write(tmp_path / "a.parquet")
+    code = f"""
+import os, signal
+from fishermask.config import DataConfig
+from fishermask.data import cache, dataset
+put = cache.put
+def put_and_die(path, rows, values):
+    put(path, rows, values)
+    if path.name == cache.IMAGES:
+        os.kill(os.getpid(), signal.SIGKILL)
+cache.put = put_and_die
+dataset.load(DataConfig(**{config(file).model_dump()}))
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    (remains,) = stores(tmp_path)
+    assert remains.name.endswith(".partial")
+    assert (load(file).train.images[:][:, 0].numpy() == PIXELS[BY_NAME]).all()
+    assert len(stores(tmp_path)) == 1
+    assert remains not in stores(tmp_path)
+
+
+def test_a_source_with_a_mistake_leaves_nothing_behind(tmp_path):
+    images = [{"bytes": png(PIXELS[0]), "path": "a"}, {"bytes": b"?", "path": "b"}]
+    pq.write_table(pa.table({"image": images, "label": [0, 1]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="row 1: the image does not decode"):
+        load(tmp_path / "a.parquet")
+    assert stores(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_used_is_one_line_that_names_the_variable(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.parquet")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(
+            InputError, match="^FISHERMASK_CACHE: .*/cache cannot hold .* MB of decoded images .*folder$"
+        ):
+            load(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    load(file)
+    (folder,) = stores(tmp_path)
+    os.truncate(folder / "train/images.npy", 1000)
+    with pytest.raises(InputError, match=f"^FISHERMASK_CACHE: {folder} is damaged .*; remove it"):
+        load(file)
+    monkeypatch.setenv("FISHERMASK_CACHE", str(file))
+    with pytest.raises(InputError, match="^FISHERMASK_CACHE: cannot write decoded images to .*a.parquet .*set it to"):
+        load(file)
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache.root() == Path(os.environ["FISHERMASK_CACHE"])
+    monkeypatch.delenv("FISHERMASK_CACHE")
+    assert cache.root() == Path("/x/fishermask")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache.root() == Path.home() / ".cache/fishermask"
+
+
+def private_bytes() -> int:
+    """Written memory of this process alone; what it maps from files can be dropped and does not count."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+
+
+def test_preparing_a_run_takes_no_memory_for_the_pools_pixels(tmp_path):
+    """147 MB of them."""
+    image = png(np.full((128, 128, 3), 7, np.uint8))
+    for name, count in (("big", 3000), ("small", 300)):
+        images = pa.array([{"bytes": image, "path": f"{i:05d}"} for i in range(count)], KIND)
+        table = pa.table({"image": images, "label": [i % 2 for i in range(count)]})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    small = config(tmp_path / "small.parquet")
+    big = small.model_copy(update={"train": str(tmp_path / "big.parquet")})
+    for data in (small, big):
+        settings = {"data": data.model_dump(), "budget": SMALL, "strategy": "random"}
+        before = private_bytes()
+        setup = prepare(parse(ExperimentConfig, settings))
+        grown = private_bytes() - before
+    assert setup.data.train.images.shape == (3000, 3, 128, 128)
+    assert grown < 50e6

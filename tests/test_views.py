@@ -1,0 +1,147 @@
+"""Views of stored images: what they read, and that they travel without pixels."""
+
+import pickle
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from pictures import BY_NAME, NAMES, PIXELS, SHUFFLED, SMALL, config, load, stores, write
+
+from fishermask.config import DataConfig, ExperimentConfig, parse
+from fishermask.data import dataset
+from fishermask.data.ids import Ids
+from fishermask.errors import InputError
+from fishermask.experiment.setup import prepare
+from fishermask.pool.ray_shards import RayShards
+from fishermask.pool.shards import LocalShards
+from fishermask.tensors.models import mlp
+from fishermask.tensors.precision import Precision
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FISHERMASK_CACHE", str(tmp_path / "cache"))
+
+
+def test_views_read_what_numpy_would(tmp_path):
+    train = load(write(tmp_path / "a.parquet")).train
+    whole = torch.from_numpy(PIXELS[BY_NAME][:, None])
+    kept = torch.tensor([0, 3, 4, 5, 50, 119])
+    unsorted = torch.tensor([4, 1, 1, 0])
+    views = [
+        (train.images, whole),
+        (train.images.narrow(0, 10, 30), whole[10:40]),
+        (train.take(kept).images, whole[kept]),
+        (train.take(kept).images.take(unsorted), whole[kept][unsorted]),
+        (train.images.narrow(0, 10, 30).take(unsorted).narrow(0, 1, 3), whole[10:40][unsorted][1:]),
+        (train.images.narrow(0, 7, 0), whole[7:7]),
+    ]
+    for view, expected in views:
+        assert (len(view), view.shape) == (len(expected), expected.shape)
+        for selection in (slice(None), slice(1, 3), slice(0, None, 2), torch.arange(len(view)).flip(0)):
+            found = view[selection]
+            oracle = expected[selection]
+            assert torch.equal(found, oracle)
+            assert (found.dtype, found.is_contiguous()) == (torch.uint8, True)
+    for wrong in (-1, 30):
+        with pytest.raises(IndexError):
+            train.images.narrow(0, 10, 30)[torch.tensor([wrong])]
+    train.images[:5].zero_()
+    assert torch.equal(train.images[:5], whole[:5])
+
+
+def test_ids_are_found_by_search_in_the_whole_in_a_run_and_in_chosen_rows(tmp_path):
+    ids = load(write(tmp_path / "a.parquet")).train.ids
+    asked = [*NAMES, "", "bonn", "zzz", NAMES[0] + "x", "köln/" + "9" * 100]
+    for rows in (slice(None), slice(20, 70), torch.tensor([0, 3, 4, 5, 50, 119]), torch.tensor([], dtype=torch.long)):
+        part: Ids = ids.take(rows)
+        names = list(part)
+        assert part.positions(asked).tolist() == [names.index(a) if a in names else -1 for a in asked]
+        copy = pickle.loads(pickle.dumps(part))
+        assert list(copy) == names
+        assert copy.positions(asked).tolist() == part.positions(asked).tolist()
+
+
+def test_a_view_travels_as_row_numbers_and_maps_the_store_where_there_is_one(tmp_path, monkeypatch):
+    images = load(write(tmp_path / "a.parquet")).train.images
+    chosen = images.take(torch.tensor([7, 3, 90]))
+    assert len(pickle.dumps(images)) < 2500 < PIXELS.nbytes
+    (folder,) = stores(tmp_path)
+    sent = pickle.dumps(chosen)
+    (tmp_path / "a.parquet").unlink()
+    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.setenv("FISHERMASK_CACHE", str(elsewhere))
+    assert torch.equal(pickle.loads(sent)[:], chosen[:])  # found by its path
+    elsewhere.mkdir()
+    folder.rename(elsewhere / folder.name)
+    assert torch.equal(pickle.loads(sent)[:], chosen[:])  # found by its name
+
+
+def without_store(tmp_path, images) -> bytes:
+    sent = pickle.dumps(images)
+    shutil.rmtree(tmp_path / "cache")
+    return sent
+
+
+@pytest.mark.parametrize("order", [range(120), SHUFFLED])
+def test_a_machine_without_the_store_reads_the_views_own_rows_from_their_row_groups(tmp_path, order, monkeypatch):
+    """Another row group is overwritten with zeros: whoever reads it fails."""
+    file = write(tmp_path / "a.parquet", order)
+    train = load(file).train
+    group = {NAMES[i]: row // 30 for row, i in enumerate(order)}
+    rows = torch.tensor([i for i, name in enumerate(train.ids) if group[name] != 1])[torch.randperm(90)]
+    view = train.images.take(rows)
+    expected, narrowed = view[:], view[:][20:50]
+    lost = pickle.dumps(train.images)
+    sent = without_store(tmp_path, view)
+    pages = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    with file.open("r+b") as damaged:
+        damaged.seek(pages.dictionary_page_offset or pages.data_page_offset)
+        damaged.write(bytes(pages.total_compressed_size))
+    monkeypatch.chdir("/")
+    assert torch.equal(pickle.loads(sent)[:], expected)
+    again = pickle.loads(pickle.dumps(pickle.loads(sent)))
+    assert torch.equal(again.narrow(0, 20, 30)[:], narrowed)
+    assert torch.equal(again[torch.arange(89, -1, -1)], expected.flip(0))
+    assert torch.equal(again.narrow(0, 20, 30)[:], narrowed)
+    with pytest.raises(Exception):  # noqa: B017  whatever Parquet says
+        pickle.loads(lost)[:]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_embedded_data_are_found_again_without_a_store(tmp_path):
+    view = dataset.load(DataConfig()).test.images.narrow(0, 300, 20)
+    expected = view[:]
+    assert torch.equal(pickle.loads(without_store(tmp_path, view))[:], expected)
+
+
+def test_a_source_that_is_gone_or_another_is_one_line_that_names_it(tmp_path):
+    file = write(tmp_path / "a.parquet")
+    sent = without_store(tmp_path, load(file).train.images)
+    write(file, names=None)
+    with pytest.raises(InputError, match=rf"^data.train: {file} on .* is not the file that the run began with$"):
+        pickle.loads(sent)[:1]
+    file.unlink()
+    with pytest.raises(InputError, match=rf"^data.train: {file} is not on .*; bring the file to every machine$"):
+        pickle.loads(sent)[:1]
+
+
+def test_ray_shards_read_their_own_images_where_there_is_no_store(tmp_path, ray_session):
+    file = write(tmp_path / "a.parquet")
+    setup = prepare(parse(ExperimentConfig, {"data": config(file).model_dump(), "budget": SMALL, "strategy": "random"}))
+    images, model = setup.data.train.images, mlp(1, 8, 4, width=4, depth=1)
+
+    def probabilities(shards):
+        shards.call("set_model", model, Precision())
+        try:
+            return shards.call("probabilities", 0, 1)[0]
+        finally:
+            shards.close()
+
+    here = probabilities(LocalShards(images, setup.statistics))
+    shutil.rmtree(tmp_path / "cache")
+    assert torch.equal(probabilities(RayShards(images, setup.statistics, 1, 0.5, 0)), here)
+    file.unlink()
+    with pytest.raises(InputError, match=f"{file} is not on "):
+        probabilities(RayShards(images, setup.statistics, 1, 0.5, 0))

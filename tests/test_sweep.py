@@ -45,7 +45,7 @@ def swept(tmp_path_factory, ray_session):
     folder = tmp_path_factory.mktemp("sweep")
     sweep = load(folder)
     runner.check(sweep, QUIET)
-    recorder = tune_runner.run_on_ray(sweep, QUIET, fixed_size=True)
+    recorder = tune_runner.run_on_ray(sweep, QUIET)
     report.write(sweep.folder)
     return folder, sweep, recorder
 
@@ -108,7 +108,7 @@ def test_the_same_command_again_finishes_what_is_missing_and_repeats_nothing(swe
     lines = cut.folder.rounds.read_text().splitlines(keepends=True)
     cut.folder.rounds.write_text(lines[0] + lines[1][:50])
     before = {path: path.stat().st_mtime_ns for path in whole.folder.path.iterdir()}
-    recorder = tune_runner.run_on_ray(sweep, QUIET, fixed_size=True)
+    recorder = tune_runner.run_on_ray(sweep, QUIET)
     assert recorder.total == 2 + 3 + 3
     assert {path: path.stat().st_mtime_ns for path in whole.folder.path.iterdir()} == before
     assert cut.folder.rounds.read_text().startswith(lines[0])
@@ -129,8 +129,8 @@ def test_a_run_in_this_process_gives_what_the_trial_gave(swept, tmp_path):
 
 def test_a_run_that_asks_for_more_than_there_is_is_refused_before_any_starts(tmp_path, ray_session):
     sweep = load(tmp_path, "resources.shards=99")
-    with pytest.raises(InputError, match=r"asks for 50.5 CPUs in all, but there are 4; lower cpus"):
-        tune_runner.run_on_ray(sweep, QUIET, fixed_size=True)
+    with pytest.raises(InputError, match=r"asks for 50.5 CPUs in all, but the cluster has 4 CPUs and 0 GPUs; lower it"):
+        tune_runner.run_on_ray(sweep, QUIET)
     assert not sweep.folder.exists()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fishermask.errors import InputError
+from fishermask.experiment.journal import Journal, NoJournal
 from fishermask.experiment.setup import Setup
 from fishermask.experiment.streams import stream
 from fishermask.pool.pool import Pool, Progress
@@ -56,11 +57,12 @@ def run(
     make_shards: MakeShards,
     history: Sequence[dict[str, Any]] = (),
     progress: Progress = lambda stage, done, total: None,
+    journal: Journal = NoJournal(),  # noqa: B008  it has no state
 ) -> Iterator[RoundResult]:
     """Yield the result of each round, from the first that is not in ``history``.
 
     The state of a run is what it labelled and the number of the round, so a run goes on from its past results exactly
-    as if it had never stopped.
+    as if it had never stopped. ``journal`` is for the picks of a query under way; no query uses it yet.
     """
     config, pool_data, test = setup.config, setup.data.train, setup.data.test
     budget, training, seed = config.budget, config.training, config.seed

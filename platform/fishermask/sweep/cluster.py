@@ -53,7 +53,7 @@ def connected() -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
-        _check_address(address)
+        check_address(address)
     try:
         ray.init(
             address=address,
@@ -62,7 +62,7 @@ def connected() -> Iterator[None]:
             logging_level=logging.ERROR,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f"RAY_ADDRESS: {_why_not(address, str(error))}") from None
+        raise InputError(f"RAY_ADDRESS: {why_not(address, str(error))}") from None
     try:
         if address != "local":
             package.check(package.installed())
@@ -71,7 +71,7 @@ def connected() -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str) -> None:
     """Find out within seconds, where Ray would try for minutes, that no cluster answers at ``address``."""
     if address.startswith("ray://"):
         raise InputError(
@@ -86,9 +86,9 @@ def _check_address(address: str) -> None:
         except OSError as error:
             raise InputError(f"RAY_ADDRESS: nothing answers at {address} ({error}); correct or unset it") from None
     # Something listens, perhaps no Ray. Ray's own attempt cannot be interrupted, so another process makes the first.
-    attempt = "import os, ray; ray.init(os.environ['RAY_ADDRESS'], log_to_driver=False, logging_level='error')"
+    attempt = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level='error')"
     try:
-        subprocess.run([sys.executable, "-c", attempt], capture_output=True, timeout=JOIN_TIMEOUT, check=False)
+        subprocess.run([sys.executable, "-c", attempt, address], capture_output=True, timeout=JOIN_TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
         raise InputError(
             f"RAY_ADDRESS: what answers at {address} lets no driver join within {JOIN_TIMEOUT} s; correct or unset it"
@@ -99,7 +99,7 @@ def _connect(host: str, port: int) -> None:
     socket.create_connection((host, port), ANSWER_TIMEOUT).close()
 
 
-def _why_not(address: str, message: str) -> str:
+def why_not(address: str, message: str) -> str:
     """Ray's reason not to join, in one line."""
     versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", message)
     if "Version mismatch" in message and len(versions) == 2:
@@ -114,10 +114,10 @@ def _why_not(address: str, message: str) -> str:
 def autoscaled() -> bool:
     """Whether the connected cluster may get nodes that it does not have now."""
     second = _internal_kv_get("__autoscaler_v2_enabled", namespace="__autoscaler")
-    return _starts_nodes(_internal_kv_get("__autoscaling_status"), second)
+    return starts_nodes(_internal_kv_get("__autoscaling_status"), second)
 
 
-def _starts_nodes(status: bytes | None, second: bytes | None) -> bool:
+def starts_nodes(status: bytes | None, second: bytes | None) -> bool:
     """What Ray's monitor reports, read; ``second``: whether it is the second version, which reports nothing here."""
     if second == b"1":
         return True
@@ -150,13 +150,13 @@ def check_room(asked: list[dict[str, float]]) -> str | None:
     Raises:
         InputError: it has not, and will not: the run would wait for ever.
     """
-    found = _lacking(asked, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    found = lacking(asked, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     if found is None or autoscaled():
         return found
     raise InputError(f"{found}; lower it, or the number of shards")
 
 
-def _lacking(asked: list[dict[str, float]], nodes: list[dict[str, float]]) -> str | None:
+def lacking(asked: list[dict[str, float]], nodes: list[dict[str, float]]) -> str | None:
     there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in KINDS}
     for kind in KINDS:
         total = sum(bundle.get(kind, 0) for bundle in asked)

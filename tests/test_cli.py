@@ -118,7 +118,7 @@ def test_help_and_version(capsys):
         (["run", "tiny.yaml", "budget.query"], "'budget.query': expected key=value"),
         (["run", "tiny.yaml", "budget.query=[1"], "budget.query: '[1' is not YAML"),
         (["run", "tiny.yaml", "budget.querry=1"], "budget.querry: unknown key; there are initial, query, total"),
-        (["sweep", "tiny.yaml", "budget.total=999"], "budget.total: 999 exceeds the pool of 300 images"),
+        (["sweep", "tiny.yaml", "budget.total=999"], "budget.total: 999 exceeds the pool of 300 images; lower it"),
         (["run", "tiny.yaml", "strategy=best"], "strategy.name: unknown strategy 'best'; there are badge, bait,"),
         (["run", "tiny.yaml", "strategy=fisher_mask"], "strategy.params.fraction: 0.01 of"),
         (["run", "tiny.yaml", "model=vgg"], "model.name: unknown model 'vgg'; there are thin_resnet18"),

@@ -112,11 +112,11 @@ def undisturbed(tmp_path_factory):
 
 
 def kill_once_there_are_rounds(run, found):
-    """SIGKILL the process of ``run``, the only one that runs, between two of its rounds."""
+    """SIGKILL the process of ``run``, the only one that runs, after its second round."""
 
     def kill():
+        (process,) = wait_until(lambda: trial_processes(os.getpid()))
         wait_until(lambda: has_rounds(run))
-        (process,) = trial_processes(os.getpid())
         os.kill(process, signal.SIGKILL)
         found.append(process)
 
@@ -178,8 +178,10 @@ def test_a_run_whose_node_is_lost_goes_on_on_another(tmp_path, undisturbed):
         sweep = load(tmp_path, "strategy=margin")
         driver = command(tmp_path, "strategy=margin", RAY_ADDRESS=cluster.address)
         wait_until(lambda: driver.poll() is not None or has_rounds(sweep.runs[0]))
-        (raylet,) = trial_processes(os.getpid()).values()
+        ((process, raylet),) = trial_processes(os.getpid()).items()
+        os.kill(process, signal.SIGSTOP)  # the node takes a moment to go, in which nothing shall be finished
         cluster.remove_node(nodes[raylet], allow_graceful=False)
+        os.kill(process, signal.SIGKILL)
         out, err = driver.communicate(timeout=120)
         assert (driver.returncode, err) == (0, "")
         assert "restarted: margin-seed=0: its process was lost (1/3)" in out

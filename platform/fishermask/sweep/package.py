@@ -57,7 +57,12 @@ def check(expected: str) -> None:
             raise InputError(
                 f"RAY_ADDRESS: the node {address} does not answer ({reason}); restart or remove it"
             ) from None
-        if found != expected:
-            raise InputError(
-                f"RAY_ADDRESS: the node {address} has fishermask {found}, this command {expected}; install the same"
-            )
+        require(expected, found, address)
+
+
+def require(expected: str, found: str, address: str) -> None:
+    """Raise ``InputError`` if what is ``installed`` on the node ``address`` is not what was expected."""
+    if found != expected:
+        raise InputError(
+            f"RAY_ADDRESS: the node {address} has fishermask {found}, this command {expected}; install the same"
+        )

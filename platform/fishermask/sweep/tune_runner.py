@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fishermask.config import ExperimentConfig
 from fishermask.results.tables import varied_settings
-from fishermask.sweep import ledger
+from fishermask.sweep import ledger, package
 from fishermask.sweep.cluster import bundles, check_room
 from fishermask.sweep.plan import Sweep
 from fishermask.sweep.recorder import Recorder
@@ -43,9 +43,12 @@ def run_on_ray(sweep: Sweep, console: Console) -> Recorder:
     restarts = max((run.config.resources.restarts for run, _ in runs), default=0)
     recorder = Recorder(runs, varied_settings(sweep.folder), console, len(sweep.runs) - len(runs))
     configs = {run.name: (run.config, counts[run.name]) for run, _ in runs}
+    nodes = {node["NodeID"] for node in ray.nodes()}
     books = ledger.start({run.name: run.folder.path for run, _ in runs})
     trainable = tune.with_resources(
-        functools.partial(trial, runs=configs, books=books, folder=str(Path.cwd())),
+        functools.partial(
+            trial, runs=configs, books=books, folder=str(Path.cwd()), package_here=package.installed(), nodes=nodes
+        ),
         lambda settings: tune.PlacementGroupFactory(asked[settings["run"]]),
     )
     # Tune keeps records of its own, which are of no use once the rounds are written.
@@ -96,19 +99,30 @@ class _Listener(tune.Callback):
             self.recorder.fail(trial.config["run"], f"{reason}\n{end}")
 
 
-def trial(settings: dict[str, Any], runs: dict[str, tuple[ExperimentConfig, int]], books: Any, folder: str) -> None:
+def trial(
+    settings: dict[str, Any],
+    runs: dict[str, tuple[ExperimentConfig, int]],
+    books: Any,
+    folder: str,
+    package_here: str,
+    nodes: set[str],
+) -> None:
     """One run as a trial, from where its rounds end now: each round is reported as it ends.
 
     Args:
         runs: config and number of shards of each run.
         books: the ledger of the runs' folders.
         folder: where relative paths start, if it is there.
+        package_here: what is installed beside the driver; a node that is not one of ``nodes``, those at the start of
+            the sweep, must have the same.
     """
     if Path(folder).is_dir():
         os.chdir(folder)
     name = settings["run"]
     config, shards = runs[name]
     try:
+        if ray.get_runtime_context().get_node_id() not in nodes:
+            package.require(package_here, package.installed(), ray.util.get_node_ip_address())
         history = ray.get(books.history.remote(name))
         journal = ledger.LedgerJournal(books, name)
         rounds(config, shards, history, lambda result: tune.report({"round": json.dumps(result)}), journal)

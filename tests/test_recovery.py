@@ -114,8 +114,10 @@ def undisturbed(tmp_path_factory):
 def kill_once_there_are_rounds(run, found):
     """SIGKILL the process of ``run``, the only one that runs, after its second round."""
 
+    earlier = trial_processes(os.getpid()).keys()  # of the test before, about to end
+
     def kill():
-        (process,) = wait_until(lambda: trial_processes(os.getpid()))
+        (process,) = wait_until(lambda: trial_processes(os.getpid()).keys() - earlier)
         wait_until(lambda: has_rounds(run))
         os.kill(process, signal.SIGKILL)
         found.append(process)

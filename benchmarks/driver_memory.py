@@ -1,6 +1,6 @@
 """Memory of the process that prepares runs, by the size of the pool: 32x32x3 images, a fresh process for each number.
 
-    python benchmarks/memory.py [SIZE ...]
+    python benchmarks/driver_memory.py [SIZE ...]
 
 Private memory is what a process alone has written (``Private_Dirty``); pages mapped from the decoded images are shared
 by all processes of the machine and given back when memory is short. The peak is of anonymous memory, sampled.

@@ -19,7 +19,7 @@ from fishermask.tensors import models
 from fishermask.tensors.images import Statistics, normalise
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import global_mask, head_size, mask_size
-from fishermask.tensors.memory import readable, workload
+from fishermask.tensors.memory import Probe, readable, workload
 from fishermask.tensors.precision import Precision
 
 CASES = [
@@ -51,9 +51,10 @@ def query(name, shape, size, fraction, shards, memory, storage, results):
     layout = inspect(model, normalise(images[:2], statistics))
     body_size = mask_size(model, layout, fraction) - head_size(model, layout)
     example = normalise(images[:2], statistics)
-    work = workload(model, example, layout, body_size, ranked=True)
+    work = workload(model, example, layout, body_size, ranked=1024)
     precision = Precision(storage=storage)
-    found = plan(work, model, example[:1], size, shards, True, precision, None if memory is None else memory * 1e9)
+    probe = Probe(model, example[:1], work)
+    found = plan(probe, size, 10, shards, True, precision, None if memory is None else memory * 1e9)
     engine = Engine(precision, chunk=found.chunk, diagonal_batch=found.diagonal_batch)
 
     def run(images, samples):

@@ -59,7 +59,7 @@ def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
     body_size = masks.mask_size(model, layout, params.fraction) - masks.head_size(model, layout)
     if params.mask == "last_layer":
         body_size = masks.last_layer_mask(layout).body_size
-    ranked = params.mask in RANKED
+    ranked = params.fisher_samples if params.mask in RANKED else 0
     return workload(model, images, layout, body_size, ranked=ranked, top_classes=params.top_classes)
 
 

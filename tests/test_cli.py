@@ -126,6 +126,7 @@ def test_help_and_version(capsys):
         (["run", "tiny.yaml", "data.name=coco"], "data.name: unknown data set 'coco'; there are fashion_mnist_small"),
         (["run", "tiny.yaml", "imbalance={kind: counts, counts: {0: 3, 1: 4000}}"], "class 1 shall keep 4000 images"),
         (["run", "tiny.yaml", "resources.gpus=1"], "resources.gpus: this machine has no GPU"),
+        (["sweep", "tiny.yaml", "resources.shards=999"], "resources.shards: 999 exceeds the pool of 300 images"),
         (["run", "tiny.yaml", "output=/proc/fishermask"], "output: cannot write to /proc/fishermask"),
         (["sweep", "broken.yaml"], "broken.yaml: is not YAML"),
         (["sweep", "twice.yaml"], "twice.yaml: is not YAML (the key base stands twice"),
@@ -162,10 +163,14 @@ def test_every_mistake_of_a_file_is_told_each_on_its_line(sweep, capsys):
     assert [line.split(":")[1].strip() for line in capsys.readouterr().err.splitlines()] == ["budget.query", "seed"]
 
 
-def test_a_ray_address_that_does_not_answer_is_one_line(sweep):
-    done = fishermask("sweep", "tiny.yaml", env=os.environ | {"RAY_ADDRESS": "127.0.0.1:1"})
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("127.0.0.1:1", "nothing answers at 127.0.0.1:1"), ("ray://127.0.0.1:1", "ray://127.0.0.1:1 is for Ray Client")],
+)
+def test_a_ray_address_that_cannot_be_joined_is_one_line(sweep, address, message):
+    done = fishermask("sweep", "tiny.yaml", env=os.environ | {"RAY_ADDRESS": address})
     assert done.returncode == 2
-    assert done.stderr.startswith("fishermask: RAY_ADDRESS: nothing answers at 127.0.0.1:1")
+    assert done.stderr.startswith(f"fishermask: RAY_ADDRESS: {message}")
     assert done.stderr.count("\n") == 1
 
 

@@ -219,4 +219,4 @@ def test_a_model_without_a_linear_head_is_planned_for_too():
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     work = workload(model, torch.zeros(2, 1, 8, 8), inspect(model, torch.zeros(2, 1, 8, 8)), 10)
     assert (work.width, work.size) == (0, 10)
-    assert plan(work, model, torch.zeros(1, 1, 8, 8), 100, 3, True, Precision()).chunk == CHUNKS[0]
+    assert plan(Probe(model, torch.zeros(1, 1, 8, 8), work), 100, 5, 3, True, Precision()).chunk == CHUNKS[0]

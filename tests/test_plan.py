@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fishermask import strategies
-from fishermask.config import ExperimentConfig, StrategyConfig, parse
+from fishermask.config import ExperimentConfig, ResourcesConfig, StrategyConfig, parse
 from fishermask.errors import InputError
 from fishermask.experiment.setup import prepare
 from fishermask.sweep import plan
@@ -69,10 +69,39 @@ def test_a_fingerprint_is_of_what_the_result_depends_on():
         return parse(ExperimentConfig, settings).fingerprint() == base.fingerprint()
 
     assert same(resources={"shards": 5, "workers": "ray", "cpus_per_shard": 2})
+    assert same(resources={"shards": "auto", "restarts": 0})
     assert same(strategy={"name": "fisher_mask", "label": "ours"})
     assert not same(resources={"gpus": 1})
     assert not same(seed=1)
     assert not same(budget={"query": 3})
+
+
+@pytest.mark.parametrize(
+    ("settings", "pool", "cpus", "gpus", "shards"),
+    [
+        ({}, 10**6, 64, 0, 1),
+        ({"shards": 7}, 100, 4, 0, 7),
+        ({"shards": "auto"}, 20_000, 64, 0, 1),
+        ({"shards": "auto", "cpus": 6.0}, 20_001, 0, 0, 6),
+        ({"shards": "auto", "cpus": 0.5}, 20_001, 0, 0, 1),
+        ({"shards": "auto", "workers": "ray"}, 20_001, 64, 0, 2),
+        ({"shards": "auto", "workers": "ray"}, 10**6, 64, 0, 50),
+        ({"shards": "auto", "workers": "ray"}, 10**6, 8, 0, 7),
+        ({"shards": "auto", "workers": "ray", "cpus": 0.7, "cpus_per_shard": 0.1}, 10**6, 1, 0, 3),
+        ({"shards": "auto", "workers": "ray", "gpus": 1.0, "gpus_per_shard": 0.5}, 10**6, 64, 4, 6),
+        ({"shards": "auto", "workers": "ray"}, 10**6, 0, 0, 1),  # a cluster that has yet to start its nodes
+    ],
+)
+def test_automatic_shards_follow_the_pool_and_the_cluster(settings, pool, cpus, gpus, shards):
+    assert plan.shards_of(ResourcesConfig(**settings), pool, cpus, gpus) == shards
+
+
+@pytest.mark.parametrize("value", [0, -1, 10_001, 1.0, True, "many", None])
+def test_any_other_number_of_shards_is_one_line(value):
+    with pytest.raises(InputError) as caught:
+        parse(ExperimentConfig, {"resources": {"shards": value}})
+    expected = f"resources.shards: should be auto or a whole number from 1 to 10,000, got {value!r}"
+    assert str(caught.value) == expected
 
 
 BASE = {"strategy": "random"}

@@ -1,106 +1,194 @@
-"""Losing shards: real actors killed in the middle of a query, and the batch that comes out all the same."""
+"""Sweeps that lose a trial's process, a node, or the driver: what is written is what an undisturbed sweep writes."""
 
-import logging
+import io
+import json
 import os
+import re
 import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
+import pandas as pd
 import pytest
-import ray
-import torch
-from queries import choose
+import yaml
+from ray.cluster_utils import Cluster
+from rich.console import Console
 
-from fishermask.pool.ray_shards import RayShards
-from fishermask.pool.shards import LocalShards
+from fishermask.results import report
+from fishermask.sweep import plan, runner, tune_runner
+
+QUIET = Console(quiet=True)
+SWEEP = {
+    "name": "s",
+    "base": {
+        "imbalance": {"kind": "balanced", "per_class": 60},
+        "model": {"name": "mlp", "params": {"width": 8, "depth": 1}},
+        # So many rounds that something can happen between them.
+        "budget": {"initial": 10, "query": 2, "total": 70},
+        "training": {"max_epochs": 3},
+    },
+    "grid": {"strategy": ["random", "margin"], "seed": [0]},
+}
+# A lost node is known as such after 1.5 s, not 14 s.
+FAST = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 500}
+FAST |= {"health_check_failure_threshold": 3}
 
 
-def kill(shards, index):
-    """SIGKILL to the process of a shard, as the kernel does when memory runs out."""
-    pid = ray.get(shards.actors[index].__ray_call__.remote(lambda self: os.getpid()))
-    os.kill(pid, signal.SIGKILL)
+def load(folder, *overrides):
+    folder.mkdir(exist_ok=True)
+    file = folder / "s.yaml"
+    file.write_text(yaml.safe_dump(SWEEP | {"output": str(folder / "results")}))
+    return plan.expand(plan.load(file, overrides))
+
+
+def command(folder, *overrides, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "fishermask.cli", "sweep", str(folder / "s.yaml"), *overrides],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
+    )  # fmt: skip
+
+
+def wait_until(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def has_rounds(run, count=2):
+    return run.folder.rounds.exists() and run.folder.rounds.read_text().count("\n") >= count
+
+
+def parents():
+    """The parent of every process there is."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            found[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has just ended
+    return found
+
+
+def trial_processes(ancestor):
+    """Processes that run a trial, of a cluster that ``ancestor`` started, with the raylet that each belongs to."""
+    parent_of, found = parents(), {}
+    for process in parent_of:
+        line, above = [process], process
+        while above in parent_of:
+            above = parent_of[above]
+            line.append(above)
+        try:
+            title = Path(f"/proc/{process}/cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if ancestor in line and re.match(r"ray::ImplicitFunc|ray::trial", title):
+            found[process] = line[1]
+    return found
+
+
+def table(sweep):
+    report.write(sweep.folder)
+    found = pd.read_parquet(sweep.folder / "results.parquet")
+    return found.drop(columns=[name for name in found.columns if name.startswith("seconds")])
+
+
+def rounds(sweep):
+    """All that is written of each run's rounds, apart from times."""
+    lines = {run.name: map(json.loads, run.folder.rounds.read_text().splitlines()) for run in sweep.runs}
+    return {name: [{k: v for k, v in r.items() if k != "seconds"} for r in found] for name, found in lines.items()}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(trained):
-    setup, model = trained
-    return {
-        name: choose(name, LocalShards(setup.data.train.images, setup.statistics), setup, model)
-        for name in ("fisher_mask", "badge", "margin")
-    }
+def undisturbed(tmp_path_factory):
+    """The same sweep, run in this process."""
+    sweep = load(tmp_path_factory.mktemp("undisturbed"))
+    runner.run_here(sweep, QUIET)
+    return sweep
 
 
-@pytest.mark.parametrize(
-    ("name", "stage", "at"),
-    [
-        ("margin", "predict", 10),
-        ("fisher_mask", "embed", 11),
-        ("fisher_mask", "information", 0),
-        ("fisher_mask", "pick", 9),
-        ("badge", "pick", 7),
-    ],
-)
-def test_a_shard_killed_at_any_stage_changes_nothing(
-    name,
-    stage,
-    at,
-    trained,
-    undisturbed,
-    ray_session,
-):
-    setup, model = trained
-    shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0)
-    others = [shards.actors[0]]
+def kill_once_there_are_rounds(run, found):
+    """SIGKILL the process of ``run``, the only one that runs, after its second round."""
 
-    def progress(now, done, total):
-        if (now, done) == (stage, at):
-            kill(shards, 1)
+    earlier = trial_processes(os.getpid()).keys()  # of the test before, about to end
 
-    assert choose(name, shards, setup, model, progress=progress, close=False) == undisturbed[name]
-    assert shards.rebuilt == 1
-    assert shards.actors[0] is others[0]  # only the lost one is made again
-    shards.close()
+    def kill():
+        (process,) = wait_until(lambda: trial_processes(os.getpid()).keys() - earlier)
+        wait_until(lambda: has_rounds(run))
+        os.kill(process, signal.SIGKILL)
+        found.append(process)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
 
 
-def test_both_shards_killed_one_after_the_other_change_nothing(trained, undisturbed, ray_session):
-    setup, model = trained
-    shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0)
-
-    def progress(stage, done, total):
-        if (stage, done) in (("pick", 3), ("pick", 4)):
-            kill(shards, done % 2)
-
-    assert choose("fisher_mask", shards, setup, model, progress=progress, close=False) == undisturbed["fisher_mask"]
-    assert shards.rebuilt == 2
-    shards.close()
-
-
-def test_a_shard_that_is_lost_again_and_again_ends_the_run_with_its_own_message(
-    trained,
-    ray_session,
-    caplog,
-):
-    setup, model = trained
-    shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0, restarts=2)
-
-    def progress(stage, done, total):
-        if stage == "embed":
-            kill(shards, 1)
-
-    with (
-        caplog.at_level(logging.WARNING),
-        pytest.raises(RuntimeError, match=r"shard 1 was lost, after 2 .* \(resources.restarts\): The actor died"),
-    ):
-        choose("bait", shards, setup, model, progress=progress)
-    assert len([r for r in caplog.records if "shard 1 was lost and is made again" in r.message]) == 2
-    shards.close()
+def test_a_run_whose_process_is_killed_goes_on_from_its_last_round(tmp_path, undisturbed, ray_session):
+    sweep, out, killed = load(tmp_path, "strategy=margin"), io.StringIO(), []
+    thread = kill_once_there_are_rounds(sweep.runs[0], killed)
+    recorder = tune_runner.run_on_ray(sweep, Console(file=out, soft_wrap=True))
+    thread.join()
+    assert killed
+    assert recorder.failed == {}
+    assert re.search(
+        r"restarted: margin-seed=0: its process was lost \(1/3\); it goes on after \d+ of 31", out.getvalue()
+    )
+    assert rounds(sweep)["margin-seed=0"] == rounds(undisturbed)["margin-seed=0"]
+    assert recorder.done == recorder.total == 31
 
 
-def test_an_error_of_the_shards_own_is_not_tried_again(trained, ray_session):
-    setup, model = trained
-    broken = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, 10))
-    with torch.no_grad():
-        broken[1].weight.fill_(torch.nan)
-    shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        choose("bait", shards, setup, broken)
-    assert shards.rebuilt == 0
-    shards.close()
+def test_a_run_that_is_lost_too_often_fails_and_says_why(tmp_path, ray_session):
+    sweep = load(tmp_path, "strategy=margin", "resources.restarts=0")
+    thread = kill_once_there_are_rounds(sweep.runs[0], killed := [])
+    recorder = tune_runner.run_on_ray(sweep, QUIET)
+    thread.join()
+    assert killed
+    assert "its process was lost after 0 restarts; see resources.restarts" in recorder.failed["margin-seed=0"]
+    assert "The actor died unexpectedly" in sweep.runs[0].folder.error.read_text()
+    assert len(runner.missing(sweep)) == 1
+
+
+def test_the_same_command_finishes_what_a_killed_driver_left(tmp_path, undisturbed):
+    sweep = load(tmp_path)
+    driver = command(tmp_path)
+    wait_until(lambda: driver.poll() is not None or any(has_rounds(run) for run in sweep.runs))
+    driver.kill()
+    driver.communicate()
+    assert runner.missing(sweep)
+    again = command(tmp_path)
+    _, err = again.communicate(timeout=120)
+    assert (again.returncode, err) == (0, "")
+    assert rounds(sweep) == rounds(undisturbed)
+    pd.testing.assert_frame_equal(table(sweep), table(undisturbed))
+
+
+def test_a_run_whose_node_is_lost_goes_on_on_another(tmp_path, undisturbed):
+    """The driver joins a cluster with a head that holds no run and two other nodes."""
+    options = {"num_cpus": 0, "include_dashboard": False, "_system_config": FAST}
+    cluster = Cluster(initialize_head=True, head_node_args=options)
+    driver = None
+    try:
+        nodes = {}
+        for _ in range(2):
+            node = cluster.add_node(num_cpus=1)
+            nodes[node.all_processes["raylet"][0].process.pid] = node
+        cluster.wait_for_nodes()
+        sweep = load(tmp_path, "strategy=margin")
+        driver = command(tmp_path, "strategy=margin", RAY_ADDRESS=cluster.address)
+        wait_until(lambda: driver.poll() is not None or has_rounds(sweep.runs[0]))
+        ((process, raylet),) = trial_processes(os.getpid()).items()
+        os.kill(process, signal.SIGSTOP)  # the node takes a moment to go, in which nothing shall be finished
+        cluster.remove_node(nodes[raylet], allow_graceful=False)
+        os.kill(process, signal.SIGKILL)
+        out, err = driver.communicate(timeout=120)
+        assert (driver.returncode, err) == (0, "")
+        assert "restarted: margin-seed=0: its process was lost (1/3)" in out
+        assert rounds(sweep)["margin-seed=0"] == rounds(undisturbed)["margin-seed=0"]
+    finally:
+        if driver:
+            driver.kill()
+        cluster.shutdown()

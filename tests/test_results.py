@@ -9,7 +9,7 @@ import yaml
 from fishermask.config import ExperimentConfig, StrategyConfig, parse
 from fishermask.errors import InputError
 from fishermask.results import report
-from fishermask.results.files import RunFolder, locked, make_folder, write_atomically
+from fishermask.results.files import JournalFile, RunFolder, locked, make_folder, write_atomically
 from fishermask.results.tables import collect, short_labels, summarise
 
 
@@ -191,3 +191,61 @@ def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
     for place in (tmp_path / "file/results", "/proc/fishermask"):
         with pytest.raises(InputError, match="output: cannot write to .*; choose another with output=DIR"):
             make_folder(tmp_path / place)
+
+
+def test_a_journal_gives_the_rounds_entries_back_and_ends_with_the_round(tmp_path):
+    folder = RunFolder(tmp_path)
+    journal = folder.journal
+    assert journal.read(0) == []
+    journal.append(0, [["a", 3], ["b", 1]])
+    journal.append(0, [["c", 2]])
+    journal.append(1, [["d", 9]])
+    assert journal.read(0) == [["a", 3], ["b", 1], ["c", 2]]
+    assert journal.read(1) == [["d", 9]]
+    assert journal.read(2) == []
+    folder.append(result(0, 0.5))
+    assert not journal.path.exists()
+    journal.append(1, [["e", 0]])
+    assert RunFolder(tmp_path).journal.read(1) == [["e", 0]]
+
+
+def test_a_journal_that_a_kill_cut_short_goes_on_after_its_last_whole_line(tmp_path):
+    journal = JournalFile(tmp_path / "journal.jsonl")
+    journal.append(4, [["a", 1]])
+    journal.append(4, [["b", 2]])
+    whole = journal.path.read_bytes()
+    for cut in range(len(whole)):
+        journal.path.write_bytes(whole[:cut])
+        entries = JournalFile(journal.path).read(4)
+        assert entries == [["a", 1], ["b", 2]][: whole[:cut].count(b"\n")]
+        again = JournalFile(journal.path)
+        again.append(4, [["x", 0]])
+        assert again.read(4) == [*entries, ["x", 0]]
+
+
+def test_a_late_writer_neither_shifts_nor_repeats_what_another_wrote(tmp_path):
+    """Picks do not depend on who makes them: both writers have the same."""
+    late, current = (JournalFile(tmp_path / "journal.jsonl") for _ in range(2))
+    late.append(0, [["a", 1], ["b", 1]])
+    assert current.read(0) == [["a", 1], ["b", 1]]
+    current.append(0, [["c", 1], ["d", 1]])
+    late.append(0, [["c", 1]])
+    current.append(0, [["e", 1]])
+    assert current.read(0) == [[name, 1] for name in "abcde"]
+
+
+def test_a_gap_in_a_journal_ends_it(tmp_path):
+    """The file went between two picks: what stands after the gap is of no use."""
+    journal = JournalFile(tmp_path / "journal.jsonl")
+    journal.append(0, [["a", 1]])
+    journal.path.unlink()
+    journal.append(0, [["b", 1]])
+    assert journal.read(0) == []
+
+
+def test_a_damaged_journal_is_named(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    for content in ("x\n", "[]\n", '{"round": 0}\n'):
+        path.write_text(content)
+        with pytest.raises(InputError, match="journal.jsonl: is damaged; remove it"):
+            JournalFile(path).read(0)

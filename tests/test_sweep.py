@@ -1,10 +1,12 @@
 """A whole sweep on real Ray Tune: files, TensorBoard, a failing run, and running the same command again."""
 
+import io
 import json
 import shutil
 
 import pandas as pd
 import pytest
+import ray
 import yaml
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,7 +14,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from fishermask.errors import InputError
 from fishermask.results import report
-from fishermask.sweep import plan, runner, tune_runner
+from fishermask.results.files import RunFolder
+from fishermask.sweep import ledger, plan, runner, tune_runner
+from fishermask.sweep.recorder import Recorder
 
 QUIET = Console(quiet=True)
 SWEEP = {
@@ -45,9 +49,9 @@ def swept(tmp_path_factory, ray_session):
     folder = tmp_path_factory.mktemp("sweep")
     sweep = load(folder)
     runner.check(sweep, QUIET)
-    recorder = tune_runner.run_on_ray(sweep, QUIET, fixed_size=True)
+    recorder = tune_runner.run_on_ray(sweep, Console(file=(out := io.StringIO()), soft_wrap=True))
     report.write(sweep.folder)
-    return folder, sweep, recorder
+    return folder, sweep, recorder, out.getvalue()
 
 
 def by_name(sweep, start):
@@ -55,7 +59,7 @@ def by_name(sweep, start):
 
 
 def test_every_run_has_a_folder_with_its_settings_pool_and_rounds(swept):
-    _, sweep, _ = swept
+    _, sweep, *_ = swept
     run = by_name(sweep, "bait-learning_rate=0.001")
     assert run.folder.config().fingerprint() == run.config.fingerprint()
     assert [r["labels"] for r in run.folder.history()] == [10, 20, 30]
@@ -65,17 +69,44 @@ def test_every_run_has_a_folder_with_its_settings_pool_and_rounds(swept):
 
 
 def test_a_failing_run_leaves_its_traceback_and_does_not_end_the_sweep(swept):
-    _, sweep, recorder = swept
+    _, sweep, recorder, out = swept
     failed = by_name(sweep, "random-learning_rate=1e+30")
     assert set(recorder.failed) == {run.name for run in sweep.runs if "1e+30" in run.name}
     assert "lower training.learning_rate" in recorder.failed[failed.name]
     assert "Traceback" in failed.folder.error.read_text()
     assert failed.folder.history() == []
     assert recorder.finished == 2
+    assert "restarted" not in out  # it would fail again
+
+
+def test_a_round_that_is_reported_twice_is_written_once(swept, tmp_path):
+    _, first, *_ = swept
+    original = by_name(first, "random-learning_rate=0.001").folder.history()
+    run = by_name(load(tmp_path), "random-learning_rate=0.001")
+    run.folder.path.mkdir(parents=True)
+    with Recorder([(run, [])], ["strategy"], QUIET) as recorder:
+        for result in [*original[:2], original[1], original[0], original[2]]:
+            recorder.record(run.name, result)
+    assert run.folder.history() == original
+    assert (recorder.done, recorder.finished) == (3, 1)
+
+
+def test_a_trials_journal_is_a_file_beside_the_driver_and_outlives_the_process_that_writes_it(tmp_path, ray_session):
+    folder = RunFolder(tmp_path)
+    books = ledger.start({"a": tmp_path})
+    journal = ledger.LedgerJournal(books, "a")
+    journal.append(2, [["x", 1], ["y", 2]])
+    journal.append(2, [["z", 3]])
+    assert folder.journal.read(2) == [["x", 1], ["y", 2], ["z", 3]]
+    ray.kill(books, no_restart=False)
+    journal.append(2, [["u", 4]])
+    assert ledger.LedgerJournal(books, "a").read(2) == [["x", 1], ["y", 2], ["z", 3], ["u", 4]]
+    assert ray.get(books.history.remote("a")) == []
+    ray.kill(books)
 
 
 def test_the_table_holds_the_finished_rounds(swept):
-    _, sweep, _ = swept
+    _, sweep, *_ = swept
     table = pd.read_parquet(sweep.folder / "results.parquet")
     assert sorted(table.groupby("strategy")["labels"].apply(list).to_dict().items()) == [
         ("bait", [10, 20, 30]),
@@ -84,7 +115,7 @@ def test_the_table_holds_the_finished_rounds(swept):
 
 
 def test_tensorboard_shows_metrics_by_labels_and_the_hyper_parameters(swept):
-    _, sweep, _ = swept
+    _, sweep, *_ = swept
     run = by_name(sweep, "bait-learning_rate=0.001")
     events = EventAccumulator(str(run.folder.path)).Reload()
     shown = [(e.step, e.value) for e in events.Scalars("metrics/accuracy")]
@@ -101,14 +132,14 @@ def test_tensorboard_shows_metrics_by_labels_and_the_hyper_parameters(swept):
 
 def test_the_same_command_again_finishes_what_is_missing_and_repeats_nothing(swept, tmp_path):
     """One run cut short in the middle of a line, one not begun, two untouched."""
-    folder, first, _ = swept
+    folder, first, *_ = swept
     shutil.copytree(folder / "results", tmp_path / "results")
     sweep = load(tmp_path, "training.learning_rate=0.001", "seed=[0,1]")
     cut, whole = by_name(sweep, "random-learning_rate=0.001-seed=0"), by_name(sweep, "bait-learning_rate=0.001-seed=0")
     lines = cut.folder.rounds.read_text().splitlines(keepends=True)
     cut.folder.rounds.write_text(lines[0] + lines[1][:50])
     before = {path: path.stat().st_mtime_ns for path in whole.folder.path.iterdir()}
-    recorder = tune_runner.run_on_ray(sweep, QUIET, fixed_size=True)
+    recorder = tune_runner.run_on_ray(sweep, QUIET)
     assert recorder.total == 2 + 3 + 3
     assert {path: path.stat().st_mtime_ns for path in whole.folder.path.iterdir()} == before
     assert cut.folder.rounds.read_text().startswith(lines[0])
@@ -120,7 +151,7 @@ def test_the_same_command_again_finishes_what_is_missing_and_repeats_nothing(swe
 
 
 def test_a_run_in_this_process_gives_what_the_trial_gave(swept, tmp_path):
-    folder, first, _ = swept
+    folder, first, *_ = swept
     sweep = load(tmp_path, "training.learning_rate=0.001", "resources.workers=in_process", "resources.shards=1")
     runner.run_here(sweep, QUIET)
     for run in sweep.runs:
@@ -129,13 +160,13 @@ def test_a_run_in_this_process_gives_what_the_trial_gave(swept, tmp_path):
 
 def test_a_run_that_asks_for_more_than_there_is_is_refused_before_any_starts(tmp_path, ray_session):
     sweep = load(tmp_path, "resources.shards=99")
-    with pytest.raises(InputError, match=r"asks for 50.5 CPUs in all, but there are 4; lower cpus"):
-        tune_runner.run_on_ray(sweep, QUIET, fixed_size=True)
+    with pytest.raises(InputError, match=r"asks for 50.5 CPUs in all, but the cluster has 4 CPUs and 0 GPUs; lower it"):
+        tune_runner.run_on_ray(sweep, QUIET)
     assert not sweep.folder.exists()
 
 
 def test_rounds_are_plain_json_lines(swept):
-    _, sweep, _ = swept
+    _, sweep, *_ = swept
     lines = by_name(sweep, "bait-learning_rate=0.001").folder.rounds.read_text().splitlines()
     first = json.loads(lines[0])
     assert first["ended_by"] == "cap"

@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
 
     config = plan.single(plan.load(arguments.file, arguments.settings))
     sweep = plan.expand(config)
-    runner.check(sweep, console)
+    runner.check(sweep, console, here=True)
     for key, values in config.grid.items():
         console.print(f"{key} = {values[0]}")
     with ExitStack() as stack:
@@ -129,8 +129,8 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
         return _show(sweep.folder, "balanced_accuracy", console)
     from fishermask.sweep import cluster, tune_runner
 
-    with cluster.connected() as own:
-        return _finish(sweep, lambda: tune_runner.run_on_ray(sweep, console, fixed_size=own), console)
+    with cluster.connected():
+        return _finish(sweep, lambda: tune_runner.run_on_ray(sweep, console), console)
 
 
 def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) -> int:

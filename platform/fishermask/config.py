@@ -8,9 +8,11 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fishermask.errors import InputError
+
+MAX_SHARDS = 10_000
 
 
 class Config(BaseModel):
@@ -152,8 +154,8 @@ class ResourcesConfig(Config):
     cpus: float = Field(1, gt=0)
     """CPUs of the run's own process: training and evaluation use as many threads, and in-process shards live here."""
     gpus: float = Field(0, ge=0)
-    shards: int = Field(1, ge=1, le=10_000)
-    """Parts that the pool is cut into. The chosen batch does not depend on it."""
+    shards: int | Literal["auto"] = 1
+    """Parts that the pool is cut into, or ``auto``: by its size and the cluster. The batch does not depend on it."""
     workers: Literal["in_process", "ray"] = "in_process"
     """Whether the shards live in the run's own process or as Ray actors of their own."""
     cpus_per_shard: float = Field(1, gt=0)
@@ -161,9 +163,20 @@ class ResourcesConfig(Config):
     gpus_per_shard: float = Field(0, ge=0)
     memory: float | None = Field(None, gt=0)
     """GB that a query may use in the run's own process, and in each Ray shard; what is free when not given."""
+    restarts: int = Field(3, ge=0)
+    """How often a run whose process is lost goes on from its last finished round; the most of a sweep's runs counts."""
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        # Here, because pydantic would report both sides of the union, each on a line.
+        if value != "auto" and not (type(value) is int and 1 <= value <= MAX_SHARDS):
+            raise ValueError(f"should be auto or a whole number from 1 to {MAX_SHARDS:,}, got {short(value)}")
+        return value
 
 
-SHARDING = {"shards", "workers", "cpus_per_shard", "gpus_per_shard", "memory"}
+SHARDING = {"shards", "workers", "cpus_per_shard", "gpus_per_shard", "memory", "restarts"}
+"""Settings of ``resources`` that do not change a run's rounds."""
 
 
 class ExperimentConfig(Config):

@@ -8,14 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishermask.data.ids import Ids
 from fishermask.errors import InputError
+from fishermask.experiment.journal import Journal, NoJournal
 from fishermask.experiment.setup import Setup, precision
 from fishermask.experiment.streams import stream
+from fishermask.pool.plan import Plan
 from fishermask.pool.pool import Engine, Pool, Progress
 from fishermask.pool.shards import Shards
 from fishermask.tensors.images import Images
 from fishermask.tensors.metrics import evaluate
 from fishermask.tensors.training import fit, predict
+
+JOURNAL_SECONDS = 1.0
+"""Between two times that picks are written down."""
 
 MakeShards = Callable[[Images, Any], Shards]
 
@@ -59,11 +65,13 @@ def run(
     make_shards: MakeShards,
     history: Sequence[dict[str, Any]] = (),
     progress: Progress = lambda stage, done, total: None,
+    journal: Journal = NoJournal(),  # noqa: B008  it has no state
+    plan: Plan | None = None,
 ) -> Iterator[RoundResult]:
     """Yield the result of each round, from the first that is not in ``history``.
 
     The state of a run is what it labelled and the number of the round, so a run goes on from its past results exactly
-    as if it had never stopped.
+    as if it had never stopped. ``journal`` holds the picks of a query under way, which goes on behind them.
     """
     config, pool_data, test = setup.config, setup.data.train, setup.data.test
     budget, training, seed = config.budget, config.training, config.seed
@@ -75,8 +83,8 @@ def run(
     device = torch.device("cuda" if config.resources.gpus else "cpu")
     augment = config.data.augment if config.data.augment is not None else setup.data.image_shape[0] == 3
     engine = Engine(precision(config.engine), config.engine.drift)
-    if setup.plan is not None:
-        engine = replace(engine, chunk=setup.plan.chunk, diagonal_batch=setup.plan.diagonal_batch)
+    if plan is not None:
+        engine = replace(engine, chunk=plan.chunk, diagonal_batch=plan.diagonal_batch)
     shards: Shards | None = None
     try:
         for index in range(len(history), num_rounds(budget.initial, budget.query, budget.total)):
@@ -105,6 +113,7 @@ def run(
             stages = StageClock(progress)
             if size:
                 shards = shards or make_shards(pool_data.images, setup.statistics)
+                notebook = _Notebook(journal, index, pool_data.ids)
                 pool = Pool(
                     shards,
                     len(pool_data.labels),
@@ -114,7 +123,7 @@ def run(
                     stream(seed, f"strategy {config.strategy.name}", index),
                     stream(seed, "fisher sample", index),
                     stages,
-                    engine,
+                    replace(engine, past=notebook.past(), journal=notebook.add),
                 )
                 batch = checked(setup.strategy.query(pool, size), pool.candidates, size)
                 notes = pool.notes
@@ -144,6 +153,34 @@ def run(
     finally:
         if shards is not None:
             shards.close()
+
+
+class _Notebook:
+    """Between a query, which knows positions, and the journal, which outlives this process and knows ids."""
+
+    def __init__(self, journal: Journal, index: int, ids: Ids) -> None:
+        self.journal, self.index, self.ids = journal, index, ids
+        self.new: list[list[Any]] = []
+        self.written = time.monotonic()
+
+    def past(self) -> list[tuple[int, bool]]:
+        """The picks that an earlier process made.
+
+        Raises:
+            InputError: they are not of this pool.
+        """
+        entries = self.journal.read(self.index)
+        positions = self.ids.positions([name for name, _ in entries]).tolist()
+        if min(positions, default=0) < 0:
+            raise InputError("journal.jsonl: holds ids that are not in the pool; remove it to choose again")
+        return [(position, bool(anew)) for position, (_, anew) in zip(positions, entries, strict=True)]
+
+    def add(self, position: int, anew: bool) -> None:
+        """Keep a pick; those of the last second may be lost."""
+        self.new.append([self.ids[position], anew])
+        if time.monotonic() - self.written > JOURNAL_SECONDS:
+            self.journal.append(self.index, self.new)
+            self.new, self.written = [], time.monotonic()
 
 
 class StageClock:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fishermask import strategies
-from fishermask.config import DataConfig, EngineConfig, ExperimentConfig, Imbalance
+from fishermask.config import DataConfig, EngineConfig, ExperimentConfig, Imbalance, NamedConfig
 from fishermask.data import dataset, imbalance
 from fishermask.data.dataset import Dataset
 from fishermask.errors import InputError
@@ -16,6 +16,7 @@ from fishermask.pool.plan import Plan, plan
 from fishermask.strategies import Strategy
 from fishermask.tensors import models
 from fishermask.tensors.images import Statistics, channel_statistics, normalise
+from fishermask.tensors.memory import Probe, Workload
 from fishermask.tensors.precision import Precision
 
 TYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,14 +33,33 @@ class Setup:
     """Pool positions that are labelled at the start, ascending."""
     statistics: Statistics
     strategy: Strategy
-    plan: Plan | None = None
-    """How a query goes about it, where the strategy says what it computes."""
+    work: Workload | None = None
+    """What a query computes, where the strategy says so."""
 
     def model(self, round_index: int) -> nn.Module:
         """A fresh model for a round: the same for every strategy."""
         config = self.config
         seed = stream_seed(config.seed, "model", round_index)
         return models.build(config.model.name, config.model.params, self.data.image_shape, len(self.data.classes), seed)
+
+    def example(self, count: int = 1) -> torch.Tensor:
+        """The first images of the pool, normalised."""
+        return normalise(self.data.train.images[:count], self.statistics)
+
+    def plan(self, shards: int) -> Plan | None:
+        """How a query goes about it with this many shards.
+
+        Raises:
+            InputError: it does not fit into the memory there is.
+        """
+        if self.work is None:
+            return None
+        config = self.config
+        memory = None if config.resources.memory is None else config.resources.memory * 1e9
+        probe = _probe(config.model, self.data.image_shape, len(self.data.classes), self.work)
+        in_process = config.resources.workers == "in_process"
+        size, query = len(self.data.train.labels), min(config.budget.query, config.budget.total)
+        return plan(probe, size, query, shards, in_process, precision(config.engine), memory)
 
 
 def prepare(config: ExperimentConfig) -> Setup:
@@ -63,7 +83,11 @@ def prepare(config: ExperimentConfig) -> Setup:
     own = config.data.statistics == "pool" or data.published is None
     statistics = _pool_statistics(*pool) if own or data.published is None else data.published
     setup = Setup(config, data, drawn[: config.budget.initial].sort().values, statistics, strategy)
-    return replace(setup, plan=_plan(setup))
+    try:
+        return replace(setup, work=strategy.check(setup.model(0).eval().requires_grad_(False), setup.example(2)))
+    except InputError as error:
+        message = str(error)
+        raise InputError(message if message.startswith("model") else f"strategy.params.{message}") from None
 
 
 def precision(engine: EngineConfig) -> Precision:
@@ -72,28 +96,11 @@ def precision(engine: EngineConfig) -> Precision:
     return Precision(TYPES[engine.storage], TYPES[engine.scores], autocast, engine.channels_last)
 
 
-def _plan(setup: Setup) -> Plan | None:
-    config, data = setup.config, setup.data
-    model = setup.model(0).eval().requires_grad_(False)
-    images = normalise(data.train.images[:2], setup.statistics)
-    try:
-        work = setup.strategy.check(model, images)
-    except InputError as error:
-        message = str(error)
-        raise InputError(message if message.startswith("model") else f"strategy.params.{message}") from None
-    if work is None:
-        return None
-    resources = config.resources
-    return plan(
-        work,
-        model,
-        images[:1],
-        len(data.train.labels),
-        resources.shards,
-        resources.workers == "in_process",
-        precision(config.engine),
-        None if resources.memory is None else resources.memory * 1e9,
-    )
+# The same for all seeds and budgets of a model and strategy.
+@lru_cache(maxsize=64)
+def _probe(model: NamedConfig, shape: tuple[int, int, int], num_classes: int, work: Workload) -> Probe:
+    network = models.build(model.name, model.params, shape, num_classes, seed=0).eval().requires_grad_(False)
+    return Probe(network, torch.zeros(1, *shape), work)
 
 
 # One run after another usually wants another seed's pool or the same again; its row numbers and labels are all that is

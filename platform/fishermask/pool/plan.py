@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
-from torch import Tensor, nn
 
 from fishermask.pool.shard import BLOCK, cut, rows_together
-from fishermask.tensors.memory import Estimate, Probe, Workload, estimate, fit
+from fishermask.tensors.cost import query_seconds
+from fishermask.tensors.memory import Estimate, Probe, estimate, fit
 from fishermask.tensors.precision import Precision
 
 SPARE = 0.9
@@ -27,39 +27,43 @@ class Plan:
     """Of the process that leads the selection, with its shards if they live there."""
     shard: Estimate | None
     """Of each shard that has a process of its own."""
+    seconds: float
+    """About how long a query takes, if each shard has a core such as this one."""
+
+    def __str__(self) -> str:
+        each = "" if self.shard is None else f", each shard {self.shard}"
+        return f"about {self.seconds:.2g} s, {self.process}{each}"
 
 
 def plan(
-    work: Workload,
-    model: nn.Module,
-    image: Tensor,
+    probe: Probe,
     size: int,
+    query: int,
     shards: int,
     in_process: bool,
     precision: Precision,
     memory: float | None = None,
 ) -> Plan:
-    """Plan queries on a pool of ``size`` images.
+    """Plan queries of ``query`` images from a pool of ``size``.
 
     Args:
-        image: a normalised image [1, ...].
         memory: bytes that each process may use; what is free on this machine when not given, where that is known.
 
     Raises:
         InputError: it cannot fit; names what takes the most and which setting would help.
     """
-    probe = Probe(model, image, work)
-    base = image.dtype
+    work, base = probe.work, probe.base
     settings: dict[str, Any] = {"storage": precision.storage or base, "scores": precision.scores or base}
     settings |= {"block": BLOCK, "part": rows_together(work.body_size)}
     images = max(end - start for start, end in cut(size, shards))
+    seconds = query_seconds(probe, images, size, query)
     free = memory if memory is not None else SPARE * psutil.virtual_memory().available
     if in_process:
         own = fit(probe, free, images=images, shards=shards, **settings)
-        return Plan(own.chunk, probe.diagonal_batch, own, None)
+        return Plan(own.chunk, probe.diagonal_batch, own, None, seconds)
     # Shards may live on machines of other sizes: what those have free is not known here.
     each = fit(probe, memory if memory is not None else math.inf, images=images, leads=False, **settings)
     leader = estimate(probe, images=0, chunk=each.chunk, **settings)
     if leader.total > free:
         fit(probe, free, images=0, **settings)
-    return Plan(each.chunk, probe.diagonal_batch, leader, each)
+    return Plan(each.chunk, probe.diagonal_batch, leader, each, seconds)

@@ -4,6 +4,7 @@ results/<sweep>/config.yaml               the sweep as resolved
 results/<sweep>/runs/<run>/config.yaml    the run's settings, defaults included
 results/<sweep>/runs/<run>/pool.csv       id, class, and whether it was labelled at the start
 results/<sweep>/runs/<run>/rounds.jsonl   a line a round
+results/<sweep>/runs/<run>/journal.jsonl  picks of the round under way
 results/<sweep>/runs/<run>/error.txt      traceback of the last attempt, if it failed
 """
 
@@ -65,6 +66,20 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
+def append_line(path: Path, content: Any) -> None:
+    """Add a line of JSON, over what a kill left of a line before it; it is on disk when this returns."""
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.seek(0, os.SEEK_END)
+        file.write(json.dumps(content).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def make_folder(path: Path) -> None:
     """Make a folder that can be written to.
 
@@ -101,6 +116,7 @@ class RunFolder:
         self.path = path
         self.rounds = path / "rounds.jsonl"
         self.error = path / "error.txt"
+        self.journal = JournalFile(path / "journal.jsonl")
 
     def config(self) -> ExperimentConfig | None:
         """The settings of the run that the folder holds; None if it holds none yet."""
@@ -148,15 +164,48 @@ class RunFolder:
         raise InputError(f"{self.rounds}: is damaged, its lines are not rounds 0, 1, 2, ...; remove it to run again")
 
     def append(self, result: dict[str, Any]) -> None:
-        """Add a round; it is on disk when this returns."""
-        with self.rounds.open("r+b" if self.rounds.exists() else "w+b") as file:
-            content = file.read()
-            file.seek(content.rfind(b"\n") + 1)  # over what a kill cut short
-            file.truncate()
-            file.write(json.dumps(result).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Add a round; it is on disk when this returns. The journal of its picks has served."""
+        append_line(self.rounds, result)
+        self.journal.path.unlink(missing_ok=True)
         self.error.unlink(missing_ok=True)
+
+
+class JournalFile:
+    """The picks of one run's round under way, a line for each ``append``.
+
+    Entries are numbered: a writer that was thought dead and comes late can neither shift nor repeat what another wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._next = (-1, 0)  # the round that was read last, and the number of its next entry
+
+    def read(self, round: int) -> list[list[Any]]:
+        """The entries of ``round``; other rounds' and a last line that a kill cut short do not count.
+
+        Raises:
+            InputError: a line is not what we wrote.
+        """
+        entries: list[list[Any]] = []
+        try:
+            lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
+            for line in map(json.loads, lines):
+                first, picks = line["first"], line["picks"]
+                if line["round"] == round and first <= len(entries):
+                    entries[first : first + len(picks)] = picks
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self.path}: is damaged; remove it, the round's picks are made again") from None
+        self._next = (round, len(entries))
+        return entries
+
+    def append(self, round: int, entries: list[list[Any]], first: int | None = None) -> None:
+        """Add entries to ``round``, behind those read or added last, or as its entries from number ``first`` on."""
+        if first is None:
+            if self._next[0] != round:
+                self.read(round)
+            first = self._next[1]
+        append_line(self.path, {"round": round, "first": first, "picks": entries})
+        self._next = (round, first + len(entries))
 
 
 def run_folders(sweep: Path) -> list[RunFolder]:

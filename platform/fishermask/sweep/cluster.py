@@ -1,10 +1,12 @@
 """Joining a Ray cluster, or starting one on this machine."""
 
+import json
 import logging
 import os
 import re
 import secrets
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +14,11 @@ from contextlib import contextmanager
 from fishermask.config import ResourcesConfig
 from fishermask.errors import InputError
 
-# Read by Ray when it is imported: no telemetry, one TensorBoard tree and one progress display (ours), paths in a
-# sweep file mean the same in a trial as outside, and Ctrl-C is ours to handle.
+# Read by Ray when it is imported: no telemetry, one TensorBoard tree and one progress display (ours), tracebacks in the
+# runs' folders only, paths in a sweep file mean the same in a trial as outside, and Ctrl-C is ours to handle.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
@@ -26,39 +29,107 @@ if not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & os.environ.keys() and "ray" not in sys
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import ray  # noqa: E402
+from ray.experimental.internal_kv import _internal_kv_get  # noqa: E402
+
+from fishermask.sweep import package  # noqa: E402
+
+ANSWER_TIMEOUT = 10
+"""Seconds that a machine has to take a connection."""
+JOIN_TIMEOUT = 30
+"""Seconds that a cluster has to take a driver."""
 
 
 @contextmanager
-def connected() -> Iterator[bool]:
+def connected() -> Iterator[None]:
     """Be connected to a cluster: the one at ``RAY_ADDRESS``, else one of this machine, which ends with the block.
 
-    Yields whether the cluster is our own. A connection that is there already is used and kept.
+    A connection that is there already is used and kept.
+
+    Raises:
+        InputError: no cluster answers there, or one with another Python, Ray or fishermask.
     """
     if ray.is_initialized():
-        yield False
+        yield
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if address and (place := re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)):
-        try:  # Ray itself tries for minutes before it gives up
-            socket.create_connection((place[1], int(place[2])), timeout=10).close()
-        except OSError as error:
-            raise InputError(f"RAY_ADDRESS: nothing answers at {address} ({error}); correct or unset it") from None
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address != "local":
+        check_address(address)
     try:
         ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
+            address=address,
+            include_dashboard=False if address == "local" else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f"RAY_ADDRESS: no Ray cluster answers at {address} ({error})") from None
+        raise InputError(f"RAY_ADDRESS: {why_not(address, str(error))}") from None
     try:
-        yield address is None
+        if address != "local":
+            package.check(package.installed())
+        yield
     finally:
         ray.shutdown()
 
 
-def bundles(resources: ResourcesConfig) -> list[dict[str, float]]:
+def check_address(address: str) -> None:
+    """Find out within seconds, where Ray would try for minutes, that no cluster answers at ``address``."""
+    if address.startswith("ray://"):
+        raise InputError(
+            f"RAY_ADDRESS: {address} is for Ray Client, through which no results can be written here; run this on a "
+            "node of the cluster with RAY_ADDRESS=auto, or with ray job submit"
+        )
+    if place := re.fullmatch(r"([^:/]+):(\d+)", address):
+        host, port = place[1], int(place[2])
+        local = host in ("localhost", "127.0.0.1")  # by which Ray means the address that other nodes know
+        try:
+            _connect(ray.util.get_node_ip_address() if local else host, port)
+        except OSError as error:
+            raise InputError(f"RAY_ADDRESS: nothing answers at {address} ({error}); correct or unset it") from None
+    # Something listens, perhaps no Ray. Ray's own attempt cannot be interrupted, so another process makes the first.
+    attempt = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level='error')"
+    try:
+        subprocess.run([sys.executable, "-c", attempt, address], capture_output=True, timeout=JOIN_TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"RAY_ADDRESS: what answers at {address} lets no driver join within {JOIN_TIMEOUT} s; correct or unset it"
+        ) from None
+
+
+def _connect(host: str, port: int) -> None:
+    socket.create_connection((host, port), ANSWER_TIMEOUT).close()
+
+
+def why_not(address: str, message: str) -> str:
+    """Ray's reason not to join, in one line."""
+    versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", message)
+    if "Version mismatch" in message and len(versions) == 2:
+        (ray_there, python_there), (ray_here, python_here) = versions
+        return (
+            f"the cluster at {address} runs Ray {ray_there} on Python {python_there}, this command Ray {ray_here} on "
+            f"Python {python_here}; install the same versions"
+        )
+    return f"no Ray cluster answers at {address} ({' '.join(message.split())})"
+
+
+def autoscaled() -> bool:
+    """Whether the connected cluster may get nodes that it does not have now."""
+    second = _internal_kv_get("__autoscaler_v2_enabled", namespace="__autoscaler")
+    return starts_nodes(_internal_kv_get("__autoscaling_status"), second)
+
+
+def starts_nodes(status: bytes | None, second: bytes | None) -> bool:
+    """What Ray's monitor reports, read; ``second``: whether it is the second version, which reports nothing here."""
+    if second == b"1":
+        return True
+    types = json.loads(status or "{}").get("autoscaler_report", {}).get("node_type_mapping") or {}
+    # Where nothing can be started, the monitor makes up a type for each node.
+    return any(kind != f"node_{node}" for node, kind in types.items())
+
+
+KINDS = ("CPU", "GPU")
+
+
+def bundles(resources: ResourcesConfig, shards: int) -> list[dict[str, float]]:
     """What a run reserves: its own process first, then one bundle a Ray shard."""
 
     def bundle(cpus: float, gpus: float) -> dict[str, float]:
@@ -67,16 +138,52 @@ def bundles(resources: ResourcesConfig) -> list[dict[str, float]]:
     own = [bundle(resources.cpus, resources.gpus)]
     if resources.workers == "in_process":
         return own
-    return own + [bundle(resources.cpus_per_shard, resources.gpus_per_shard)] * resources.shards
+    return own + [bundle(resources.cpus_per_shard, resources.gpus_per_shard)] * shards
 
 
-def check_resources(resources: ResourcesConfig) -> None:
-    """Raise ``InputError`` if a run asks for more than the whole cluster has: it would wait for ever."""
-    there = ray.cluster_resources()
-    for kind in ("CPU", "GPU"):
-        asked = sum(bundle.get(kind, 0) for bundle in bundles(resources))
-        if asked > there.get(kind, 0):
-            raise InputError(
-                f"resources: a run asks for {asked:g} {kind}s in all, but there are {there.get(kind, 0):g}; "
-                "lower cpus, gpus, shards or what a shard has"
-            )
+def check_room(asked: list[dict[str, float]]) -> str | None:
+    """What of ``asked`` the connected cluster must start nodes for; None if it has all of it, were it idle.
+
+    Args:
+        asked: the bundle of a run's own process, which may be empty, and those of its shards, which are all alike.
+
+    Raises:
+        InputError: it has not, and will not: the run would wait for ever.
+    """
+    found = lacking(asked, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    if found is None or autoscaled():
+        return found
+    raise InputError(f"{found}; lower it, or the number of shards")
+
+
+def lacking(asked: list[dict[str, float]], nodes: list[dict[str, float]]) -> str | None:
+    there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in KINDS}
+    for kind in KINDS:
+        total = sum(bundle.get(kind, 0) for bundle in asked)
+        if total > there[kind]:
+            has = " and ".join(f"{there[kind]:g} {kind}s" for kind in KINDS)
+            return f"resources: a run asks for {total:g} {kind}s in all, but the cluster has {has}"
+        most = max((node.get(kind, 0) for node in nodes), default=0)
+        for suffix, bundle in (("", asked[0]), ("_per_shard", asked[-1])):
+            if bundle.get(kind, 0) > most:
+                return f"resources.{kind.lower()}s{suffix}: {bundle[kind]:g} exceeds the {most:g} {kind}s of a node"
+    if not _fit(asked, nodes):
+        return f"resources: the {len(asked)} processes of a run, as large as they are, do not fit on {len(nodes)} nodes"
+    return None
+
+
+def _fit(asked: list[dict[str, float]], nodes: list[dict[str, float]]) -> bool:
+    """Whether the first bundle fits on some node, and the others, which are all alike, on what that leaves."""
+    unit = 10_000  # Ray counts in these parts; fractions would not add up
+    own, *shards = [[round(unit * bundle.get(kind, 0)) for kind in KINDS] for bundle in asked]
+    room = [[round(unit * node.get(kind, 0)) for kind in KINDS] for node in nodes]
+
+    def copies(node: list[int]) -> int:
+        return min(have // need for have, need in zip(node, shards[0], strict=True) if need)
+
+    for index, node in enumerate(room):
+        rest = [have - need for have, need in zip(node, own, strict=True)]
+        left = [*room[:index], rest, *room[index + 1 :]]
+        if min(rest) >= 0 and (not shards or sum(map(copies, left)) >= len(shards)):
+            return True
+    return False

@@ -9,6 +9,7 @@ grid:                                     # every combination of these; keys are
 
 import copy
 import itertools
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from fishermask.config import SHARDING, Config, ExperimentConfig, parse, short
+from fishermask.config import SHARDING, Config, ExperimentConfig, ResourcesConfig, parse, short
 from fishermask.errors import InputError
 from fishermask.results.files import RunFolder, read_yaml
 from fishermask.results.tables import strategy_label
@@ -36,6 +37,10 @@ class SweepConfig(Config):
     grid: dict[str, list[Any]] = {}
     """Dotted path into ``base`` -> the values it takes."""
     output: str = "results"
+
+
+IMAGES_PER_SHARD = 20_000
+"""A smaller pool gains nothing from being cut."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,24 @@ def single(config: SweepConfig) -> SweepConfig:
     config = config.model_copy(update={"grid": {key: values[:1] for key, values in config.grid.items()}})
     fingerprint = expand(config).runs[0].config.fingerprint()
     return config.model_copy(update={"name": f"{config.name}-{fingerprint[:8]}"})
+
+
+def shards_of(resources: ResourcesConfig, pool_size: int, cluster_cpus: float, cluster_gpus: float = 0) -> int:
+    """How many shards a run has; ``auto`` is decided here and nowhere else.
+
+    Args:
+        cluster_cpus, cluster_gpus: all that the cluster has; shards in the run's own process do not need them.
+    """
+    if resources.shards != "auto":
+        return resources.shards
+    if pool_size <= IMAGES_PER_SHARD:
+        return 1
+    if resources.workers == "in_process":
+        return max(1, int(resources.cpus))
+    room = (cluster_cpus - resources.cpus) / resources.cpus_per_shard
+    if resources.gpus_per_shard:
+        room = min(room, (cluster_gpus - resources.gpus) / resources.gpus_per_shard)
+    return max(1, min(int(room + 1e-9), math.ceil(pool_size / IMAGES_PER_SHARD)))
 
 
 def check_folder(sweep: Sweep) -> None:

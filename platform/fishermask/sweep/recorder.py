@@ -83,7 +83,12 @@ class Recorder:
         self._show(f"{stage} {done}/{total}" if total > 1 else stage)
 
     def record(self, name: str, result: dict[str, Any]) -> None:
-        """Write a round of the run ``name`` to its folder and to TensorBoard, and show it."""
+        """Write a round of the run ``name`` to its folder and to TensorBoard, and show it.
+
+        A round that is there already is not written again: a process may be lost when it has just reported one.
+        """
+        if result["round"] < len(self.history[name]):
+            return
         run = self.runs[name]
         run.folder.append(result)
         if name not in self.events:
@@ -105,6 +110,11 @@ class Recorder:
                 facts += f", {result['epochs']} epochs ({result['ended_by']}), {stages}"
             self.console.print(f"{place} {name}: {facts}")
         self._show(name)
+
+    def lost(self, name: str, times: int, restarts: int) -> None:
+        """Say that a run goes on after its process was lost."""
+        rounds = f"{len(self.history[name])} of {rounds_of(self.runs[name])} rounds"
+        self.console.print(f"restarted: {name}: its process was lost ({times}/{restarts}); it goes on after {rounds}")
 
     def fail(self, name: str, error: str) -> None:
         """Keep what made a run fail in its folder."""

@@ -1,7 +1,9 @@
 """What is missing of a sweep, the checks before it starts, and running it in this process."""
 
+import math
 import os
 import traceback
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,40 +14,51 @@ from rich.console import Console
 from fishermask.config import ExperimentConfig, ResourcesConfig
 from fishermask.errors import InputError
 from fishermask.experiment import loop
+from fishermask.experiment.journal import Journal
 from fishermask.experiment.loop import MakeShards
 from fishermask.experiment.setup import prepare
+from fishermask.pool.plan import Plan
 from fishermask.pool.shards import LocalShards, Shards
 from fishermask.results import files
 from fishermask.results.tables import varied_settings
-from fishermask.sweep.plan import Run, Sweep, check_folder
+from fishermask.sweep.plan import Run, Sweep, check_folder, shards_of
 from fishermask.sweep.recorder import Recorder, rounds_of
 from fishermask.tensors.images import Images
 
 History = list[dict[str, Any]]
 
 
-def check(sweep: Sweep, console: Console) -> None:
+def check(sweep: Sweep, console: Console, here: bool = False) -> None:
     """Check every run against its data and model, and the folder against what is there, before anything starts.
+
+    Args:
+        here: the runs' own processes are this one, whatever cluster may hold their shards.
 
     Raises:
         InputError: a setting that cannot work, by its dotted path.
     """
     check_folder(sweep)
-    seen = set()
+    plans: dict[str, Plan] = {}
+    joined = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")  # then GPUs are elsewhere, and asked for later
+    sizes: dict[str, int] = {}
     for run in sweep.runs:
-        if (fingerprint := run.config.fingerprint()) not in seen:
-            seen.add(fingerprint)
+        if (fingerprint := run.config.fingerprint()) not in sizes:
             with console.status(f"checking {run.name}") if console.is_terminal else nullcontext():
-                prepare(run.config)
-        resources = run.config.resources
-        if (
-            (resources.gpus or resources.gpus_per_shard)
-            and not torch.cuda.is_available()
-            and "RAY_ADDRESS" not in os.environ
-        ):
-            raise InputError(
-                "resources.gpus: this machine has no GPU that PyTorch can use; set gpus and gpus_per_shard to 0"
-            )
+                setup = prepare(run.config)
+                sizes[fingerprint] = size = len(setup.data.train.labels)
+                plan = setup.plan(shards_of(run.config.resources, size, math.inf, math.inf))
+                if plan is not None:
+                    kind = f"{run.config.strategy.name} of {size:,} images, {run.config.budget.query} a query"
+                    plans.setdefault(kind, plan)
+        resources, size = run.config.resources, sizes[fingerprint]
+        if resources.shards != "auto" and resources.shards > size:
+            raise InputError(f"resources.shards: {resources.shards} exceeds the pool of {size} images; lower it")
+        needed = {"gpus": here or not joined, "gpus_per_shard": not joined}
+        for field in (field for field, on_this_machine in needed.items() if on_this_machine):
+            if getattr(resources, field) and not torch.cuda.is_available():
+                raise InputError(f"resources.{field}: this machine has no GPU that PyTorch can use; set it to 0")
+    for kind, plan in plans.items():
+        console.print(f"{kind}: {plan}")
 
 
 def missing(sweep: Sweep) -> list[tuple[Run, History]]:
@@ -70,9 +83,32 @@ def create_folders(sweep: Sweep, runs: list[tuple[Run, History]]) -> None:
         run.folder.create(run.config, rows)
 
 
+def shard_counts(runs: list[tuple[Run, History]], cluster: Mapping[str, float]) -> dict[str, int]:
+    """How many shards each run has, by its name, on a cluster with this many CPUs and GPUs in all."""
+
+    def count(run: Run) -> int:
+        resources = run.config.resources
+        size = len(prepare(run.config).data.train.labels) if resources.shards == "auto" else 0
+        return shards_of(resources, size, cluster.get("CPU", 0), cluster.get("GPU", 0))
+
+    return {run.name: count(run) for run, _ in runs}
+
+
 def run_here(sweep: Sweep, console: Console) -> Recorder:
-    """Run what is missing of a sweep in this process, one run after the other, in the order of the grid."""
+    """Run what is missing of a sweep in this process, one run after the other, in the order of the grid.
+
+    Raises:
+        InputError: a run's Ray shards ask for more than the connected cluster will ever have.
+    """
     runs = missing(sweep)
+    if any(run.config.resources.workers == "ray" for run, _ in runs):
+        from fishermask.sweep import cluster
+
+        counts = shard_counts(runs, cluster.ray.cluster_resources())
+        for run, _ in runs:  # this process takes nothing of the cluster's
+            cluster.check_room([{}, *cluster.bundles(run.config.resources, counts[run.name])[1:]])
+    else:
+        counts = shard_counts(runs, {})
     create_folders(sweep, runs)
     varied = varied_settings(sweep.folder)
     with Recorder(runs, varied, console, len(sweep.runs) - len(runs), every_round=True) as recorder:
@@ -80,8 +116,10 @@ def run_here(sweep: Sweep, console: Console) -> Recorder:
             try:
                 rounds(
                     run.config,
+                    counts[run.name],
                     history,
                     lambda result, run=run: recorder.record(run.name, result),
+                    run.folder.journal,
                     recorder.stage,
                 )
             except Exception:  # shown at the end, with its traceback in the run's folder; other runs go on
@@ -89,24 +127,28 @@ def run_here(sweep: Sweep, console: Console) -> Recorder:
     return recorder
 
 
-def rounds(config: ExperimentConfig, history: History, record: Any, stage: Any = None) -> None:
+def rounds(
+    config: ExperimentConfig, shards: int, history: History, record: Any, journal: Journal, stage: Any = None
+) -> None:
     """Run one experiment from where ``history`` ends, handing each round's result to ``record``."""
     # One number whatever runs it: a sum over threads depends on how many there are.
     torch.set_num_threads(max(1, int(config.resources.cpus)))
     setup = prepare(config)
     show = {} if stage is None else {"progress": stage}
-    for result in loop.run(setup, shard_maker(config.resources), history, **show):
+    maker, plan = shard_maker(config.resources, shards), setup.plan(shards)
+    for result in loop.run(setup, maker, history, journal=journal, plan=plan, **show):
         record(result.as_dict())
 
 
-def shard_maker(resources: ResourcesConfig) -> MakeShards:
-    """How a run's shards are made, in its own process or as Ray actors."""
+def shard_maker(resources: ResourcesConfig, count: int) -> MakeShards:
+    """How a run's ``count`` shards are made, in its own process or as Ray actors."""
 
     def make(images: Images, statistics: Any) -> Shards:
         if resources.workers == "in_process":
-            return LocalShards(images, statistics, resources.shards, "cuda" if resources.gpus else "cpu")
+            return LocalShards(images, statistics, count, "cuda" if resources.gpus else "cpu")
         from fishermask.pool.ray_shards import RayShards
 
-        return RayShards(images, statistics, resources.shards, resources.cpus_per_shard, resources.gpus_per_shard)
+        each = (resources.cpus_per_shard, resources.gpus_per_shard)
+        return RayShards(images, statistics, count, *each, resources.restarts)
 
     return make

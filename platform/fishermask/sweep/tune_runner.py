@@ -8,55 +8,73 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from rich.console import Console
 
 from fishermask.config import ExperimentConfig
 from fishermask.results.tables import varied_settings
-from fishermask.sweep.cluster import bundles, check_resources
+from fishermask.sweep import ledger, package
+from fishermask.sweep.cluster import bundles, check_room
 from fishermask.sweep.plan import Sweep
 from fishermask.sweep.recorder import Recorder
-from fishermask.sweep.runner import History, create_folders, missing, rounds
+from fishermask.sweep.runner import create_folders, missing, rounds, shard_counts
+
+LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+"""A process or a node is gone: nothing that the run did, and it may go well on another."""
 
 
-def run_on_ray(sweep: Sweep, console: Console, fixed_size: bool) -> Recorder:
+def run_on_ray(sweep: Sweep, console: Console) -> Recorder:
     """Run what is missing of a sweep; Ray must be connected.
 
-    A trial sends its rounds to this process, which alone writes: workers need no common file system.
-
-    Args:
-        fixed_size: the cluster has all that it will ever have, so that a run which asks for more is refused.
+    A trial sends its rounds to this process, which alone writes: workers need no common file system. A trial whose
+    process is lost starts again where these rounds end.
 
     Raises:
-        InputError: a run asks for more than the cluster has.
+        InputError: a run asks for more than the cluster has and ever will.
     """
     runs = missing(sweep)
-    if fixed_size:
-        for run, _ in runs:
-            check_resources(run.config.resources)
+    counts = shard_counts(runs, ray.cluster_resources())
+    asked = {run.name: bundles(run.config.resources, counts[run.name]) for run, _ in runs}
+    for waits_for in {check_room(request) for request in asked.values()} - {None}:
+        console.print(f"{waits_for}; such runs wait until the autoscaler has started nodes (see ray status)")
     create_folders(sweep, runs)
+    restarts = max((run.config.resources.restarts for run, _ in runs), default=0)
     recorder = Recorder(runs, varied_settings(sweep.folder), console, len(sweep.runs) - len(runs))
-    configs = {run.name: (run.config, history) for run, history in runs}
+    configs = {run.name: (run.config, counts[run.name]) for run, _ in runs}
+    nodes = {node["NodeID"] for node in ray.nodes()}
+    books = ledger.start({run.name: run.folder.path for run, _ in runs})
     trainable = tune.with_resources(
-        functools.partial(trial, runs=configs, folder=str(Path.cwd())),
-        lambda settings: tune.PlacementGroupFactory(bundles(configs[settings["run"]][0].resources)),
+        functools.partial(
+            trial, runs=configs, books=books, folder=str(Path.cwd()), package_here=package.installed(), nodes=nodes
+        ),
+        lambda settings: tune.PlacementGroupFactory(asked[settings["run"]]),
     )
     # Tune keeps records of its own, which are of no use once the rounds are written.
     with recorder, tempfile.TemporaryDirectory(prefix="fishermask-") as scratch:
+        run_config = tune.RunConfig(
+            name="trials",
+            storage_path=scratch,
+            verbose=0,
+            callbacks=[_Listener(recorder, restarts)],
+            failure_config=tune.FailureConfig(max_failures=restarts),
+        )
         tune.Tuner(
             trainable,
             param_space={"run": tune.grid_search(list(configs))},
             tune_config=tune.TuneConfig(trial_dirname_creator=lambda trial: trial.trial_id, reuse_actors=True),
-            run_config=tune.RunConfig(name="trials", storage_path=scratch, verbose=0, callbacks=[_Listener(recorder)]),
+            run_config=run_config,
         ).fit()
+    ray.kill(books)
     return recorder
 
 
 class _Listener(tune.Callback):
     """Hands what trials report to a recorder."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    def __init__(self, recorder: Recorder, restarts: int) -> None:
+        self.recorder, self.restarts = recorder, restarts
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks to restore them; we never restore, and an open terminal cannot be pickled.
@@ -66,20 +84,50 @@ class _Listener(tune.Callback):
         if "round" in result:
             self.recorder.record(trial.config["run"], json.loads(result["round"]))
         elif "error" in result:
+            trial.max_failures = 0  # the run's own mistake, which it would make again
             self.recorder.fail(trial.config["run"], result["error"])
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        self.recorder.lost(trial.config["run"], trial.num_failures, self.restarts)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         if trial.config["run"] not in self.recorder.failed:
-            self.recorder.fail(trial.config["run"], "the trial's process was lost")
+            reason = Path(trial.error_file).read_text() if trial.error_file else ""
+            end = (
+                f"its process was lost after {trial.num_failures - 1} restarts; see resources.restarts, and its memory"
+            )
+            self.recorder.fail(trial.config["run"], f"{reason}\n{end}")
 
 
-def trial(settings: dict[str, Any], runs: dict[str, tuple[ExperimentConfig, History]], folder: str) -> None:
-    """One run as a trial: each round is reported as it ends. Relative paths start at ``folder`` if it is there."""
+def trial(
+    settings: dict[str, Any],
+    runs: dict[str, tuple[ExperimentConfig, int]],
+    books: Any,
+    folder: str,
+    package_here: str,
+    nodes: set[str],
+) -> None:
+    """One run as a trial, from where its rounds end now: each round is reported as it ends.
+
+    Args:
+        runs: config and number of shards of each run.
+        books: the ledger of the runs' folders.
+        folder: where relative paths start, if it is there.
+        package_here: what is installed beside the driver; a node that is not one of ``nodes``, those at the start of
+            the sweep, must have the same.
+    """
     if Path(folder).is_dir():
         os.chdir(folder)
-    config, history = runs[settings["run"]]
+    name = settings["run"]
+    config, shards = runs[name]
     try:
-        rounds(config, history, lambda result: tune.report({"round": json.dumps(result)}))
+        if ray.get_runtime_context().get_node_id() not in nodes:
+            package.require(package_here, package.installed(), ray.util.get_node_ip_address())
+        history = ray.get(books.history.remote(name))
+        journal = ledger.LedgerJournal(books, name)
+        rounds(config, shards, history, lambda result: tune.report({"round": json.dumps(result)}), journal)
+    except LOST:
+        raise
     except Exception:
         tune.report({"error": traceback.format_exc()})
-        raise
+        raise  # so that no other run is given this process, whose device may be in disorder

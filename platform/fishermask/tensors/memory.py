@@ -4,6 +4,7 @@ Sizes of what is kept follow from shapes. The peak of a gradient chunk does not 
 ``torch.func`` unrolls), so it is counted: every tensor that lives while a few images are differentiated.
 """
 
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -76,6 +77,18 @@ def _per_image(work: Callable[[Tensor], object], images: Tensor) -> float:
     return (peak(6) - peak(2)) / 4
 
 
+def _seconds(work: Callable[[], object]) -> float:
+    """The shorter of two times that ``work`` takes on one thread."""
+    threads, times = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for _ in range(2):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    return min(times)
+
+
 def chunk_bytes(model: nn.Module, image: Tensor, mask: Mask, **options: Any) -> float:
     """Bytes for each image of a chunk while it is embedded under ``mask``; ``options`` are those of ``embed``."""
     return _per_image(lambda images: embed(model, images, mask, **options), image)
@@ -100,8 +113,8 @@ class Workload:
     """E"""
     trace: bool
     """Whether candidates are scored by the trace objective, with k x k matrices; else by distances."""
-    ranked: bool
-    """Whether parameters are ranked by their Fisher information first."""
+    ranked: int
+    """Images whose Fisher information ranks the parameters first; 0 if none does."""
 
     @property
     def size(self) -> int:
@@ -115,7 +128,7 @@ def workload(
     layout: Layout,
     body_size: int = 0,
     trace: bool = True,
-    ranked: bool = False,
+    ranked: int = 0,
     top_classes: int | None = None,
 ) -> Workload:
     """The workload of a query with ``model``, which takes ``images`` [n, ...]."""
@@ -162,7 +175,7 @@ def image_bytes(work: Workload, storage: torch.dtype, scores: torch.dtype, base:
 
 
 class Probe:
-    """What a model's gradients take, counted once: bytes for each image of a chunk.
+    """What a model's gradients take: bytes for each image of a chunk, and seconds on one thread.
 
     Args:
         image: normalised images [1, ...] or more, of the type and on the device that chunks will have.
@@ -175,9 +188,15 @@ class Probe:
             mask = random_mask(body, work.layout, work.body_size, torch.Generator().manual_seed(0))
         self.work, self.base, self.image_numbers = work, image.dtype, image[0].numel()
         self.chunk = chunk_bytes(model, image, mask, top_classes=work.rows)
+        several = image[:1].expand(ALIGNMENT, *image.shape[1:]).contiguous()
+        self.embed_seconds = _seconds(lambda: embed(model, several, mask, top_classes=work.rows)) / ALIGNMENT
         diagonal = diagonal_bytes(model, image, work.layout) if work.ranked else 0.0
         self.diagonal_batch = max(1, min(DIAGONAL_BATCH, int(DIAGONAL_BYTES // max(diagonal, 1.0))))
         self.diagonal = diagonal * self.diagonal_batch
+        self.diagonal_seconds = 0.0
+        if work.ranked:
+            few = several[: min(ALIGNMENT, self.diagonal_batch)]
+            self.diagonal_seconds = _seconds(lambda: fisher_diagonal(model, few, work.layout)) / len(few)
 
 
 def estimate(

@@ -1,0 +1,59 @@
+"""The driver's files, for trials on any node: what a run has so far, and the journal of its picks."""
+
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from fishermask.results.files import RunFolder
+
+
+class Ledger:
+    """Reads and writes run folders on the node that it lives on. All that it knows is in the files.
+
+    Args:
+        folders: the folder of each run, by the run's name.
+    """
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        self.folders = folders
+
+    def history(self, run: str) -> list[dict[str, Any]]:
+        """The rounds of ``run`` so far."""
+        return RunFolder(self.folders[run]).history()
+
+    def read(self, run: str, round: int) -> list[list[Any]]:
+        """Journal entries of a round of ``run``."""
+        return RunFolder(self.folders[run]).journal.read(round)
+
+    def append(self, run: str, round: int, entries: list[list[Any]], first: int) -> None:
+        """Add journal entries, which are those of the round from number ``first`` on."""
+        RunFolder(self.folders[run]).journal.append(round, entries, first)
+
+
+def start(folders: dict[str, Path]) -> Any:
+    """A ``Ledger`` as an actor beside this process, which writes ``rounds.jsonl`` there. It reserves nothing."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # It has no state and its entries are numbered, so it may start again and repeat what it was asked.
+    again = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(Ledger).options(scheduling_strategy=here, **again).remote(folders)
+
+
+class LedgerJournal:
+    """The journal of one run, written by a ledger; satisfies ``experiment.journal.Journal``."""
+
+    def __init__(self, ledger: Any, run: str) -> None:
+        self.ledger, self.run = ledger, run
+        self._next = (-1, 0)  # the round that was read last, and the number of its next entry
+
+    def read(self, round: int) -> list[list[Any]]:
+        entries: list[list[Any]] = ray.get(self.ledger.read.remote(self.run, round))
+        self._next = (round, len(entries))
+        return entries
+
+    def append(self, round: int, entries: list[list[Any]]) -> None:
+        if self._next[0] != round:
+            self.read(round)
+        ray.get(self.ledger.append.remote(self.run, round, entries, self._next[1]))
+        self._next = (round, self._next[1] + len(entries))

@@ -1,0 +1,58 @@
+"""About how long a query takes: a model of seconds in n, C, k and the batch, as ``benchmarks/scale.py`` fits it."""
+
+import functools
+import time
+
+import torch
+
+from fishermask.tensors.memory import Probe
+
+PRODUCT = 1.0
+"""Structured products: seconds for each second that as many operations take in one large matrix product ..."""
+PAIR_SECONDS = 1.6e-8
+"""... and each of an image's C^2 pairs of classes, in a pick, on top: seconds on one core."""
+
+
+@functools.cache
+def core_flops() -> float:
+    """Operations a second of one core in a float32 matrix product, measured once."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    a, times = torch.ones(512, 512), []
+    for _ in range(4):
+        started = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    return 2 * 512**3 / min(times)
+
+
+def pick_seconds(n: int, num_classes: int, rows: int, width: int, body_size: int) -> float:
+    """One pick by the trace objective among ``n`` images, on one core."""
+    operations = 4.0 * n * rows * (num_classes * width + rows * body_size)
+    return PRODUCT * operations / core_flops() + PAIR_SECONDS * n * rows**2
+
+
+def start_seconds(n: int, num_classes: int, rows: int, width: int, body_size: int) -> float:
+    """The sums of the information and the first scores of ``n`` images, on one core."""
+    pairs = rows * (num_classes if rows < num_classes else (num_classes + 1) / 2)
+    head, cross, body = pairs * width**2, num_classes * width * body_size, rows * body_size**2
+    operations = (
+        2.0 * n * (3 * head + 2.5 * rows * body_size * width + 2 * cross + 2.5 * body + 2 * rows**2 * body_size)
+    )
+    return PRODUCT * operations / core_flops()
+
+
+def query_seconds(probe: Probe, images: int, size: int, query: int) -> float:
+    """A query of ``query`` images from a pool of ``size``, with ``images`` of it on each shard, which has one core."""
+    work = probe.work
+    sizes = (work.num_classes, work.rows, work.width, work.body_size)
+    share = images / size
+    total = probe.diagonal_seconds * min(work.ranked, size) * share + probe.embed_seconds * images
+    if work.trace:
+        # Where the selection is led: an inverse and two products of k x k, then a product with k x 2C a pick.
+        led = 8.0 * work.size**3 + query * 8.0 * work.size**2 * work.rows
+        total += start_seconds(images, *sizes) + query * pick_seconds(images, *sizes) + led / core_flops()
+    else:
+        total += query * 4e-9 * images * (work.num_classes + work.width)
+    return total

@@ -1,0 +1,106 @@
+"""Losing shards: real actors killed in the middle of a query, and the batch that comes out all the same."""
+
+import logging
+import os
+import signal
+
+import pytest
+import ray
+import torch
+from queries import choose
+
+from fishermask.pool.ray_shards import RayShards
+from fishermask.pool.shards import LocalShards
+
+
+def kill(shards, index):
+    """SIGKILL to the process of a shard, as the kernel does when memory runs out."""
+    pid = ray.get(shards.actors[index].__ray_call__.remote(lambda self: os.getpid()))
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trained):
+    setup, model = trained
+    return {
+        name: choose(name, LocalShards(setup.data.train.images, setup.statistics), setup, model)
+        for name in ("fisher_mask", "badge", "margin")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "at"),
+    [
+        ("margin", "predict", 10),
+        ("fisher_mask", "embed", 11),
+        ("fisher_mask", "information", 0),
+        ("fisher_mask", "pick", 9),
+        ("badge", "pick", 7),
+    ],
+)
+def test_a_shard_killed_at_any_stage_changes_nothing(
+    name,
+    stage,
+    at,
+    trained,
+    undisturbed,
+    ray_session,
+):
+    setup, model = trained
+    shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0)
+    others = [shards.actors[0]]
+
+    def progress(now, done, total):
+        if (now, done) == (stage, at):
+            kill(shards, 1)
+
+    assert choose(name, shards, setup, model, progress=progress, close=False) == undisturbed[name]
+    assert shards.rebuilt == 1
+    assert shards.actors[0] is others[0]  # only the lost one is made again
+    shards.close()
+
+
+def test_both_shards_killed_one_after_the_other_change_nothing(trained, undisturbed, ray_session):
+    setup, model = trained
+    shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0)
+
+    def progress(stage, done, total):
+        if (stage, done) in (("pick", 3), ("pick", 4)):
+            kill(shards, done % 2)
+
+    assert choose("fisher_mask", shards, setup, model, progress=progress, close=False) == undisturbed["fisher_mask"]
+    assert shards.rebuilt == 2
+    shards.close()
+
+
+def test_a_shard_that_is_lost_again_and_again_ends_the_run_with_its_own_message(
+    trained,
+    ray_session,
+    caplog,
+):
+    setup, model = trained
+    shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0, restarts=2)
+
+    def progress(stage, done, total):
+        if stage == "embed":
+            kill(shards, 1)
+
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(RuntimeError, match=r"shard 1 was lost, after 2 .* \(resources.restarts\): The actor died"),
+    ):
+        choose("bait", shards, setup, model, progress=progress)
+    assert len([r for r in caplog.records if "shard 1 was lost and is made again" in r.message]) == 2
+    shards.close()
+
+
+def test_an_error_of_the_shards_own_is_not_tried_again(trained, ray_session):
+    setup, model = trained
+    broken = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, 10))
+    with torch.no_grad():
+        broken[1].weight.fill_(torch.nan)
+    shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        choose("bait", shards, setup, broken)
+    assert shards.rebuilt == 0
+    shards.close()

@@ -13,35 +13,23 @@ import tracemalloc
 
 import numpy as np
 import torch
-from greedy import random_embedding
+from pools import local_pool, random_embedding
 from table import machine, show
 
-from fishermask.pool.selection import best_offer
-from fishermask.pool.shard import cut
-from fishermask.pool.shards import LocalShards
+from fishermask.pool.selection import DistanceCriterion, greedy
 from fishermask.tensors.distances import BadgeScorer, KCenterScorer
-from fishermask.tensors.embedding import Embedding, take
-from fishermask.tensors.images import Statistics
 
 PICKS = 10
 
 
-def ours(embedding, scorer, update, threads):
-    """Seconds for ``PICKS`` picks and bytes of state, on ``threads`` shards in process."""
-    n = embedding.probabilities.shape[1]
-    shards = LocalShards(torch.from_numpy(np.zeros((n, 1, 1, 1), np.uint8)), Statistics((0.5,), (0.5,)), threads)
-    for shard, (start, end) in zip(shards.shards, cut(n, threads), strict=True):
-        shard.parts = [slice(block.start, block.stop) for block in shard.blocks]
-        whole = take(embedding, slice(start, end))
-        shard.embeddings = [Embedding(*(f.contiguous() for f in take(whole, part))) for part in shard.parts]
+def ours(embedding, scorer, shards):
+    """Seconds for ``PICKS`` picks and bytes of state, on ``shards`` shards in process."""
+    pool = local_pool(embedding, shards)
     started = time.perf_counter()
-    offers = shards.call("start_selection", scorer, torch.arange(n))
-    for pick in range(PICKS):
-        best = best_offer(offers)
-        offers = shards.call("advance", update(best, pick), best.position)
+    greedy(pool, DistanceCriterion(scorer), PICKS)
     seconds = time.perf_counter() - started
-    fields = sum(field.numel() * field.element_size() for field in embedding[:3])
-    return seconds, fields + n * 4
+    fields = (embedding.probabilities, embedding.weights, embedding.hidden)
+    return seconds, sum(field.numel() * field.element_size() for field in fields) + 4 * embedding.hidden.shape[1]
 
 
 def theirs(select):
@@ -85,22 +73,20 @@ def main():
     badge = Badge(random_state=0)
     coreset = CoreSet(random_state=0)
     rows = []
-    for name, select, scorer, update in (
+    for name, select, scorer in (
         (
             "BADGE",
             lambda: badge.query(features, labels, classifier, fit_clf=False, batch_size=PICKS),
             BadgeScorer(0),
-            lambda offer, pick: (offer.embedding, pick == 0),
         ),
         (
             "k-center",
             lambda: coreset.query(features, labels, batch_size=PICKS),
             KCenterScorer(embedding.hidden[:, :1]),
-            lambda offer, pick: offer.embedding,
         ),
     ):
         slow, peak = theirs(select)
-        fast, used = ours(embedding, scorer, update, threads)
+        fast, used = ours(embedding, scorer, threads)
         share = n / part
         rows.append(
             [name, slow * share, fast, slow * share / fast, peak * share / 1e6, used / 1e6, peak * share / used]

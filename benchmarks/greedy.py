@@ -11,53 +11,32 @@ import argparse
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
+from pools import local_pool, random_embedding
 from table import machine, seconds, show
 
-from fishermask.pool.selection import best_offer
-from fishermask.pool.shard import BLOCK, NARROW, WIDE_BODY, cut
-from fishermask.pool.shards import LocalShards
-from fishermask.tensors.embedding import Embedding, dense, product, take
-from fishermask.tensors.images import Statistics
-from fishermask.tensors.trace import Objective, TraceScorer
+from fishermask.pool.selection import TraceCriterion, best_offer, objective_of
+from fishermask.pool.shard import BLOCK
+from fishermask.tensors.embedding import dense, product, take
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def random_embedding(n, num_classes, width, k_body, seed=0):
-    """An embedding of the shape of a trained network's: peaked predictions, rectified features, decaying gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    p = (3 * torch.randn(num_classes, n, generator=generator)).softmax(0)
-    hidden = torch.randn(width, n, generator=generator).relu_()
-    body = torch.randn(num_classes, k_body, n, generator=generator).mul_(0.3 * p.sqrt()[:, None])
-    return Embedding(*(part.to(DEVICE) for part in (p, p.sqrt(), hidden, body)))
 
 
 class Selection:
     """Shards in process, as ``minimise_trace`` drives them, with embeddings given."""
 
-    def __init__(self, embedding, threads, budget=100):
-        n = embedding.probabilities.shape[1]
-        grey = Statistics((0.5,), (0.5,))
-        self.shards = LocalShards(torch.from_numpy(np.zeros((n, 1, 1, 1), np.uint8)), grey, threads, DEVICE)
-        for shard, (start, end) in zip(self.shards.shards, cut(n, threads), strict=True):
-            whole = take(embedding, slice(start, end))
-            shard.set_model(torch.nn.Linear(1, 1))  # its parameters' type is the type that scores are kept in
-            rows = BLOCK if embedding.body.shape[1] <= WIDE_BODY else NARROW
-            shard.parts = [slice(i, min(i + rows, end - start)) for i in range(0, end - start, rows)]
-            shard.embeddings = [Embedding(*(field.contiguous() for field in take(whole, part))) for part in shard.parts]
-        total = sum(first for first, _ in self.shards.call("information", torch.tensor([], dtype=torch.long)))
-        self.objective = Objective(
-            torch.eye(len(total), dtype=torch.float64), total / n, (budget / (budget + 250)) ** 0.5
-        )
-        self.offers = self.shards.call("start_selection", TraceScorer(*self.objective.matrices()), torch.arange(n))
+    def __init__(self, embedding, shards, budget=100):
+        self.pool = local_pool(embedding, shards, DEVICE)
+        self.objective = objective_of(self.pool, budget)
+        self.criterion = TraceCriterion(self.objective, torch.float32)
+        self.offers = self.pool.shards.call("start_selection", self.criterion.scorer(), self.pool.candidates, 0)
         self.chosen = []
 
     def step(self):
         best = best_offer(self.offers)
         self.chosen.append(best.position)
-        self.offers = self.shards.call("advance", self.objective.add(best.embedding), best.position)
+        self.criterion.drift(best)
+        self.offers = self.pool.shards.call("advance", self.criterion.add(best), best.position)
 
 
 def dense_step(v, inverse, sandwich):
@@ -70,9 +49,7 @@ def dense_step(v, inverse, sandwich):
 def floor(embedding, threads):
     """The structured product and a pass over P and Q, block by block on ``threads`` threads: a function to time."""
     n, num_classes = embedding.probabilities.shape[1], len(embedding.probabilities)
-    blocks = [
-        Embedding(*(part.contiguous() for part in take(embedding, slice(i, i + BLOCK)))) for i in range(0, n, BLOCK)
-    ]
+    blocks = [take(embedding, slice(i, i + BLOCK)).map(torch.Tensor.contiguous) for i in range(0, n, BLOCK)]
     scores = [torch.zeros(2, num_classes, num_classes, b.hidden.shape[1], device=DEVICE) for b in blocks]
     basis = torch.randn(embedding.size, 2 * num_classes, device=DEVICE)
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -87,7 +64,7 @@ def floor(embedding, threads):
 
 def steps(threads):
     n, num_classes, width, k_body = 20_000, 10, 128, 150
-    embedding = random_embedding(n, num_classes, width, k_body)
+    embedding = random_embedding(n, num_classes, width, k_body, device=DEVICE)
     selection = Selection(embedding, threads)
     step = seconds(selection.step, repeats=40, warmup=3)
     least = seconds(floor(embedding, threads), repeats=40, warmup=3)
@@ -152,7 +129,8 @@ def main():
     if arguments.large:
         large(arguments.shards)
     else:
-        steps(arguments.shards)
+        for shards in sorted({1, arguments.shards}):
+            steps(shards)
         growth(arguments.shards)
 
 

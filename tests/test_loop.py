@@ -10,9 +10,11 @@ from PIL import Image
 
 from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
+from fishermask.experiment import loop
 from fishermask.experiment.loop import num_rounds, run
 from fishermask.experiment.setup import prepare
 from fishermask.pool.shards import LocalShards
+from fishermask.results.files import JournalFile
 from fishermask.tensors.images import channel_statistics
 
 
@@ -58,6 +60,57 @@ def test_a_run_goes_on_from_its_history_as_if_it_had_never_stopped(margin_run):
     for stopped in (1, 3):
         assert results(setup(), margin_run[:stopped]) == margin_run[stopped:]
     assert results(setup(), margin_run) == []
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("strategy", ["bait", "badge"])
+def test_a_query_cut_short_goes_on_behind_the_picks_of_its_journal(strategy, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "JOURNAL_SECONDS", 0.0)
+    prepared, stages, journal = (
+        setup(strategy, budget={"initial": 10, "query": 30, "total": 70}),
+        [],
+        JournalFile(tmp_path / "j"),
+    )
+    undisturbed = results(prepared)
+
+    def stop(stage, done, total):
+        stages.append((stage, done))
+        if (stage, done) == ("pick", 20) and len(rounds) == 1:
+            raise Interrupted
+
+    rounds = []
+    with pytest.raises(Interrupted):
+        for result in run(prepared, LocalShards, (), stop, journal):
+            rounds.append(result.as_dict())
+    assert [name for name, _ in journal.read(1)] == undisturbed[1]["batch"][:20]
+    stages.clear()
+    rest = [r.as_dict() for r in run(prepared, LocalShards, rounds, lambda *stage: stages.append(stage[:2]), journal)]
+    assert [done for stage, done in stages if stage == "pick"] == list(range(21, 31))
+    assert [r["batch"] for r in rounds + rest] == [r["batch"] for r in undisturbed]
+    assert [r["accuracy"] for r in rounds + rest] == [r["accuracy"] for r in undisturbed]
+
+
+def test_more_shards_are_wanted_for_more_work_and_less_memory(monkeypatch):
+    def wanted(**resources):
+        return setup("bait", resources={"shards": "auto", **resources}).wanted_shards()
+
+    assert wanted() == 1
+    one = setup("bait").plan(1)
+    monkeypatch.setattr("fishermask.experiment.setup.SECONDS_A_SHARD", one.seconds / 7.5)
+    assert 3 <= wanted() <= 20  # the estimate times the machine
+    monkeypatch.undo()
+    whole = setup("bait", resources={"workers": "ray"}).plan(1).shard.total
+    assert wanted(workers="ray", memory=0.999 * whole / 1e9) > 1
+
+
+def test_a_journal_of_other_images_is_refused(tmp_path):
+    journal = JournalFile(tmp_path / "j")
+    journal.append(0, [["nowhere.png", True]])
+    with pytest.raises(InputError, match="journal.jsonl: holds ids that are not in the pool"):
+        list(run(setup("bait"), LocalShards, journal=journal))
 
 
 def test_a_history_of_other_images_is_refused(margin_run):

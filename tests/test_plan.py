@@ -77,23 +77,24 @@ def test_a_fingerprint_is_of_what_the_result_depends_on():
 
 
 @pytest.mark.parametrize(
-    ("settings", "pool", "cpus", "gpus", "shards"),
+    ("settings", "wanted", "cpus", "gpus", "shards"),
     [
-        ({}, 10**6, 64, 0, 1),
-        ({"shards": 7}, 100, 4, 0, 7),
-        ({"shards": "auto"}, 20_000, 64, 0, 1),
-        ({"shards": "auto", "cpus": 6.0}, 20_001, 0, 0, 6),
-        ({"shards": "auto", "cpus": 0.5}, 20_001, 0, 0, 1),
-        ({"shards": "auto", "workers": "ray"}, 20_001, 64, 0, 2),
-        ({"shards": "auto", "workers": "ray"}, 10**6, 64, 0, 50),
-        ({"shards": "auto", "workers": "ray"}, 10**6, 8, 0, 7),
-        ({"shards": "auto", "workers": "ray", "cpus": 0.7, "cpus_per_shard": 0.1}, 10**6, 1, 0, 3),
-        ({"shards": "auto", "workers": "ray", "gpus": 1.0, "gpus_per_shard": 0.5}, 10**6, 64, 4, 6),
-        ({"shards": "auto", "workers": "ray"}, 10**6, 0, 0, 1),  # a cluster that has yet to start its nodes
+        ({}, 50, 64, 0, 1),
+        ({"shards": 7}, 1, 4, 0, 7),
+        ({"shards": "auto"}, 1, 64, 0, 1),
+        ({"shards": "auto", "cpus": 6.0}, 9, 0, 0, 6),
+        ({"shards": "auto", "cpus": 6.0}, 4, 0, 0, 4),
+        ({"shards": "auto", "cpus": 0.5}, 9, 0, 0, 1),
+        ({"shards": "auto", "workers": "ray"}, 2, 64, 0, 2),
+        ({"shards": "auto", "workers": "ray"}, 50, 64, 0, 50),
+        ({"shards": "auto", "workers": "ray"}, 50, 8, 0, 7),
+        ({"shards": "auto", "workers": "ray", "cpus": 0.7, "cpus_per_shard": 0.1}, 50, 1, 0, 3),
+        ({"shards": "auto", "workers": "ray", "gpus": 1.0, "gpus_per_shard": 0.5}, 50, 64, 4, 6),
+        ({"shards": "auto", "workers": "ray"}, 50, 0, 0, 1),  # a cluster that has yet to start its nodes
     ],
 )
-def test_automatic_shards_follow_the_pool_and_the_cluster(settings, pool, cpus, gpus, shards):
-    assert plan.shards_of(ResourcesConfig(**settings), pool, cpus, gpus) == shards
+def test_automatic_shards_are_as_many_as_wanted_where_there_is_room(settings, wanted, cpus, gpus, shards):
+    assert plan.shards_of(ResourcesConfig(**settings), wanted, cpus, gpus) == shards
 
 
 @pytest.mark.parametrize("value", [0, -1, 10_001, 1.0, True, "many", None])

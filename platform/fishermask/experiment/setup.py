@@ -1,5 +1,6 @@
 """What a run works on, made from its settings, with every check that can be made before anything is trained."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -20,6 +21,12 @@ from fishermask.tensors.memory import Probe, Workload
 from fishermask.tensors.precision import Precision
 
 TYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+SECONDS_A_SHARD = 10.0
+"""Work of a query on one core that is worth a shard of its own ..."""
+IMAGES_A_SHARD = 20_000
+"""... and as many images, where a strategy does not say how much work it is."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +53,29 @@ class Setup:
         """The first images of the pool, normalised."""
         return normalise(self.data.train.images[:count], self.statistics)
 
+    def wanted_shards(self) -> int:
+        """As many shards as give each some seconds of a query's work and fit, each, into the memory it may use."""
+        size, memory = len(self.data.train.labels), self.config.resources.memory
+        if self.work is None:
+            return math.ceil(size / IMAGES_A_SHARD)
+        count = min(math.ceil(self._planned(1, None).seconds / SECONDS_A_SHARD), size)
+        if self.config.resources.workers == "ray" and memory is not None:
+            while count < size and (shard := self._planned(count, None).shard) and shard.total > memory * 1e9:
+                count = min(size, 2 * count)
+        return max(1, count)
+
     def plan(self, shards: int) -> Plan | None:
         """How a query goes about it with this many shards.
 
         Raises:
             InputError: it does not fit into the memory there is.
         """
-        if self.work is None:
-            return None
+        memory = self.config.resources.memory
+        return None if self.work is None else self._planned(shards, None if memory is None else memory * 1e9)
+
+    def _planned(self, shards: int, memory: float | None) -> Plan:
         config = self.config
-        memory = None if config.resources.memory is None else config.resources.memory * 1e9
+        assert self.work is not None
         probe = _probe(config.model, self.data.image_shape, len(self.data.classes), self.work)
         in_process = config.resources.workers == "in_process"
         size, query = len(self.data.train.labels), min(config.budget.query, config.budget.total)

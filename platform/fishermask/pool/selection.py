@@ -163,7 +163,7 @@ def minimise_trace(pool: Pool, mask: Mask, budget: int, options: TraceOptions) -
         FloatingPointError: the information is not finite.
     """
     pool.embed(mask, options.class_weighting, options.top_classes)
-    objective = _objective(pool, budget, options)
+    objective = objective_of(pool, budget, options)
     count = min(len(pool.candidates), math.ceil(options.oversample * budget))
     chosen = greedy(pool, TraceCriterion(objective, pool.scores_type), count)
     if options.top_classes is not None:
@@ -211,7 +211,12 @@ def least_missed(scores: Tensor) -> int:
     return int(gains(torch.stack([-scores[0], scores[1]])).argmin())
 
 
-def _objective(pool: Pool, budget: int, options: TraceOptions) -> Objective:
+def objective_of(pool: Pool, budget: int, options: TraceOptions = TraceOptions()) -> Objective:  # noqa: B008  frozen
+    """The objective before any pick; the shards must hold embeddings.
+
+    Raises:
+        FloatingPointError: the information is not finite.
+    """
     pool.progress("information", 0, 1)
     largest = max(pool.shards.call("largest_information"))
     if not math.isfinite(largest):

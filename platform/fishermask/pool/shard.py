@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fishermask.tensors.embedding import Embedding, concatenate, embed, information, information_diagonal, take
@@ -25,6 +26,8 @@ WIDE_BODY = 1024
 """Masked parameters outside the head from which on a block is kept in narrower parts: a product then reads the
 embeddings in an order that the memory delivers faster (see docs/performance.md)."""
 NARROW = 256
+FEW = 128
+"""Products of fewer columns may take another path, with another rounding: equal images would not score equally."""
 
 
 class Scorer(Protocol):
@@ -77,7 +80,7 @@ class Shard:
         self.model: nn.Module = nn.Identity()
         self.embeddings: list[Embedding] = []
         self.parts: list[slice] = []
-        """Rows that each of ``embeddings`` and of ``scores`` is of."""
+        """Rows that each of ``embeddings`` and of ``scores`` is of; the last may be followed by padding."""
         self.scores: list[Tensor] = []
         self.available = torch.zeros(len(images), dtype=torch.bool)
         self.scorer: Scorer
@@ -141,7 +144,7 @@ class Shard:
                     )
                     for batch in part.split(chunk)
                 ]
-                found = take(concatenate(chunks), slice(len(part)))
+                found = _padded(take(concatenate(chunks), slice(len(part))))
                 start = self.parts[-1].stop if self.parts else 0
                 self.embeddings.append(self._stored(found))
                 self.parts.append(slice(start, start + len(part)))
@@ -210,7 +213,7 @@ class Shard:
         if not self.available.any():
             return None
         states = zip(self.scores, self.parts, strict=True)
-        gain = torch.cat([self.scorer.gains(state, self.step, self.start + part.start) for state, part in states])
+        gain = torch.cat([self._gains(state, part) for state, part in states])
         gain = torch.where(self.available, gain, -torch.inf)
         best = gain.max()  # infinite or not a number if any of them is
         if not torch.isfinite(best):
@@ -220,6 +223,9 @@ class Shard:
             )
         row = int((gain == best).nonzero()[0])  # the first of equal ones
         return Offer(float(best), self.start + row, self._row(row))
+
+    def _gains(self, state: Tensor, part: slice) -> Tensor:
+        return self.scorer.gains(state, self.step, self.start + part.start)[: part.stop - part.start]
 
     def _row(self, row: int) -> Embedding:
         """The embedding of one image, a copy: a view would keep its whole part alive."""
@@ -269,6 +275,11 @@ def _aligned(images: Tensor, layout: torch.memory_format) -> Tensor:
     missing = -len(images) % ALIGNMENT
     whole = torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]) if missing else images
     return whole.contiguous(memory_format=layout)
+
+
+def _padded(embedding: Embedding) -> Embedding:
+    """``embedding`` with empty images at the end, up to a multiple of ``FEW``."""
+    return embedding.map(lambda part: F.pad(part, (0, -part.shape[-1] % FEW)))
 
 
 def _add_whole(total: Tensor, share: Tensor, quantum: float) -> None:

@@ -9,7 +9,6 @@ grid:                                     # every combination of these; keys are
 
 import copy
 import itertools
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -37,10 +36,6 @@ class SweepConfig(Config):
     grid: dict[str, list[Any]] = {}
     """Dotted path into ``base`` -> the values it takes."""
     output: str = "results"
-
-
-IMAGES_PER_SHARD = 20_000
-"""A smaller pool gains nothing from being cut."""
 
 
 @dataclass(frozen=True)
@@ -144,22 +139,21 @@ def single(config: SweepConfig) -> SweepConfig:
     return config.model_copy(update={"name": f"{config.name}-{fingerprint[:8]}"})
 
 
-def shards_of(resources: ResourcesConfig, pool_size: int, cluster_cpus: float, cluster_gpus: float = 0) -> int:
+def shards_of(resources: ResourcesConfig, wanted: int, cluster_cpus: float, cluster_gpus: float = 0) -> int:
     """How many shards a run has; ``auto`` is decided here and nowhere else.
 
     Args:
+        wanted: as many as memory and work ask for.
         cluster_cpus, cluster_gpus: all that the cluster has; shards in the run's own process do not need them.
     """
     if resources.shards != "auto":
         return resources.shards
-    if pool_size <= IMAGES_PER_SHARD:
-        return 1
     if resources.workers == "in_process":
-        return max(1, int(resources.cpus))
+        return max(1, min(wanted, int(resources.cpus)))
     room = (cluster_cpus - resources.cpus) / resources.cpus_per_shard
     if resources.gpus_per_shard:
         room = min(room, (cluster_gpus - resources.gpus) / resources.gpus_per_shard)
-    return max(1, min(int(room + 1e-9), math.ceil(pool_size / IMAGES_PER_SHARD)))
+    return max(1, int(min(room + 1e-9, wanted)))
 
 
 def check_folder(sweep: Sweep) -> None:

@@ -46,7 +46,8 @@ def check(sweep: Sweep, console: Console, here: bool = False) -> None:
             with console.status(f"checking {run.name}") if console.is_terminal else nullcontext():
                 setup = prepare(run.config)
                 sizes[fingerprint] = size = len(setup.data.train.labels)
-                plan = setup.plan(shards_of(run.config.resources, size, math.inf, math.inf))
+                wanted = setup.wanted_shards() if run.config.resources.shards == "auto" else 0
+                plan = setup.plan(shards_of(run.config.resources, wanted, math.inf, math.inf))
                 if plan is not None:
                     kind = f"{run.config.strategy.name} of {size:,} images, {run.config.budget.query} a query"
                     plans.setdefault(kind, plan)
@@ -88,8 +89,8 @@ def shard_counts(runs: list[tuple[Run, History]], cluster: Mapping[str, float]) 
 
     def count(run: Run) -> int:
         resources = run.config.resources
-        size = len(prepare(run.config).data.train.labels) if resources.shards == "auto" else 0
-        return shards_of(resources, size, cluster.get("CPU", 0), cluster.get("GPU", 0))
+        wanted = prepare(run.config).wanted_shards() if resources.shards == "auto" else 0
+        return shards_of(resources, wanted, cluster.get("CPU", 0), cluster.get("GPU", 0))
 
     return {run.name: count(run) for run, _ in runs}
 

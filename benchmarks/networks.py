@@ -1,0 +1,31 @@
+"""A thin ResNet-18 that has learned something, and CIFAR-10 images for it; random ones where there is no data."""
+
+import torch
+
+from fishermask.config import DataConfig
+from fishermask.data import dataset
+from fishermask.tensors import models
+from fishermask.tensors.images import Statistics, normalise
+
+CIFAR = Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+def trained(parquet, count, epochs=3):
+    """The network, in eval mode, and ``count`` uint8 images; ``parquet`` is CIFAR-10's folder, or None."""
+    torch.manual_seed(0)
+    model = models.build("thin_resnet18", {}, (3, 32, 32), 10, seed=0)
+    if parquet:
+        config = DataConfig(name="parquet", train=f"{parquet}/train*.parquet", test=f"{parquet}/test*.parquet")
+        train = dataset.load(config).train
+        images, labels = train.images[:count], torch.as_tensor(train.labels[:count])
+    else:
+        images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+        labels = torch.randint(0, 10, (count,))
+    inputs = normalise(images, CIFAR)
+    optimiser = torch.optim.Adam(model.parameters())
+    for _ in range(epochs):
+        for batch, label in zip(inputs.split(64), labels.split(64), strict=True):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(model(batch), label).backward()
+            optimiser.step()
+    return model.eval().requires_grad_(False), images

@@ -1,0 +1,61 @@
+"""What fewer bits and another memory layout save, and what they do to the chosen batch.
+
+    python benchmarks/precision.py [--parquet FOLDER]
+
+Queries of 100 from 4,096 CIFAR-10 images (random ones without ``--parquet``) with a thin ResNet-18 and one mask. The
+reference is float32 with scores in float64; overlap counts common images.
+"""
+
+import argparse
+
+import torch
+from networks import CIFAR, trained
+from table import machine, show
+
+from fishermask.experiment.loop import StageClock
+from fishermask.pool.pool import Engine, Pool
+from fishermask.pool.selection import TraceOptions, minimise_trace
+from fishermask.pool.shards import LocalShards
+from fishermask.tensors.mask import global_mask
+from fishermask.tensors.precision import Precision
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KINDS = {
+    "float32, scores in float64": Precision(scores=torch.float64),
+    "float32": Precision(),
+    "storage bfloat16": Precision(storage=torch.bfloat16),
+    "storage float16": Precision(storage=torch.float16),
+    "channels last": Precision(channels_last=True),
+    "gradients bfloat16": Precision(autocast=torch.bfloat16),
+    "gradients bfloat16, channels last": Precision(autocast=torch.bfloat16, channels_last=True),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parquet", help="folder of CIFAR-10 in Hugging Face's layout")
+    model, images = trained(parser.parse_args().parquet, 4096)
+    mask, rows, reference, first = None, [], set(), None
+    for name, precision in KINDS.items():
+        shards, clock = LocalShards(images, CIFAR, 1, DEVICE), StageClock(lambda *_: None)
+        labeled, generators = torch.arange(100), (torch.Generator(), torch.Generator().manual_seed(0))
+        engine = Engine(precision)
+        pool = Pool(shards, len(images), labeled, torch.zeros_like(labeled), model, *generators, clock, engine)
+        if mask is None:
+            layout = pool.layout()
+            mask = global_mask(pool.fisher_diagonal(layout, 1024), layout, 150)
+        batch = set(minimise_trace(pool, mask, 100, TraceOptions()).tolist())
+        taken = clock.finish()
+        embedding, picking = taken["embed"], taken["pick"]
+        reference, first = reference or batch, first or (embedding, picking)
+        drift, again = pool.notes["largest drift of a gain"], pool.notes.get("times scores were computed anew", 0)
+        size = (10 * 150 + 128) * (precision.storage or torch.float32).itemsize + 20 * 4
+        common = f"{len(batch & reference)} of 100"
+        rows.append([name, embedding, first[0] / embedding, picking, size, drift, int(again), common])
+        shards.close()
+    header = ["engine", "embed s", "faster", "picks s", "bytes an image", "largest drift", "times anew", "overlap"]
+    show(f"4,096 images, k = 1,430, 100 picks. {machine()}", header, rows)
+
+
+if __name__ == "__main__":
+    main()

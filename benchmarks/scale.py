@@ -6,12 +6,14 @@ C = 10, E = 128, k_body = 150. The points are embeddings of CIFAR-10 images (of 
 thin ResNet-18, repeated with seeded perturbation: drawn by pool position, so they do not depend on the shards.
 """
 
+from fishermask.sweep import cluster  # before anything that imports ray, which reads settings of ours
+
+# isort: split
 import argparse
 import time
 from pathlib import Path
 
 import numpy as np
-import ray
 import torch
 from networks import CIFAR, trained
 from pools import GREY, blank, fill, pool_on, random_embedding
@@ -57,8 +59,8 @@ def select(shards, base, n, picks):
     """Seconds to the first offer and by pick, and each shard's peak memory in bytes."""
     pool = pool_on(shards, n)
     if isinstance(shards, RayShards):
-        shared = ray.put(base)
-        ray.get(
+        shared = cluster.ray.put(base)
+        cluster.ray.get(
             [
                 actor.__ray_call__.remote(lambda self, base: fill(self, lambda a, b: points(base, a, b)), shared)
                 for actor in shards.actors
@@ -74,7 +76,7 @@ def select(shards, base, n, picks):
     chosen = greedy(pool, criterion, picks)
     peaks = []
     if isinstance(shards, RayShards):
-        peaks = ray.get([actor.__ray_call__.remote(lambda self: peak()) for actor in shards.actors])
+        peaks = cluster.ray.get([actor.__ray_call__.remote(lambda self: peak()) for actor in shards.actors])
     shards.close()
     return times[0] - started, float(np.median(np.diff(times))), peaks, [offer.position for offer in chosen]
 
@@ -155,11 +157,11 @@ def main():
     if arguments.only == "fit":
         return
     base = base_embedding(arguments.parquet)
-    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=2**30, log_to_driver=False)
-    if arguments.only in (None, "overhead"):
-        overhead(base)
-    if arguments.only in (None, "scale"):
-        scale(base, arguments.largest, arguments.picks)
+    with cluster.connected():
+        if arguments.only in (None, "overhead"):
+            overhead(base)
+        if arguments.only in (None, "scale"):
+            scale(base, arguments.largest, arguments.picks)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayT
 from torch import Tensor
 
 from fishermask.errors import InputError
+from fishermask.pool.packing import pack, unpack
 from fishermask.pool.shard import Shard, cut
 from fishermask.pool.shards import summed
 from fishermask.tensors.images import Images, Statistics
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT = 300
 """Seconds until an actor that was never placed is given up: a pending actor raises no error by itself."""
 SMALL = {"advance"}
-"""Methods whose arguments travel with the call: that is faster than the object store for some 100 kB."""
+"""Methods called once a pick, whose arguments and results travel inside the call."""
 
 
 # The coordinator must know of a lost shard: a restarted actor would be empty, and would answer all the same.
@@ -32,6 +33,10 @@ class ShardActor(Shard):
     def __init__(self, images: Images, start: int, statistics: Statistics, device: str) -> None:
         torch.set_num_threads(1)
         super().__init__(images, start, statistics, device)
+
+    def packed(self, method: str, *pieces: bytes) -> list[bytes]:
+        """Call ``method`` with packed arguments; its result, packed."""
+        return pack(getattr(self, method)(*unpack(list(pieces))))
 
 
 class RayShards:
@@ -84,9 +89,9 @@ class RayShards:
 
     def _submit(self, method: str, args: tuple[Any, ...]) -> list[tuple[Any, str, list[Any]]]:
         """Call ``method`` on all actors: for each, where its result will be, and what it was asked."""
-        shared = list(args) if method in SMALL else [ray.put(arg) for arg in args]  # once a node, not once a shard
+        shared = pack(args) if method in SMALL else [ray.put(arg) for arg in args]  # once a node, not once a shard
         self._remember(method, shared)
-        return [(getattr(actor, method).remote(*shared), method, shared) for actor in self.actors]
+        return [(_ask(actor, method, shared), method, shared) for actor in self.actors]
 
     def _remember(self, method: str, args: list[Any]) -> None:
         """Keep what a shard's state follows from: no more than was said since it got the model, and still counts."""
@@ -104,7 +109,8 @@ class RayShards:
         """The result of a call, from the actor that was asked or, if that is lost, from one made in its place."""
         while True:
             try:
-                return ray.get(result if result is not None else self._again(index, method, args))
+                found = ray.get(result if result is not None else self._again(index, method, args))
+                return unpack(found) if method in SMALL else found
             except RayTaskError as error:  # the shard's own: it would come again
                 raise _cause(error) from None
             except (RayActorError, ObjectLostError) as error:
@@ -122,11 +128,10 @@ class RayShards:
         ray.kill(self.actors[index])  # it may only seem to be lost
         actor = self.actors[index] = self._make[index]()
         self._started(index)
-        told = [call for call in self._log if call[1] is not args]
-        for earlier, own in told:
-            # Offers are not wanted: nothing but the state.
-            getattr(actor, earlier).remote(*own, *([False] if earlier == "advance" and len(own) == 2 else []))
-        return getattr(actor, method).remote(*args)
+        for earlier, own in self._log:
+            if own is not args:
+                _ask(actor, earlier, own)
+        return _ask(actor, method, args)
 
     def _started(self, index: int) -> None:
         """Wait until an actor has a place.
@@ -144,6 +149,10 @@ class RayShards:
             last = str(error).strip().splitlines()[-1]
             kind, _, message = last.partition(": ")
             raise (InputError(message) if kind.endswith("InputError") else RuntimeError(last)) from None
+
+
+def _ask(actor: Any, method: str, args: list[Any]) -> Any:
+    return actor.packed.remote(method, *args) if method in SMALL else getattr(actor, method).remote(*args)
 
 
 def _cause(error: RayTaskError) -> Exception:

@@ -11,6 +11,7 @@ from fishermask.errors import InputError
 from fishermask.results import report
 from fishermask.results.files import JournalFile, RunFolder, locked, make_folder, write_atomically
 from fishermask.results.tables import collect, short_labels, summarise
+from fishermask.sweep.pace import Pace
 
 
 def result(index, accuracy, labels=None):
@@ -249,3 +250,13 @@ def test_a_damaged_journal_is_named(tmp_path):
         path.write_text(content)
         with pytest.raises(InputError, match="journal.jsonl: is damaged; remove it"):
             JournalFile(path).read(0)
+
+
+def test_a_stage_says_how_far_it_is_and_when_it_will_be_done():
+    pace = Pace()
+    assert pace.tell("a", "train", 0, 1, 0.0) == "train"
+    assert pace.tell("a", "pick", 0, 100, 10.0) == "pick 0/100"
+    assert pace.tell("a", "pick", 20, 100, 30.0) == "pick 20/100, ETA 1:20"
+    assert pace.tell("b", "pick", 20, 100, 30.0) == "pick 20/100"
+    assert pace.tell("a", "pick", 1, 100, 40.0) == "pick 1/100"  # of the next round
+    assert pace.tell("a", "pick", 2, 100, 140.0) == "pick 2/100, ETA 2:43:20"

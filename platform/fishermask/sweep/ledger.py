@@ -1,5 +1,6 @@
 """The driver's files, for trials on any node: what a run has so far, and the journal of its picks."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from fishermask.results.files import RunFolder
 
 
 class Ledger:
-    """Reads and writes run folders on the node that it lives on. All that it knows is in the files.
+    """Reads and writes run folders on the node that it lives on. All that matters of what it knows is in the files.
 
     Args:
         folders: the folder of each run, by the run's name.
@@ -18,6 +19,16 @@ class Ledger:
 
     def __init__(self, folders: dict[str, Path]) -> None:
         self.folders = folders
+        self.stages: dict[str, tuple[str, int, int]] = {}
+
+    def tell(self, run: str, stage: str, done: int, total: int) -> None:
+        """Note how far ``run`` is."""
+        self.stages[run] = stage, done, total
+
+    def told(self) -> dict[str, tuple[str, int, int]]:
+        """What was told since it was last asked for, by run."""
+        told, self.stages = self.stages, {}
+        return told
 
     def history(self, run: str) -> list[dict[str, Any]]:
         """The rounds of ``run`` so far."""
@@ -57,3 +68,16 @@ class LedgerJournal:
             self.read(round)
         ray.get(self.ledger.append.remote(self.run, round, entries, self._next[1]))
         self._next = (round, self._next[1] + len(entries))
+
+
+class LedgerStage:
+    """Tells a ledger how far a run is, at most once a second."""
+
+    def __init__(self, ledger: Any, run: str) -> None:
+        self.ledger, self.run = ledger, run
+        self._last = -1.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if time.monotonic() - self._last > 1.0:
+            self.ledger.tell.remote(self.run, stage, done, total)
+            self._last = time.monotonic()

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fishermask.experiment.loop import num_rounds
+from fishermask.sweep.pace import Pace, clock
 from fishermask.sweep.plan import Run
 from fishermask.sweep.tensorboard import RunEvents
 
@@ -17,11 +18,8 @@ def rounds_of(run: Run) -> int:
     return num_rounds(budget.initial, budget.query, budget.total)
 
 
-def clock(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+QUIET_SECONDS = 30.0
+"""Where there is no live display, a line says how far a run is when nothing was said for this long."""
 
 
 class Recorder:
@@ -51,7 +49,8 @@ class Recorder:
         self.finished, self.total_runs = finished, finished + len(runs)
         self.total = sum(rounds_of(run) - len(history) for run, history in runs)
         self.done = 0
-        self.started = time.monotonic()
+        self.started = self.spoke = time.monotonic()
+        self.pace = Pace()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds"))
         self.bar = Progress(
             *columns,
@@ -78,9 +77,12 @@ class Recorder:
             return "ETA unknown"
         return f"ETA {clock((time.monotonic() - self.started) / self.done * (self.total - self.done))}"
 
-    def stage(self, stage: str, done: int, total: int) -> None:
-        """Show how far the current stage of a round is."""
-        self._show(f"{stage} {done}/{total}" if total > 1 else stage)
+    def stage(self, name: str, stage: str, done: int, total: int) -> None:
+        """Show how far the current stage of a round of the run ``name`` is."""
+        text = self.pace.tell(name, stage, done, total)
+        self._show(text if self.every_round else f"{name}: {text}")
+        if not self.console.is_terminal and time.monotonic() - self.spoke > QUIET_SECONDS:
+            self._say(f"  {name}: round {len(self.history[name]) + 1}/{rounds_of(self.runs[name])}, {text}")
 
     def record(self, name: str, result: dict[str, Any]) -> None:
         """Write a round of the run ``name`` to its folder and to TensorBoard, and show it.
@@ -108,7 +110,7 @@ class Recorder:
                     f"{stage} {seconds:.1f} s" for stage, seconds in result["seconds"].items() if ":" not in stage
                 )
                 facts += f", {result['epochs']} epochs ({result['ended_by']}), {stages}"
-            self.console.print(f"{place} {name}: {facts}")
+            self._say(f"{place} {name}: {facts}")
         self._show(name)
 
     def lost(self, name: str, times: int, restarts: int) -> None:
@@ -123,6 +125,10 @@ class Recorder:
         lines = error.strip().splitlines()
         self.failed[name] = lines[-1] if lines else "unknown error"
         self.console.print(f"failed: {name}: {self.failed[name]}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line)
+        self.spoke = time.monotonic()
 
     def _show(self, what: str) -> None:
         self.bar.update(

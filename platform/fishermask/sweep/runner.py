@@ -1,5 +1,6 @@
 """What is missing of a sweep, the checks before it starts, and running it in this process."""
 
+import functools
 import math
 import os
 import traceback
@@ -121,7 +122,7 @@ def run_here(sweep: Sweep, console: Console) -> Recorder:
                     history,
                     lambda result, run=run: recorder.record(run.name, result),
                     run.folder.journal,
-                    recorder.stage,
+                    functools.partial(recorder.stage, run.name),
                 )
             except Exception:  # shown at the end, with its traceback in the run's folder; other runs go on
                 recorder.fail(run.name, traceback.format_exc())

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from fishermask.sweep.runner import create_folders, missing, rounds, shard_count
 
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 """A process or a node is gone: nothing that the run did, and it may go well on another."""
+
+STAGE_SECONDS = 2.0
+"""Between two looks at how far the runs are."""
 
 
 def run_on_ray(sweep: Sweep, console: Console) -> Recorder:
@@ -57,7 +61,7 @@ def run_on_ray(sweep: Sweep, console: Console) -> Recorder:
             name="trials",
             storage_path=scratch,
             verbose=0,
-            callbacks=[_Listener(recorder, restarts)],
+            callbacks=[_Listener(recorder, restarts, books)],
             failure_config=tune.FailureConfig(max_failures=restarts),
         )
         tune.Tuner(
@@ -73,12 +77,22 @@ def run_on_ray(sweep: Sweep, console: Console) -> Recorder:
 class _Listener(tune.Callback):
     """Hands what trials report to a recorder."""
 
-    def __init__(self, recorder: Recorder, restarts: int) -> None:
-        self.recorder, self.restarts = recorder, restarts
+    def __init__(self, recorder: Recorder, restarts: int, books: Any) -> None:
+        self.recorder, self.restarts, self.books = recorder, restarts, books
+        self.asked = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks to restore them; we never restore, and an open terminal cannot be pickled.
         return {}
+
+    def on_step_end(self, iteration: int, trials: Any, **_: Any) -> None:
+        if time.monotonic() - self.asked < STAGE_SECONDS:
+            return
+        ready, _late = ray.wait([self.books.told.remote()], timeout=STAGE_SECONDS)
+        for told in ray.get(ready):
+            for run, (stage, done, total) in told.items():
+                self.recorder.stage(run, stage, done, total)
+        self.asked = time.monotonic()
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any) -> None:
         if "round" in result:
@@ -125,7 +139,8 @@ def trial(
             package.require(package_here, package.installed(), ray.util.get_node_ip_address())
         history = ray.get(books.history.remote(name))
         journal = ledger.LedgerJournal(books, name)
-        rounds(config, shards, history, lambda result: tune.report({"round": json.dumps(result)}), journal)
+        stage = ledger.LedgerStage(books, name)
+        rounds(config, shards, history, lambda result: tune.report({"round": json.dumps(result)}), journal, stage)
     except LOST:
         raise
     except Exception:

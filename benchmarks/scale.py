@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from networks import CIFAR, trained
-from pools import GREY, blank, fill, pool_on, random_embedding
+from pools import GREY, blank, fill, local_pool, pool_on, random_embedding
 from table import machine, seconds, show
 
 import fishermask.sweep.cluster  # noqa: F401  what Ray reads when it is imported
@@ -124,25 +124,26 @@ def overhead(base):
 def fit():
     """The constants of ``tensors/cost.py``, by least squares of relative errors, on one core."""
     torch.set_num_threads(1)
-    operations, pairs, times, names = [], [], [], []
-    for num_classes, width, k_body in ((5, 128, 150), (10, 128, 150), (20, 128, 150), (10, 512, 0), (10, 128, 1200)):
-        n = 8_192
-        embedding = random_embedding(n, num_classes, width, k_body)
-        pool = pool_on(LocalShards(blank(n), GREY, 1), n)
-        fill(pool.shards.shards[0], lambda a, b, embedding=embedding: take(embedding, slice(a, b)))
+    shapes = [(5, 128, 150), (10, 128, 150), (20, 128, 150), (10, 512, 0), (10, 128, 1200)]
+    n, features, times = 8_192, [], []
+    for num_classes, width, k_body in shapes:
+        pool = local_pool(random_embedding(n, num_classes, width, k_body), 1)
         criterion = TraceCriterion(objective_of(pool, 20), torch.float32)
         (best,) = pool.shards.call("start_selection", criterion.scorer(), pool.candidates, 0)
         update = criterion.add(best)
-        times.append(seconds(lambda p=pool, u=update: p.shards.call("advance", u, 0), repeats=9))
-        operations.append(4.0 * n * num_classes * (num_classes * width + num_classes * k_body) / cost.core_flops())
-        pairs.append(n * num_classes**2)
-        names.append([num_classes, width, k_body])
+        times.append(seconds(lambda p=pool, u=update: p.shards.call("advance", u, 0), repeats=15))
+        unit = 4.0 * n * num_classes**2 / cost.core_flops()
+        features.append([unit * width, unit * k_body, n * num_classes**2])
         pool.shards.close()
-    a, t = np.array([operations, pairs]).T, np.array(times)
+    a, t = np.array(features), np.array(times)
     constants = np.linalg.lstsq(a / t[:, None], np.ones(len(t)), rcond=None)[0]
-    rows = [[*name, s * 1e3, m * 1e3, m / s] for name, s, m in zip(names, times, a @ constants, strict=True)]
-    show(f"Cost model: PRODUCT = {constants[0]:.3g}, PAIR_SECONDS = {constants[1]:.3g}",
-         ["C", "E", "k_body", "measured ms", "model ms", "model/measured"], rows)  # fmt: skip
+    rows = [[*s, m * 1e3, e * 1e3, e / m] for s, m, e in zip(shapes, times, a @ constants, strict=True)]
+    head, body, pair = constants
+    show(
+        f"HEAD = {head:.2g}, BODY = {body:.2g}, PAIR_SECONDS = {pair:.2g}; {cost.core_flops() / 1e9:.0f} Gflop/s a core",
+        ["C", "E", "k_body", "measured ms", "model ms", "model/measured"],
+        rows,
+    )
 
 
 def main():

@@ -229,13 +229,16 @@ def test_every_strategy_chooses_the_same_batch_for_any_number_of_shards(name, tr
     assert batches[1:] == batches[:1] * 3
 
 
-@pytest.mark.parametrize("name", ["fisher_mask", "bait", "margin"])
-def test_ray_shards_choose_the_batch_that_shards_in_process_choose(name, trained, ray_session):
+@pytest.mark.parametrize("count", [1, 3])
+def test_ray_shards_choose_the_batches_that_shards_in_process_choose(count, trained, ray_session):
+    """Every strategy, one after the other on the same actors."""
     setup, model = trained
-    images = setup.data.train.images
-    here = choose(name, LocalShards(images, setup.statistics), setup, model)
-    for count in (1, 3):
-        assert choose(name, RayShards(images, setup.statistics, count, 1, 0), setup, model) == here
+    images, statistics = setup.data.train.images, setup.statistics
+    shards = RayShards(images, statistics, count, 1, 0)
+    for name in strategies.available():
+        here = choose(name, LocalShards(images, statistics), setup, model)
+        assert choose(name, shards, setup, model, close=False) == here, name
+    shards.close()
 
 
 def test_the_threads_of_the_caller_do_not_change_the_batch_and_stay_as_they_are(trained):

@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py [--parquet FOLDER]
 
-Queries of 100 from 4,096 CIFAR-10 images (random ones without ``--parquet``) with a thin ResNet-18 and one mask. The
+Queries of 100 from 2,048 CIFAR-10 images (random ones without ``--parquet``) with a thin ResNet-18 and one mask. The
 reference is float32 with scores in float64; overlap counts common images.
 """
 
@@ -34,7 +34,7 @@ KINDS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parquet", help="folder of CIFAR-10 in Hugging Face's layout")
-    model, images = trained(parser.parse_args().parquet, 4096)
+    model, images = trained(parser.parse_args().parquet, 2048)
     mask, rows, reference, first = None, [], set(), None
     for name, precision in KINDS.items():
         shards, clock = LocalShards(images, CIFAR, 1, DEVICE), StageClock(lambda *_: None)
@@ -52,9 +52,10 @@ def main():
         size = (10 * 150 + 128) * (precision.storage or torch.float32).itemsize + 20 * 4
         common = f"{len(batch & reference)} of 100"
         rows.append([name, embedding, first[0] / embedding, picking, size, drift, int(again), common])
+        print(f"  {name}: {common}", flush=True)
         shards.close()
     header = ["engine", "embed s", "faster", "picks s", "bytes an image", "largest drift", "times anew", "overlap"]
-    show(f"4,096 images, k = 1,430, 100 picks. {machine()}", header, rows)
+    show(f"2,048 images, k = 1,430, 100 picks. {machine()}", header, rows)
 
 
 if __name__ == "__main__":

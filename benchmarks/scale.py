@@ -140,7 +140,7 @@ def fit():
     rows = [[*s, m * 1e3, e * 1e3, e / m] for s, m, e in zip(shapes, times, a @ constants, strict=True)]
     head, body, pair = constants
     show(
-        f"HEAD = {head:.2g}, BODY = {body:.2g}, PAIR_SECONDS = {pair:.2g}; {cost.core_flops() / 1e9:.0f} Gflop/s a core",
+        f"HEAD = {head:.2g}, BODY = {body:.2g}, PAIR_SECONDS = {pair:.2g}; {cost.core_flops() / 1e9:.0f} Gflop/s",
         ["C", "E", "k_body", "measured ms", "model ms", "model/measured"],
         rows,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fishermask.pool.pool import Pool
-from fishermask.pool.shard import Offer, Scorer, moved
+from fishermask.pool.shard import NARROW, Offer, Scorer, moved
 from fishermask.tensors.embedding import Embedding, concatenate, dense, take
 from fishermask.tensors.mask import Mask
 from fishermask.tensors.trace import Objective, TraceScorer, Update, advance, gains, start_scores
@@ -222,7 +222,8 @@ def objective_of(pool: Pool, budget: int, options: TraceOptions = TraceOptions()
     if not math.isfinite(largest):
         raise FloatingPointError("the pool's Fisher information is not finite: the model's outputs overflow")
     # Every sum of parts stays below the number of parts times the largest; 2^62 quanta of it fit a whole number.
-    quantum = 2.0 ** (math.ceil(math.log2(max(largest, 1e-200) * max(1, pool.size))) - 62)
+    parts = -(-pool.size // NARROW)
+    quantum = 2.0 ** (math.ceil(math.log2(max(largest, 1e-200) * parts)) - 62)
     total = len(pool.labeled) + budget
     everything, known = (part.double() for part in pool.shards.total("information", pool.labeled, quantum))
     target = everything.mul_(quantum / pool.size)

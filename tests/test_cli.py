@@ -1,6 +1,7 @@
 """The command as a user types it: exit status, one line on stderr, and nothing lost."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,6 +72,20 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(sweep, capsys):
     out = capsys.readouterr().out
     assert "4 runs, 0 finished, 12 rounds to go" in out
     assert "missing   margin-seed=1" in out
+    assert [path.name for path in sweep.iterdir()] == ["tiny.yaml"]
+
+
+def test_an_estimate_of_memory_and_time_is_shown_before_anything_starts(sweep, capsys):
+    assert cli.main(["sweep", "tiny.yaml", "--dry-run", "strategy=[bait,random]"]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert re.match(r"bait of 300 images, 10 a query: about [\d.e-]+ s, \d+ MB while it .* \(.*k x k matrices", line)
+
+
+def test_a_query_that_cannot_fit_is_refused_before_anything_is_trained(sweep, capsys):
+    arguments = ["sweep", "tiny.yaml", "strategy=bait", "resources.memory=0.01"]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"fishermask: resources.memory: a query needs \d+ MB .* more than the 10 MB .*\n", error)
     assert [path.name for path in sweep.iterdir()] == ["tiny.yaml"]
 
 

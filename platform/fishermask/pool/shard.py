@@ -144,7 +144,7 @@ class Shard:
                     )
                     for batch in part.split(chunk)
                 ]
-                found = _padded(take(concatenate(chunks), slice(len(part))))
+                found = _padded(concatenate(chunks), len(part))
                 start = self.parts[-1].stop if self.parts else 0
                 self.embeddings.append(self._stored(found))
                 self.parts.append(slice(start, start + len(part)))
@@ -277,9 +277,11 @@ def _aligned(images: Tensor, layout: torch.memory_format) -> Tensor:
     return whole.contiguous(memory_format=layout)
 
 
-def _padded(embedding: Embedding) -> Embedding:
-    """``embedding`` with empty images at the end, up to a multiple of ``FEW``."""
-    return embedding.map(lambda part: F.pad(part, (0, -part.shape[-1] % FEW)))
+def _padded(embedding: Embedding, count: int) -> Embedding:
+    """The first ``count`` images of ``embedding``, and empty ones up to a multiple of ``FEW``."""
+    missing = -count % FEW
+    # Whole parts are left where they are: copies of this size would leave holes in memory.
+    return take(embedding, slice(count)).map(lambda part: F.pad(part, (0, missing))) if missing else embedding
 
 
 def _add_whole(total: Tensor, share: Tensor, quantum: float) -> None:

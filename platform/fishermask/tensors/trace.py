@@ -52,9 +52,9 @@ class Objective:
         self.sandwich = self.inverse @ target.double() @ self.inverse
         self.value = float((self.inverse * target).sum())
         # R = inverse - sum ug u^T; H = sandwich - sum (y ug^T + ug y^T), with ug = U G, y = T - ug s / 2.
-        self._u: list[Tensor] = []
-        self._ug: list[Tensor] = []
-        self._y: list[Tensor] = []
+        # Their transposes, one pick's rows below the other's: u, ug and y, [3, LAZY_PICKS * C, k].
+        self._terms = self.inverse.new_empty(3, 0, len(self.inverse))
+        self._count = 0
 
     def matrices(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """R and H as unscaled embeddings meet them, both times scale^2: copies in ``dtype``."""
@@ -78,10 +78,11 @@ class Objective:
         # (M + V^T V)^-1 = R - U (I + V U)^-1 U^T and (M - V^T V)^-1 = R - U (V U - I)^-1 U^T: one formula, two signs.
         v = dense(embedding.to(torch.float64))[0].mT * self.scale
         u, t = self.inverse @ v, self.sandwich @ v
-        if self._u:
-            past_u, past_ug, past_y = (torch.cat(past, dim=1) for past in (self._u, self._ug, self._y))
-            u -= past_ug @ (past_u.mT @ v)
-            t -= past_y @ (past_ug.mT @ v) + past_ug @ (past_y.mT @ v)
+        if self._count:
+            past_u, past_ug, past_y = self._terms[:, : self._count]
+            u_v, ug_v, y_v = past_u @ v, past_ug @ v, past_y @ v
+            u -= past_ug.mT @ u_v
+            t -= past_y.mT @ ug_v + past_ug.mT @ y_v
         inner = torch.linalg.inv(sign * torch.eye(v.shape[1], dtype=v.dtype, device=v.device) + v.mT @ u)
         middle = v.mT @ t
         return Update(torch.cat([u, t], dim=1) * self.scale, inner, middle, float((inner * middle).sum()))
@@ -91,18 +92,21 @@ class Objective:
         u, t = (update.basis / self.scale).chunk(2, dim=1)
         ug = u @ update.inner
         self.value -= update.gain
-        self._u.append(u)
-        self._ug.append(ug)
-        self._y.append(t - 0.5 * ug @ update.middle)
-        if len(self._u) == LAZY_PICKS:
+        rows = u.shape[1]
+        if not self._terms.shape[1]:
+            self._terms = u.new_empty(3, LAZY_PICKS * rows, len(u))
+        new = self._terms[:, self._count : self._count + rows]
+        new[0], new[1], new[2] = u.mT, ug.mT, (t - 0.5 * ug @ update.middle).mT
+        self._count += rows
+        if self._count == self._terms.shape[1]:
             self._gather()
 
     def _gather(self) -> None:
-        if self._u:
-            u, ug, y = (torch.cat(past, dim=1) for past in (self._u, self._ug, self._y))
-            self.inverse.addmm_(ug, u.mT, alpha=-1)
-            self.sandwich.addmm_(torch.cat([y, ug], dim=1), torch.cat([ug, y], dim=1).mT, alpha=-1)
-            self._u, self._ug, self._y = [], [], []
+        if self._count:
+            u, ug, y = self._terms[:, : self._count]
+            self.inverse.addmm_(ug.mT, u, alpha=-1)
+            self.sandwich.addmm_(torch.cat([y, ug]).mT, torch.cat([ug, y]), alpha=-1)
+            self._count = 0
 
 
 @dataclass(frozen=True)

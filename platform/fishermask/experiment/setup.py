@@ -79,7 +79,7 @@ class Setup:
         probe = _probe(config.model, self.data.image_shape, len(self.data.classes), self.work)
         in_process = config.resources.workers == "in_process"
         size, query = len(self.data.train.labels), min(config.budget.query, config.budget.total)
-        return plan(probe, size, query, shards, in_process, precision(config.engine), memory)
+        return plan(probe, size, query, shards, in_process, precision(config.engine), memory, config.resources.gpus > 0)
 
 
 def prepare(config: ExperimentConfig) -> Setup:

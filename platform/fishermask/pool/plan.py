@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from fishermask.pool.shard import BLOCK, cut, rows_together
 from fishermask.tensors.cost import query_seconds
@@ -35,6 +37,17 @@ class Plan:
         return f"about {self.seconds:.2g} s, {self.process}{each}"
 
 
+def free_memory(gpu: bool) -> float:
+    """Bytes that this process could still use: of the GPU, else of the machine or of the container it runs in."""
+    if gpu and torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    free = float(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, float(most) - float(used.read_text()))
+    return free
+
+
 def plan(
     probe: Probe,
     size: int,
@@ -43,11 +56,13 @@ def plan(
     in_process: bool,
     precision: Precision,
     memory: float | None = None,
+    gpu: bool = False,
 ) -> Plan:
     """Plan queries of ``query`` images from a pool of ``size``.
 
     Args:
         memory: bytes that each process may use; what is free on this machine when not given, where that is known.
+        gpu: whether shards in process live on a GPU.
 
     Raises:
         InputError: it cannot fit; names what takes the most and which setting would help.
@@ -57,7 +72,7 @@ def plan(
     settings |= {"block": BLOCK, "part": rows_together(work.body_size)}
     images = max(end - start for start, end in cut(size, shards))
     seconds = query_seconds(probe, images, size, query)
-    free = memory if memory is not None else SPARE * psutil.virtual_memory().available
+    free = memory if memory is not None else SPARE * free_memory(gpu)
     if in_process:
         own = fit(probe, free, images=images, shards=shards, **settings)
         return Plan(own.chunk, probe.diagonal_batch, own, None, seconds)

@@ -23,7 +23,7 @@ class Params(Config):
 def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
     """The model must end in a linear layer."""
     mask = last_layer_mask(inspect(model, images))
-    return workload(model, images, mask.layout, top_classes=params.top_classes)
+    return workload(model, images, mask.layout, top_classes=params.top_classes, oversample=params.oversample)
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:

@@ -220,3 +220,26 @@ def test_a_model_without_a_linear_head_is_planned_for_too():
     work = workload(model, torch.zeros(2, 1, 8, 8), inspect(model, torch.zeros(2, 1, 8, 8)), 10)
     assert (work.width, work.size) == (0, 10)
     assert plan(Probe(model, torch.zeros(1, 1, 8, 8), work), 100, 5, 3, True, Precision()).chunk == CHUNKS[0]
+
+
+@pytest.mark.parametrize("position", [0, 300, 899])
+def test_an_image_without_finite_outputs_is_an_error_wherever_it_is(position, monkeypatch):
+    """In any part of any shard: a maximum of numbers must not pass over what is none."""
+    monkeypatch.setattr("fishermask.pool.shard.BLOCK", 256)
+    model, images, _, mask = small()
+    images = pixels(900)
+    pool = pool_with(Engine(), images, model, [5, 899], 2)
+    pool.embed(mask)
+    for shard in pool.shards.shards:
+        for part, embedding in zip(shard.parts, shard.embeddings, strict=True):
+            if part.start <= position - shard.start < part.stop:
+                embedding.hidden[0, position - shard.start - part.start] = math.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        selection.objective_of(pool, 5, TraceOptions(initial_information=False))
+
+
+def test_shards_without_images_need_no_memory_and_are_not_wanted():
+    model, image = cases.model("small_cnn").float(), torch.zeros(1, 1, 8, 8)
+    probe = Probe(model, image, workload(model, image, inspect(model, torch.zeros(2, 1, 8, 8)), 30))
+    one, many = (plan(probe, 1800, 5, shards, True, Precision()).process for shards in (1, 9))
+    assert many == one

@@ -1,6 +1,7 @@
 """The active-learning loop, in process, on the embedded data."""
 
 import io
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -85,7 +86,8 @@ def test_a_query_cut_short_goes_on_behind_the_picks_of_its_journal(strategy, tmp
     with pytest.raises(Interrupted):
         for result in run(prepared, LocalShards, (), stop, journal):
             rounds.append(result.as_dict())
-    assert [name for name, _ in journal.read(1)] == undisturbed[1]["batch"][:20]
+    query = json.loads(journal.path.read_text().splitlines()[-1])["query"]
+    assert [name for name, _ in journal.read(query)] == undisturbed[1]["batch"][:20]
     stages.clear()
     rest = [r.as_dict() for r in run(prepared, LocalShards, rounds, lambda *stage: stages.append(stage[:2]), journal)]
     assert [done for stage, done in stages if stage == "pick"] == list(range(21, 31))
@@ -97,20 +99,26 @@ def test_more_shards_are_wanted_for_more_work_and_less_memory(monkeypatch):
     def wanted(**resources):
         return setup("bait", resources={"shards": "auto", **resources}).wanted_shards()
 
+    monkeypatch.setattr("fishermask.experiment.setup.BLOCK", 10)
     assert wanted() == 1
     one = setup("bait").plan(1)
     monkeypatch.setattr("fishermask.experiment.setup.SECONDS_A_SHARD", one.seconds / 7.5)
     assert 3 <= wanted() <= 20  # the estimate times the machine
-    monkeypatch.undo()
+    monkeypatch.setattr("fishermask.experiment.setup.SECONDS_A_SHARD", one.seconds / 1000)
+    assert wanted() == 33  # of 330 images: more would be empty
+    monkeypatch.setattr("fishermask.experiment.setup.SECONDS_A_SHARD", 1000)
     whole = setup("bait", resources={"workers": "ray"}).plan(1).shard.total
     assert wanted(workers="ray", memory=0.999 * whole / 1e9) > 1
 
 
-def test_a_journal_of_other_images_is_refused(tmp_path):
-    journal = JournalFile(tmp_path / "j")
-    journal.append(0, [["nowhere.png", True]])
-    with pytest.raises(InputError, match="journal.jsonl: holds ids that are not in the pool"):
-        list(run(setup("bait"), LocalShards, journal=journal))
+def test_a_journal_of_another_model_is_not_used(tmp_path, monkeypatch):
+    """As it is when a data file was replaced by another with the same ids, in the first round."""
+    monkeypatch.setattr(loop, "JOURNAL_SECONDS", 0.0)
+    journal, other = JournalFile(tmp_path / "j"), setup("bait", training={"max_epochs": 4})
+    next(run(other, LocalShards, journal=journal))
+    journal.append("0-0123456789ab", [["nowhere.png", True]])
+    found = next(run(setup("bait"), LocalShards, journal=journal))
+    assert found.batch == results(setup("bait"))[0]["batch"]
 
 
 def test_a_history_of_other_images_is_refused(margin_run):

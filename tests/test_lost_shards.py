@@ -60,6 +60,23 @@ def test_a_shard_killed_at_any_stage_changes_nothing(
     shards.close()
 
 
+def test_a_shard_killed_while_it_starts_is_made_again(trained, undisturbed, ray_session, monkeypatch):
+    setup, model = trained
+    make, made = RayShards._start, []
+
+    def start(self, index):
+        if not made:
+            made.append(index)
+            kill(self, index)
+        make(self, index)
+
+    monkeypatch.setattr(RayShards, "_start", start)
+    shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0)
+    assert choose("margin", shards, setup, model, close=False) == undisturbed["margin"]
+    assert shards.rebuilt == 1
+    shards.close()
+
+
 def test_both_shards_killed_one_after_the_other_change_nothing(trained, undisturbed, ray_session):
     setup, model = trained
     shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0)

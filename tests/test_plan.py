@@ -195,3 +195,11 @@ def test_a_folder_that_is_no_sweeps_is_refused(tmp_path):
     (sweep.folder / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="is no sweep's results"):
         plan.check_folder(sweep)
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_text("name: s\nbase: {engine: {drift: 1e-4}, training: {learning_rate: 1E-3}}\n")
+    config = plan.load(file, ["resources.memory=5e-1", "engine.drift=2e-4"])
+    run = plan.expand(config).runs[0].config
+    assert (run.engine.drift, run.training.learning_rate, run.resources.memory) == (2e-4, 1e-3, 0.5)

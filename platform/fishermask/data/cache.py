@@ -30,7 +30,10 @@ NOTE, IMAGES, LABELS, IDS, SOURCE_ROWS = "store.json", "images.npy", "labels.npy
 def root() -> Path:
     """``$FISHERMASK_CACHE``, else ``$XDG_CACHE_HOME/fishermask``, else ``~/.cache/fishermask``."""
     if own := os.environ.get(VARIABLE):
-        return Path(own).expanduser().absolute()
+        try:
+            return Path(own).expanduser().absolute()
+        except RuntimeError as error:
+            raise InputError(f"{VARIABLE}: {own} is no folder ({error}); set it to one") from None
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "fishermask"
 
 

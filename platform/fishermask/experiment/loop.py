@@ -1,12 +1,13 @@
 """The active-learning loop: train, evaluate, query, label, until the budget is spent."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fishermask.data.ids import Ids
 from fishermask.errors import InputError
@@ -113,7 +114,8 @@ def run(
             stages = StageClock(progress)
             if size:
                 shards = shards or make_shards(pool_data.images, setup.statistics)
-                notebook = _Notebook(journal, index, pool_data.ids)
+                lost = shards.rebuilt
+                notebook = _Notebook(journal, f"{index}-{_digest(model, labeled)}", pool_data.ids)
                 pool = Pool(
                     shards,
                     len(pool_data.labels),
@@ -126,7 +128,7 @@ def run(
                     replace(engine, past=notebook.past(), journal=notebook.add),
                 )
                 batch = checked(setup.strategy.query(pool, size), pool.candidates, size)
-                notes = pool.notes
+                notes = pool.notes | ({"shards made again": shards.rebuilt - lost} if shards.rebuilt > lost else {})
             queried = time.perf_counter()
             counts = torch.bincount(pool_data.labels[batch], minlength=len(setup.data.classes)).tolist()
             yield RoundResult(
@@ -158,29 +160,31 @@ def run(
 class _Notebook:
     """Between a query, which knows positions, and the journal, which outlives this process and knows ids."""
 
-    def __init__(self, journal: Journal, index: int, ids: Ids) -> None:
-        self.journal, self.index, self.ids = journal, index, ids
+    def __init__(self, journal: Journal, query: str, ids: Ids) -> None:
+        self.journal, self.query, self.ids = journal, query, ids
         self.new: list[list[Any]] = []
         self.written = time.monotonic()
 
     def past(self) -> list[tuple[int, bool]]:
-        """The picks that an earlier process made.
-
-        Raises:
-            InputError: they are not of this pool.
-        """
-        entries = self.journal.read(self.index)
+        """The picks that an earlier process made in this very query."""
+        entries = self.journal.read(self.query)
         positions = self.ids.positions([name for name, _ in entries]).tolist()
-        if min(positions, default=0) < 0:
-            raise InputError("journal.jsonl: holds ids that are not in the pool; remove it to choose again")
         return [(position, bool(anew)) for position, (_, anew) in zip(positions, entries, strict=True)]
 
     def add(self, position: int, anew: bool) -> None:
         """Keep a pick; those of the last second may be lost."""
         self.new.append([self.ids[position], anew])
         if time.monotonic() - self.written > JOURNAL_SECONDS:
-            self.journal.append(self.index, self.new)
+            self.journal.append(self.query, self.new)
             self.new, self.written = [], time.monotonic()
+
+
+def _digest(model: nn.Module, labeled: Tensor) -> str:
+    """What a query begins with: the trained model, in which all data have left their mark, and what is labelled."""
+    digest = hashlib.sha256(labeled.numpy().tobytes())
+    for value in model.cpu().state_dict().values():
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 class StageClock:

@@ -14,6 +14,7 @@ from fishermask.data.dataset import Dataset
 from fishermask.errors import InputError
 from fishermask.experiment.streams import stream, stream_seed
 from fishermask.pool.plan import Plan, plan
+from fishermask.pool.shard import BLOCK
 from fishermask.strategies import Strategy
 from fishermask.tensors import models
 from fishermask.tensors.images import Statistics, channel_statistics, normalise
@@ -58,28 +59,46 @@ class Setup:
         size, memory = len(self.data.train.labels), self.config.resources.memory
         if self.work is None:
             return math.ceil(size / IMAGES_A_SHARD)
-        count = min(math.ceil(self._planned(1, None).seconds / SECONDS_A_SHARD), size)
+        blocks = math.ceil(size / BLOCK)  # more would be empty
+        count = min(math.ceil(self._planned(1, math.inf).seconds / SECONDS_A_SHARD), blocks)
         if self.config.resources.workers == "ray" and memory is not None:
-            while count < size and (shard := self._planned(count, None).shard) and shard.total > memory * 1e9:
-                count = min(size, 2 * count)
+            while count < blocks and self._planned(count, math.inf).bytes > memory * 1e9:
+                count = min(blocks, 2 * count)
         return max(1, count)
 
-    def plan(self, shards: int) -> Plan | None:
+    def largest_query(self) -> int:
+        """Images that a query buys, but for a last one that may buy fewer."""
+        return min(self.config.budget.query, self.config.budget.total - self.config.budget.initial)
+
+    def plan(self, shards: int, checked: bool = False) -> Plan | None:
         """How a query goes about it with this many shards.
+
+        Args:
+            checked: that it fits was found out before; what other runs take of the memory meanwhile does not count.
 
         Raises:
             InputError: it does not fit into the memory there is.
         """
         memory = self.config.resources.memory
-        return None if self.work is None else self._planned(shards, None if memory is None else memory * 1e9)
+        limit = memory * 1e9 if memory is not None else math.inf if checked else None
+        return None if self.work is None else self._planned(shards, limit)
 
     def _planned(self, shards: int, memory: float | None) -> Plan:
         config = self.config
         assert self.work is not None
         probe = _probe(config.model, self.data.image_shape, len(self.data.classes), self.work)
         in_process = config.resources.workers == "in_process"
-        size, query = len(self.data.train.labels), min(config.budget.query, config.budget.total)
-        return plan(probe, size, query, shards, in_process, precision(config.engine), memory, config.resources.gpus > 0)
+        size = len(self.data.train.labels)
+        return plan(
+            probe,
+            size,
+            self.largest_query(),
+            shards,
+            in_process,
+            precision(config.engine),
+            memory,
+            config.resources.gpus > 0,
+        )
 
 
 def prepare(config: ExperimentConfig) -> Setup:

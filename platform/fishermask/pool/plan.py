@@ -32,9 +32,15 @@ class Plan:
     seconds: float
     """About how long a query takes, if each shard has a core such as this one."""
 
+    @property
+    def bytes(self) -> float:
+        """Of the largest process."""
+        return max(self.process.total, 0.0 if self.shard is None else self.shard.total)
+
     def __str__(self) -> str:
         each = "" if self.shard is None else f", each shard {self.shard}"
-        return f"about {self.seconds:.2g} s, {self.process}{each}"
+        time = f"{self.seconds:.2g} s" if self.seconds < 90 else f"{self.seconds / 60:.0f} min"
+        return f"about {time}, {self.process}{each}"
 
 
 def free_memory(gpu: bool) -> float:
@@ -70,11 +76,12 @@ def plan(
     work, base = probe.work, probe.base
     settings: dict[str, Any] = {"storage": precision.storage or base, "scores": precision.scores or base}
     settings |= {"block": BLOCK, "part": rows_together(work.body_size)}
-    images = max(end - start for start, end in cut(size, shards))
+    occupied = sum(end > start for start, end in cut(size, shards))
+    images = -(-size // occupied)
     seconds = query_seconds(probe, images, size, query)
     free = memory if memory is not None else SPARE * free_memory(gpu)
     if in_process:
-        own = fit(probe, free, images=images, shards=shards, **settings)
+        own = fit(probe, free, images=images, shards=occupied, **settings)
         return Plan(own.chunk, probe.diagonal_batch, own, None, seconds)
     # Shards may live on machines of other sizes: what those have free is not known here.
     each = fit(probe, memory if memory is not None else math.inf, images=images, leads=False, **settings)

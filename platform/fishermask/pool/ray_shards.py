@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from torch import Tensor
 
 from fishermask.errors import InputError
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 300
 """Seconds until an actor that was never placed is given up: a pending actor raises no error by itself."""
+LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
+"""An actor is gone, or what it answered; the last is how Ray's own watch over memory ends one."""
 SMALL = {"advance"}
 """Methods called once a pick, whose arguments and results travel inside the call."""
 
@@ -57,9 +59,10 @@ class RayShards:
         slices = [(images.narrow(0, start, end - start), start) for start, end in cut(len(images), count)]
         self._make = [lambda own=own: options.remote(own[0], own[1], statistics, device) for own in slices]
         self._log: list[tuple[str, list[Any]]] = []
+        self._last: tuple[Any, Any] = (None, None)
         self.actors = [make() for make in self._make]
         for index in range(count):
-            self._started(index)
+            self._start(index)
 
     def call(self, method: str, *args: Any) -> list[Any]:
         return [self._get(index, *call) for index, call in enumerate(self._submit(method, args))]
@@ -85,13 +88,21 @@ class RayShards:
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
-        self.actors, self._log = [], []
+        self.actors, self._log, self._last = [], [], (None, None)
 
     def _submit(self, method: str, args: tuple[Any, ...]) -> list[tuple[Any, str, list[Any]]]:
         """Call ``method`` on all actors: for each, where its result will be, and what it was asked."""
-        shared = pack(args) if method in SMALL else [ray.put(arg) for arg in args]  # once a node, not once a shard
+        shared = pack(args) if method in SMALL else [self._put(arg) for arg in args]
         self._remember(method, shared)
         return [(_ask(actor, method, shared), method, shared) for actor in self.actors]
+
+    def _put(self, arg: Any) -> Any:
+        """``arg`` in the object store: once a node, not once a shard, nor for each piece that it is said again with."""
+        if isinstance(arg, int | float | str | None):
+            return arg
+        if self._last[0] is not arg:
+            self._last = arg, ray.put(arg)
+        return self._last[1]
 
     def _remember(self, method: str, args: list[Any]) -> None:
         """Keep what a shard's state follows from: no more than was said since it got the model, and still counts."""
@@ -113,42 +124,54 @@ class RayShards:
                 return unpack(found) if method in SMALL else found
             except RayTaskError as error:  # the shard's own: it would come again
                 raise _cause(error) from None
-            except (RayActorError, ObjectLostError) as error:
-                if self.rebuilt == self.restarts:
-                    raise RuntimeError(
-                        f"shard {index} was lost, after {self.rebuilt} lost shards that were made again "
-                        f"(resources.restarts): {_first_line(error)}"
-                    ) from None
-                self.rebuilt += 1
-                logger.warning("shard %d was lost and is made again: %s", index, _first_line(error))
+            except LOST as error:
+                self._count(index, error)
                 result = None
 
     def _again(self, index: int, method: str, args: list[Any]) -> Any:
         """Make shard ``index`` again, tell it what it was told, and repeat the call: where its result will be."""
         ray.kill(self.actors[index])  # it may only seem to be lost
-        actor = self.actors[index] = self._make[index]()
-        self._started(index)
+        self.actors[index] = self._make[index]()
+        self._start(index)
+        actor = self.actors[index]
         for earlier, own in self._log:
             if own is not args:
                 _ask(actor, earlier, own)
         return _ask(actor, method, args)
 
-    def _started(self, index: int) -> None:
-        """Wait until an actor has a place.
+    def _start(self, index: int) -> None:
+        """Wait until an actor is there, making it again when it is lost before.
 
         Raises:
-            RuntimeError: there is none.
+            RuntimeError: there is no place for it, or it is lost too often.
         """
-        try:
-            ray.get(self.actors[index].clear.remote(), timeout=START_TIMEOUT)
-        except GetTimeoutError:
-            raise RuntimeError(f"shard {index} found no place within {START_TIMEOUT} seconds") from None
-        except RayActorError as error:
-            if not error.actor_init_failed:
-                raise
-            last = str(error).strip().splitlines()[-1]
-            kind, _, message = last.partition(": ")
-            raise (InputError(message) if kind.endswith("InputError") else RuntimeError(last)) from None
+        while True:
+            try:
+                ray.get(self.actors[index].clear.remote(), timeout=START_TIMEOUT)
+                return
+            except GetTimeoutError:
+                raise RuntimeError(f"shard {index} found no place within {START_TIMEOUT} seconds") from None
+            except LOST as error:
+                if getattr(error, "actor_init_failed", False):  # its own error
+                    last = str(error).strip().splitlines()[-1]
+                    kind, _, message = last.partition(": ")
+                    raise (InputError(message) if kind.endswith("InputError") else RuntimeError(last)) from None
+                self._count(index, error)
+                self.actors[index] = self._make[index]()
+
+    def _count(self, index: int, error: Exception) -> None:
+        """Count a lost shard.
+
+        Raises:
+            RuntimeError: it is one too many.
+        """
+        if self.rebuilt == self.restarts:
+            raise RuntimeError(
+                f"shard {index} was lost, after {self.rebuilt} lost shards that were made again "
+                f"(resources.restarts): {_first_line(error)}"
+            ) from None
+        self.rebuilt += 1
+        logger.warning("shard %d was lost and is made again: %s", index, _first_line(error))
 
 
 def _ask(actor: Any, method: str, args: list[Any]) -> Any:

@@ -203,7 +203,7 @@ def approximation_error(pool: Pool, mask: Mask, options: TraceOptions) -> float:
         inner = rows @ rows.mT / len(sample)
         damped = inner + options.damping * torch.eye(len(inner), dtype=torch.float64)
         values.append(float(torch.linalg.solve(damped, inner).trace()))
-    return abs(values[1] - values[0]) / values[0]
+    return abs(values[1] - values[0]) / max(values[0], 1e-300)  # a model that is certain of all has no information
 
 
 def least_missed(scores: Tensor) -> int:
@@ -218,9 +218,10 @@ def objective_of(pool: Pool, budget: int, options: TraceOptions = TraceOptions()
         FloatingPointError: the information is not finite.
     """
     pool.progress("information", 0, 1)
-    largest = max(pool.shards.call("largest_information"))
-    if not math.isfinite(largest):
+    found = pool.shards.call("largest_information")
+    if not all(map(math.isfinite, found)):
         raise FloatingPointError("the pool's Fisher information is not finite: the model's outputs overflow")
+    largest = max(found)
     # Every sum of parts stays below the number of parts times the largest; 2^62 quanta of it fit a whole number.
     parts = -(-pool.size // NARROW)
     quantum = 2.0 ** (math.ceil(math.log2(max(largest, 1e-200) * parts)) - 62)

@@ -158,8 +158,9 @@ class Shard:
         )
 
     def largest_information(self) -> float:
-        """Largest entry of any part's sum of ``V^T V``; on the diagonal, where all the largest are."""
-        return max([float(information_diagonal(self._loaded(i)).max()) for i in range(len(self.parts))], default=0.0)
+        """Largest entry of any part's sum of ``V^T V``; on the diagonal, where all the largest are. NaN if any is."""
+        largest = [information_diagonal(self._loaded(i)).max() for i in range(len(self.parts))]
+        return float(torch.stack(largest).max()) if largest else 0.0
 
     def information(self, labeled: Tensor, quantum: float) -> tuple[Tensor, Tensor]:
         """Sums of ``V^T V`` over all images and over those at the pool positions ``labeled``, in units of ``quantum``.

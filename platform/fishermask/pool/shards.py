@@ -15,6 +15,8 @@ class Shards(Protocol):
     """The shards of one pool, in the order of their slices."""
 
     count: int
+    rebuilt: int
+    """How many were lost and made again."""
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call ``method`` on every shard with the same arguments; the results in order."""
@@ -49,7 +51,7 @@ class LocalShards:
     """
 
     def __init__(self, images: Images, statistics: Statistics, count: int = 1, device: str = "cpu") -> None:
-        self.count = count
+        self.count, self.rebuilt = count, 0
         self.shards = [
             Shard(images.narrow(0, start, end - start), start, statistics, device)
             for start, end in cut(len(images), count)

@@ -13,6 +13,7 @@ import fcntl
 import filecmp
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +28,8 @@ ROUND_KEYS = {"round", "labels", "accuracy", "balanced_accuracy", "macro_f1", "r
 ROUND_KEYS |= {"seconds", "ended_by", "epochs", "train_accuracy"}
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would keep the last in silence."""
+class StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would keep the last in silence; reads 1e-3 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -36,6 +37,12 @@ class _StrictLoader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"the key {key} stands twice, line {node.start_mark.line + 1} and after")
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a point in a number with an exponent; nobody else does.
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 @contextmanager
@@ -102,7 +109,7 @@ def read_yaml(path: Path) -> Any:
         InputError: it is not there, or not YAML.
     """
     try:
-        return yaml.load(path.read_text(), _StrictLoader)
+        return yaml.load(path.read_text(), StrictLoader)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -178,10 +185,10 @@ class JournalFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._next = (-1, 0)  # the round that was read last, and the number of its next entry
+        self._next = ("", 0)  # the query that was read last, and the number of its next entry
 
-    def read(self, round: int) -> list[list[Any]]:
-        """The entries of ``round``; other rounds' and a last line that a kill cut short do not count.
+    def read(self, query: str) -> list[list[Any]]:
+        """The entries of ``query``; other queries' and a last line that a kill cut short do not count.
 
         Raises:
             InputError: a line is not what we wrote.
@@ -191,21 +198,21 @@ class JournalFile:
             lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
             for line in map(json.loads, lines):
                 first, picks = line["first"], line["picks"]
-                if line["round"] == round and first <= len(entries):
+                if line["query"] == query and first <= len(entries):
                     entries[first : first + len(picks)] = picks
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{self.path}: is damaged; remove it, the round's picks are made again") from None
-        self._next = (round, len(entries))
+        self._next = (query, len(entries))
         return entries
 
-    def append(self, round: int, entries: list[list[Any]], first: int | None = None) -> None:
-        """Add entries to ``round``, behind those read or added last, or as its entries from number ``first`` on."""
+    def append(self, query: str, entries: list[list[Any]], first: int | None = None) -> None:
+        """Add entries to ``query``, behind those read or added last, or as its entries from number ``first`` on."""
         if first is None:
-            if self._next[0] != round:
-                self.read(round)
+            if self._next[0] != query:
+                self.read(query)
             first = self._next[1]
-        append_line(self.path, {"round": round, "first": first, "picks": entries})
-        self._next = (round, first + len(entries))
+        append_line(self.path, {"query": query, "first": first, "picks": entries})
+        self._next = (query, first + len(entries))
 
 
 def run_folders(sweep: Path) -> list[RunFolder]:

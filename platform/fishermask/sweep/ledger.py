@@ -34,13 +34,13 @@ class Ledger:
         """The rounds of ``run`` so far."""
         return RunFolder(self.folders[run]).history()
 
-    def read(self, run: str, round: int) -> list[list[Any]]:
-        """Journal entries of a round of ``run``."""
-        return RunFolder(self.folders[run]).journal.read(round)
+    def read(self, run: str, query: str) -> list[list[Any]]:
+        """Journal entries of a query of ``run``."""
+        return RunFolder(self.folders[run]).journal.read(query)
 
-    def append(self, run: str, round: int, entries: list[list[Any]], first: int) -> None:
-        """Add journal entries, which are those of the round from number ``first`` on."""
-        RunFolder(self.folders[run]).journal.append(round, entries, first)
+    def append(self, run: str, query: str, entries: list[list[Any]], first: int) -> None:
+        """Add journal entries, which are those of the query from number ``first`` on."""
+        RunFolder(self.folders[run]).journal.append(query, entries, first)
 
 
 def start(folders: dict[str, Path]) -> Any:
@@ -56,18 +56,18 @@ class LedgerJournal:
 
     def __init__(self, ledger: Any, run: str) -> None:
         self.ledger, self.run = ledger, run
-        self._next = (-1, 0)  # the round that was read last, and the number of its next entry
+        self._next = ("", 0)  # the query that was read last, and the number of its next entry
 
-    def read(self, round: int) -> list[list[Any]]:
-        entries: list[list[Any]] = ray.get(self.ledger.read.remote(self.run, round))
-        self._next = (round, len(entries))
+    def read(self, query: str) -> list[list[Any]]:
+        entries: list[list[Any]] = ray.get(self.ledger.read.remote(self.run, query))
+        self._next = (query, len(entries))
         return entries
 
-    def append(self, round: int, entries: list[list[Any]]) -> None:
-        if self._next[0] != round:
-            self.read(round)
-        ray.get(self.ledger.append.remote(self.run, round, entries, self._next[1]))
-        self._next = (round, self._next[1] + len(entries))
+    def append(self, query: str, entries: list[list[Any]]) -> None:
+        if self._next[0] != query:
+            self.read(query)
+        ray.get(self.ledger.append.remote(self.run, query, entries, self._next[1]))
+        self._next = (query, self._next[1] + len(entries))
 
 
 class LedgerStage:

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from fishermask.config import SHARDING, Config, ExperimentConfig, ResourcesConfig, parse, short
 from fishermask.errors import InputError
-from fishermask.results.files import RunFolder, read_yaml
+from fishermask.results.files import RunFolder, StrictLoader, read_yaml
 from fishermask.results.tables import strategy_label
 
 
@@ -78,7 +78,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         if not equals or not key:
             raise InputError(f"{setting!r}: expected key=value")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, StrictLoader)
         except yaml.YAMLError:
             raise InputError(f"{key}: {text!r} is not YAML") from None
         if key in ("name", "output", "description"):

@@ -49,7 +49,7 @@ class Recorder:
         self.finished, self.total_runs = finished, finished + len(runs)
         self.total = sum(rounds_of(run) - len(history) for run, history in runs)
         self.done = 0
-        self.started = self.spoke = time.monotonic()
+        self.started = self.spoke = self.last = time.monotonic()
         self.pace = Pace()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds"))
         self.bar = Progress(
@@ -75,14 +75,16 @@ class Recorder:
         """Time left, from the mean time of a round so far."""
         if not self.done:
             return "ETA unknown"
-        return f"ETA {clock((time.monotonic() - self.started) / self.done * (self.total - self.done))}"
+        left = (self.last - self.started) / self.done * (self.total - self.done)
+        return f"ETA {clock(max(0.0, left - (time.monotonic() - self.last)))}"
 
     def stage(self, name: str, stage: str, done: int, total: int) -> None:
         """Show how far the current stage of a round of the run ``name`` is."""
         text = self.pace.tell(name, stage, done, total)
         self._show(text if self.every_round else f"{name}: {text}")
         if not self.console.is_terminal and time.monotonic() - self.spoke > QUIET_SECONDS:
-            self._say(f"  {name}: round {len(self.history[name]) + 1}/{rounds_of(self.runs[name])}, {text}")
+            rounds = rounds_of(self.runs[name])
+            self._say(f"  {name}: round {min(len(self.history[name]) + 1, rounds)}/{rounds}, {text}")
 
     def record(self, name: str, result: dict[str, Any]) -> None:
         """Write a round of the run ``name`` to its folder and to TensorBoard, and show it.
@@ -98,6 +100,7 @@ class Recorder:
         self.events[name].add(result)
         self.history[name].append(result)
         self.done += 1
+        self.last = time.monotonic()
         last = len(self.history[name]) == rounds_of(run)
         if last:
             self.events.pop(name).finish()

@@ -48,10 +48,11 @@ def check(sweep: Sweep, console: Console, here: bool = False) -> None:
                 setup = prepare(run.config)
                 sizes[fingerprint] = size = len(setup.data.train.labels)
                 wanted = setup.wanted_shards() if run.config.resources.shards == "auto" else 0
-                plan = setup.plan(shards_of(run.config.resources, wanted, math.inf, math.inf))
+                room = math.inf if joined else os.cpu_count() or 1
+                plan = setup.plan(shards_of(run.config.resources, wanted, room, math.inf))
                 if plan is not None:
-                    kind = f"{run.config.strategy.name} of {size:,} images, {run.config.budget.query} a query"
-                    plans.setdefault(kind, plan)
+                    kind = f"{run.config.strategy.name} of {size:,} images, {setup.largest_query()} a query"
+                    plans[kind] = max(plan, plans.get(kind, plan), key=lambda plan: plan.bytes)
         resources, size = run.config.resources, sizes[fingerprint]
         if resources.shards != "auto" and resources.shards > size:
             raise InputError(f"resources.shards: {resources.shards} exceeds the pool of {size} images; lower it")
@@ -60,7 +61,7 @@ def check(sweep: Sweep, console: Console, here: bool = False) -> None:
             if getattr(resources, field) and not torch.cuda.is_available():
                 raise InputError(f"resources.{field}: this machine has no GPU that PyTorch can use; set it to 0")
     for kind, plan in plans.items():
-        console.print(f"{kind}: {plan}")
+        console.print(f"{kind}: {plan}")  # the one that needs the most, where several are alike
 
 
 def missing(sweep: Sweep) -> list[tuple[Run, History]]:
@@ -90,8 +91,12 @@ def shard_counts(runs: list[tuple[Run, History]], cluster: Mapping[str, float]) 
 
     def count(run: Run) -> int:
         resources = run.config.resources
-        wanted = prepare(run.config).wanted_shards() if resources.shards == "auto" else 0
-        return shards_of(resources, wanted, cluster.get("CPU", 0), cluster.get("GPU", 0))
+        if resources.shards != "auto":
+            return resources.shards
+        setup = prepare(run.config)
+        found = shards_of(resources, setup.wanted_shards(), cluster.get("CPU", 0), cluster.get("GPU", 0))
+        setup.plan(found)  # they may be fewer than were wanted, and not fit
+        return found
 
     return {run.name: count(run) for run, _ in runs}
 
@@ -137,7 +142,7 @@ def rounds(
     torch.set_num_threads(max(1, int(config.resources.cpus)))
     setup = prepare(config)
     show = {} if stage is None else {"progress": stage}
-    maker, plan = shard_maker(config.resources, shards), setup.plan(shards)
+    maker, plan = shard_maker(config.resources, shards), setup.plan(shards, checked=True)
     for result in loop.run(setup, maker, history, journal=journal, plan=plan, **show):
         record(result.as_dict())
 

@@ -19,7 +19,7 @@ def core_flops() -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     a, times = torch.ones(512, 512), []
-    for _ in range(4):
+    for _ in range(10):
         started = time.perf_counter()
         a @ a
         times.append(time.perf_counter() - started)
@@ -46,6 +46,7 @@ def start_seconds(n: int, num_classes: int, rows: int, width: int, body_size: in
 def query_seconds(probe: Probe, images: int, size: int, query: int) -> float:
     """A query of ``query`` images from a pool of ``size``, with ``images`` of it on each shard, which has one core."""
     work = probe.work
+    query = round(query * work.oversample)
     sizes = (work.num_classes, work.rows, work.width, work.body_size)
     share = images / size
     total = probe.diagonal_seconds * min(work.ranked, size) * share + probe.embed_seconds * images

@@ -78,10 +78,10 @@ def _per_image(work: Callable[[Tensor], object], images: Tensor) -> float:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The shorter of two times that ``work`` takes on one thread."""
+    """The shortest of three times that ``work`` takes on one thread."""
     threads, times = torch.get_num_threads(), []
     torch.set_num_threads(1)
-    for _ in range(2):
+    for _ in range(3):
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
@@ -115,6 +115,8 @@ class Workload:
     """Whether candidates are scored by the trace objective, with k x k matrices; else by distances."""
     ranked: int
     """Images whose Fisher information ranks the parameters first; 0 if none does."""
+    oversample: float = 1.0
+    """How many times the batch are picked."""
 
     @property
     def size(self) -> int:
@@ -130,14 +132,22 @@ def workload(
     trace: bool = True,
     ranked: int = 0,
     top_classes: int | None = None,
+    oversample: float = 1.0,
 ) -> Workload:
-    """The workload of a query with ``model``, which takes ``images`` [n, ...]."""
+    """The workload of a query with ``model``, which takes ``images`` [n, ...].
+
+    Raises:
+        InputError: ``top_classes`` would keep all.
+    """
     with torch.no_grad():
         num_classes = model(images).shape[1]
+    if top_classes is not None and top_classes >= num_classes:
+        raise InputError(f"top_classes: {top_classes} keeps all {num_classes} classes; lower it, or leave it out")
     head = None if layout.head is None else model.get_submodule(layout.head)
     assert head is None or isinstance(head, nn.Linear)
     width = 0 if head is None else head.in_features + (head.bias is not None)
-    return Workload(layout, body_size, num_classes, min(num_classes, top_classes or num_classes), width, trace, ranked)
+    rows = top_classes or num_classes
+    return Workload(layout, body_size, num_classes, rows, width, trace, ranked, oversample)
 
 
 @dataclass(frozen=True)
@@ -267,7 +277,7 @@ def fit(probe: Probe, allowed: float, **settings: Any) -> Estimate:
     remedy = {
         "embeddings": "set engine.storage to bfloat16, lower strategy.params.fraction, or use shards on more machines",
         "scores": "lower strategy.params.top_classes, or use shards on more machines",
-        "k x k matrices": "lower strategy.params.fraction",
+        "k x k matrices": "lower strategy.params.fraction, or resources.shards where they share a process",
     }.get(worst, "give it more, or choose a smaller model")
     raise InputError(
         f"resources.memory: a query needs {found}, which is more than the {readable(allowed)} there are; {remedy}"

@@ -1,6 +1,6 @@
 """A sweep under random kills against the same sweep left alone: the tables must be equal, timings apart.
 
-    python benchmarks/soak.py [--shard-every 8] [--trial-every 25] [--driver-every 60] [--rounds 8]
+    python benchmarks/soak.py [--shard-every 14] [--trial-every 45] [--driver-every 60] [--rounds 3]
 
 SIGKILL to a random shard actor, a random trial and the driver every so many seconds, until the sweep is finished; a
 killed driver is started again with the same command. Not for a machine on which other Ray jobs run.
@@ -80,10 +80,10 @@ def table(output):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shard-every", type=float, default=8, metavar="SECONDS")
-    parser.add_argument("--trial-every", type=float, default=25, metavar="SECONDS")
+    parser.add_argument("--shard-every", type=float, default=14, metavar="SECONDS")
+    parser.add_argument("--trial-every", type=float, default=45, metavar="SECONDS")
     parser.add_argument("--driver-every", type=float, default=60, metavar="SECONDS")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     every = {"shard": arguments.shard_every, "trial": arguments.trial_every, "driver": arguments.driver_every}

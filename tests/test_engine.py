@@ -22,7 +22,7 @@ from fishermask.pool.shards import LocalShards
 from fishermask.tensors.embedding import dense, embed, information, information_diagonal, product, quadratic
 from fishermask.tensors.images import normalise
 from fishermask.tensors.layout import inspect
-from fishermask.tensors.mask import fisher_diagonal, global_mask
+from fishermask.tensors.mask import fisher_diagonal, global_mask, head_size, mask_size
 from fishermask.tensors.memory import CHUNKS, Probe, estimate, fit, image_bytes, live_peak, workload
 from fishermask.tensors.precision import Precision
 
@@ -209,9 +209,8 @@ def test_memory_decides_the_chunk_and_what_cannot_fit_is_refused():
 
 def test_25000_images_of_the_papers_network_take_less_than_300_mb():
     model, image = cases.models.build("thin_resnet18", {}, (3, 32, 32), 10, seed=0).eval(), torch.zeros(1, 3, 32, 32)
-    total = sum(p.numel() for p in model.parameters())
     layout = inspect(model, image.expand(2, -1, -1, -1))
-    work = workload(model, image, layout, round(0.002 * total) - 1290)
+    work = workload(model, image, layout, mask_size(model, layout, 0.002) - head_size(model, layout))
     assert 25_000 * sum(image_bytes(work, torch.float32, torch.float32, torch.float32)) < 300e6
 
 

@@ -28,7 +28,7 @@ def ours(embedding, scorer, shards):
     started = time.perf_counter()
     greedy(pool, DistanceCriterion(scorer), PICKS)
     seconds = time.perf_counter() - started
-    fields = (embedding.probabilities, embedding.weights, embedding.hidden)
+    fields = (embedding.probabilities, embedding.hidden)
     return seconds, sum(field.numel() * field.element_size() for field in fields) + 4 * embedding.hidden.shape[1]
 
 

@@ -16,8 +16,8 @@ def random_embedding(n, num_classes, width, k_body, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     p = (3 * torch.randn(num_classes, n, generator=generator)).softmax(0)
     hidden = torch.randn(width, n, generator=generator).relu_()
-    body = torch.randn(num_classes, k_body, n, generator=generator).mul_(0.3 * p.sqrt()[:, None])
-    return Embedding(*(part.to(device) for part in (p, p.sqrt(), hidden, body)))
+    body = torch.randn(num_classes - 1, k_body, n, generator=generator).mul_(0.3 * p[:-1].sqrt()[:, None])
+    return Embedding(*(part.to(device) for part in (p, hidden, body)))
 
 
 def fill(shard: Shard, make) -> None:

@@ -52,7 +52,7 @@ def points(base, first, last):
 
     p = shaken(own.probabilities).abs()
     p = p / p.sum(0)
-    return Embedding(p, p.sqrt(), shaken(own.hidden), shaken(own.body))
+    return Embedding(p, shaken(own.hidden), shaken(own.body))
 
 
 def select(shards, base, n, picks):
@@ -133,8 +133,9 @@ def fit():
         (best,) = pool.shards.call("start_selection", criterion.scorer(), pool.candidates, 0)
         update = criterion.add(best)
         times.append(seconds(lambda p=pool, u=update: p.shards.call("advance", u, 0), repeats=15))
-        unit = 4.0 * n * num_classes**2 / cost.core_flops()
-        features.append([unit * width, unit * k_body, n * num_classes**2])
+        rows = num_classes - 1
+        unit = 4.0 * n * rows**2 / cost.core_flops()
+        features.append([unit * width, unit * k_body, n * rows**2])
         pool.shards.close()
     a, t = np.array(features), np.array(times)
     constants = np.linalg.lstsq(a / t[:, None], np.ones(len(t)), rcond=None)[0]

@@ -60,7 +60,16 @@ def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
     if params.mask == "last_layer":
         body_size = masks.last_layer_mask(layout).body_size
     ranked = params.fisher_samples if params.mask in RANKED else 0
-    return workload(model, images, layout, body_size, True, ranked, params.top_classes, params.oversample)
+    return workload(
+        model,
+        images,
+        layout,
+        body_size,
+        ranked=ranked,
+        top_classes=params.top_classes,
+        oversample=params.oversample,
+        weighting=params.class_weighting,
+    )
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:

@@ -31,6 +31,19 @@ def information_rows(model: nn.Module, images: Tensor, top_classes: int | None =
     return torch.stack(rows)
 
 
+def assert_same_information(embeddings: Tensor, expected: Tensor) -> None:
+    """That V^T V of ``embeddings`` [n, R, k] and of ``expected`` [n, C, k] are the same for each image.
+
+    Entry by entry on the diagonal; off it by their images of random vectors, of which there are more than rows.
+    """
+    close = {"rtol": 1e-9, "atol": 1e-14}
+    torch.testing.assert_close(embeddings.square().sum(1), expected.square().sum(1), **close)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(expected.shape[2], expected.shape[1] + 2, generator=generator, dtype=expected.dtype)
+    found, wanted = embeddings @ vectors, expected @ vectors
+    torch.testing.assert_close(found.mT @ found, wanted.mT @ wanted, rtol=1e-9, atol=1e-12)
+
+
 def head_entries(model: nn.Module, head: str) -> Tensor:
     """Which of all parameters, flat, belong to the last layer, in the order (o, e) with a bias as the last e."""
     positions, start = {}, 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fishermask.pool.shards import Shards
+from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import Embedding
 from fishermask.tensors.layout import Layout, inspect
 from fishermask.tensors.mask import Mask
@@ -88,9 +89,9 @@ class Pool:
         """Keep ``value`` under ``name``, combined with what is there already."""
         self.notes[name] = combine(self.notes[name], value) if name in self.notes else value
 
-    def embed(self, mask: Mask, class_weighting: str = "sqrt", top_classes: int | None = None) -> None:
+    def embed(self, mask: Mask, weighting: Weighting = "sqrt", top_classes: int | None = None) -> None:
         """Let the shards embed all images; see ``tensors.embedding.embed``."""
-        self.in_pieces("embed", "embed", mask, class_weighting, top_classes, self.engine.chunk)
+        self.in_pieces("embed", "embed", mask, weighting, top_classes, self.engine.chunk)
 
     def embeddings_at(self, positions: Tensor) -> list[Embedding]:
         """The embeddings of single images, which shards must hold, in the order of ``positions``."""

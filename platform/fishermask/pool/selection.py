@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fishermask.pool.pool import Pool
 from fishermask.pool.shard import NARROW, Offer, Scorer, moved
+from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import Embedding, concatenate, dense, take
 from fishermask.tensors.mask import Mask
 from fishermask.tensors.trace import Objective, TraceScorer, Update, advance, gains, start_scores
@@ -102,8 +103,8 @@ class TraceOptions:
     """lambda: M begins as lambda times the identity ..."""
     initial_information: bool = True
     """... plus the labelled images' share of the information."""
-    class_weighting: Literal["sqrt", "none"] = "sqrt"
-    """w_c of the embeddings; with sqrt, V^T V is the Fisher information."""
+    class_weighting: Weighting = "sqrt"
+    """With sqrt, V^T V is the Fisher information; with none, classes count alike, however probable."""
     top_classes: int | None = None
     """q: an approximation that keeps the q most probable classes of each image, renormalised."""
     batch_weighting: Literal["bait", "per_sample"] = "bait"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import Embedding, concatenate, embed, information, information_diagonal, take
 from fishermask.tensors.images import Images, Statistics, normalise
 from fishermask.tensors.layout import Layout
@@ -122,7 +123,7 @@ class Shard:
         return found
 
     def embed(
-        self, mask: Mask, class_weighting: str, top_classes: int | None, chunk: int, piece: int, pieces: int
+        self, mask: Mask, weighting: Weighting, top_classes: int | None, chunk: int, piece: int, pieces: int
     ) -> None:
         """Embed the images in the ``piece``-th of ``pieces`` runs of blocks; call with each piece in turn.
 
@@ -138,7 +139,7 @@ class Shard:
                         self.model,
                         _aligned(batch, self.layout),
                         mask,
-                        class_weighting,
+                        weighting,
                         top_classes,
                         self.precision.autocast,
                     )
@@ -149,11 +150,11 @@ class Shard:
                 self.embeddings.append(self._stored(found))
                 self.parts.append(slice(start, start + len(part)))
 
-    def embed_images(self, images: Tensor, mask: Mask, class_weighting: str) -> Embedding:
+    def embed_images(self, images: Tensor, mask: Mask, weighting: Weighting) -> Embedding:
         """Exact embeddings of uint8 ``images``, with all classes, not kept here."""
         inputs = normalise(images.to(self.device), self.statistics, self._dtype())
         mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
-        return concatenate([embed(self.model, part, mask, class_weighting) for part in inputs.split(ALIGNMENT)]).map(
+        return concatenate([embed(self.model, part, mask, weighting) for part in inputs.split(ALIGNMENT)]).map(
             Tensor.cpu
         )
 

@@ -1,4 +1,4 @@
-"""One forward pass and C backward passes that give every sample's gradient with respect to every layer *output*.
+"""One forward pass and C - 1 backward passes that give every sample's gradient with respect to every layer *output*.
 
 In eval mode no sample of a batch sees another, so one backward pass serves the whole batch. Gradients with respect to
 *parameters* are never formed by autograd: they follow from a layer's input and output gradient (``layer_rules``).
@@ -73,33 +73,17 @@ def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence
     return ForwardPass(logits, features, inputs, outputs)
 
 
-def class_gradients(
-    run: ForwardPass, probabilities: Tensor, weights: Tensor, classes: Tensor
-) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-    """Gradients of ``weights_c * log p_c`` with respect to the layers' outputs, one backward pass after the other.
-
-    Args:
-        probabilities: [n, C], those of ``run``, or renormalised over some of the classes, as if others did not exist.
-        weights: [n, C], constants.
-        classes: [n, r]: in pass i, image x is differentiated for class ``classes[x, i]``.
+def output_gradients(run: ForwardPass, cotangents: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Gradients of the logits, weighted by each of ``cotangents`` [R, n, C], by the layers' outputs: one pass for each.
 
     Yields:
-        The classes of the pass, [n]; what the logits are weighted with, [n, C]; and layer name -> gradient, [n, ...] as
-        the layer's output.
+        Layer name -> gradient, [n, ...] as the layer's output.
 
-    The softmax part rides in the cotangent, ``w_c (e_c - p)``, and so costs nothing and does not cancel when a
-    prediction is nearly certain.
+    What is wanted of the softmax rides in the cotangents, and so costs nothing and does not cancel when a prediction is
+    nearly certain.
     """
     outputs = list(run.outputs.values())
-    for i, current in enumerate(classes.unbind(1)):
-        cotangent = torch.zeros_like(probabilities).scatter_(1, current[:, None], 1.0) - probabilities
-        cotangent *= weights.gather(1, current[:, None])
-        more = i + 1 < classes.shape[1]
+    for i, cotangent in enumerate(cotangents):
+        more = i + 1 < len(cotangents)
         gradients = torch.autograd.grad(run.logits, outputs, cotangent, retain_graph=more) if outputs else ()
-        yield current, cotangent, dict(zip(run.outputs, gradients, strict=True))
-
-
-def all_classes(run: ForwardPass) -> Tensor:
-    """[n, C]: every class in turn, the same for all images."""
-    n, num_classes = run.logits.shape
-    return torch.arange(num_classes, device=run.logits.device).expand(n, -1)
+        yield dict(zip(run.outputs, gradients, strict=True))

@@ -5,12 +5,12 @@ import time
 
 import torch
 
-from fishermask.tensors.memory import Probe
+from fishermask.tensors.memory import Probe, Workload
 
 HEAD, BODY = 0.75, 2.9
 """Structured products: seconds for each second that as many operations take in one large matrix product."""
 PAIR_SECONDS = 1.7e-8
-"""Each of an image's C^2 pairs of classes, in a pick, on top: seconds on one core."""
+"""Each of an image's R^2 pairs of rows, in a pick, on top: seconds on one core."""
 
 
 @functools.cache
@@ -27,19 +27,19 @@ def core_flops() -> float:
     return 2 * 512**3 / min(times)
 
 
-def pick_seconds(n: int, num_classes: int, rows: int, width: int, body_size: int) -> float:
+def pick_seconds(n: int, work: Workload) -> float:
     """One pick by the trace objective among ``n`` images, on one core."""
-    operations = 4.0 * n * rows * (HEAD * num_classes * width + BODY * rows * body_size)
+    contrasts, rows = work.num_classes - 1, work.rows
+    operations = 4.0 * n * rows * (HEAD * contrasts * work.width + BODY * rows * work.body_size)
     return operations / core_flops() + PAIR_SECONDS * n * rows**2
 
 
-def start_seconds(n: int, num_classes: int, rows: int, width: int, body_size: int) -> float:
+def start_seconds(n: int, work: Workload) -> float:
     """The sums of the information and the first scores of ``n`` images, on one core."""
-    pairs = rows * (num_classes if rows < num_classes else (num_classes + 1) / 2)
-    head, cross, body = pairs * width**2, num_classes * width * body_size, rows * body_size**2
-    operations = (
-        2.0 * n * (3 * head + 2.5 * rows * body_size * width + 2 * cross + 2.5 * body + 2 * rows**2 * body_size)
-    )
+    rows, width, body_size = work.rows, work.width, work.body_size
+    pairs = work.kept * (work.num_classes if work.kept < work.num_classes else (work.num_classes + 1) / 2)
+    head, cross, body = pairs * width**2, work.num_classes * width * body_size, rows * body_size**2
+    operations = 2.0 * n * (3 * head + 2 * rows * body_size * width + 2 * cross + 2.5 * body + 2 * rows**2 * body_size)
     return BODY * operations / core_flops()
 
 
@@ -47,13 +47,12 @@ def query_seconds(probe: Probe, images: int, size: int, query: int) -> float:
     """A query of ``query`` images from a pool of ``size``, with ``images`` of it on each shard, which has one core."""
     work = probe.work
     query = round(query * work.oversample)
-    sizes = (work.num_classes, work.rows, work.width, work.body_size)
     share = images / size
     total = probe.diagonal_seconds * min(work.ranked, size) * share + probe.embed_seconds * images
     if work.trace:
-        # Where the selection is led: an inverse and two products of k x k, then a product with k x 2C a pick.
+        # Where the selection is led: an inverse and two products of k x k, then a product with k x 2R a pick.
         led = 8.0 * work.size**3 + query * 8.0 * work.size**2 * work.rows
-        total += start_seconds(images, *sizes) + query * pick_seconds(images, *sizes) + led / core_flops()
+        total += start_seconds(images, work) + query * pick_seconds(images, work) + led / core_flops()
     else:
         total += query * 4e-9 * images * (work.num_classes + work.width)
     return total

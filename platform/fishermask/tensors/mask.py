@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fishermask.errors import InputError
-from fishermask.tensors.backprop import all_classes, class_gradients, forward
+from fishermask.tensors import contrasts
+from fishermask.tensors.backprop import forward, output_gradients
 from fishermask.tensors.layer_rules import squared_sums
 from fishermask.tensors.layout import Layout, per_sample_gradients
 
@@ -64,13 +65,14 @@ def fisher_diagonal(model: nn.Module, images: Tensor, layout: Layout) -> dict[st
     """Sum over ``images`` [n, ...] of the Fisher information's diagonal, by body parameter, flat, in float64.
 
     ``f_i = sum_x sum_c p_c (d log p_c / d theta_i)^2``: the expectation is over the model's own prediction, not over
-    labels. Divide by the number of images for the mean.
+    labels. Divide by the number of images for the mean. C - 1 contrasts between the classes give the same sum.
     """
     run = forward(model, images, layout.head, layout.layers)
     modules = dict(model.named_modules())
     sums: dict[str, Tensor] = {}
     passes = []
-    for _, cotangent, gradients in class_gradients(run, run.probabilities, run.probabilities.sqrt(), all_classes(run)):
+    cotangents = contrasts.dense(run.probabilities.mT, "sqrt").permute(0, 2, 1).contiguous()
+    for cotangent, gradients in zip(cotangents, output_gradients(run, cotangents), strict=True):
         passes.append(gradients)
         for name, rows in per_sample_gradients(model, images, layout.slow, cotangent).items():
             sums[name] = sums.get(name, 0) + rows.double().square().sum(0)

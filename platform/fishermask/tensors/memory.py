@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fishermask.errors import InputError
+from fishermask.tensors import contrasts
+from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import embed
 from fishermask.tensors.layout import Layout
 from fishermask.tensors.mask import Mask, body_parameters, fisher_diagonal, random_mask
@@ -107,7 +109,7 @@ class Workload:
     body_size: int
     """k_body"""
     num_classes: int
-    rows: int
+    kept: int
     """q, classes kept of each image"""
     width: int
     """E"""
@@ -117,6 +119,12 @@ class Workload:
     """Images whose Fisher information ranks the parameters first; 0 if none does."""
     oversample: float = 1.0
     """How many times the batch are picked."""
+    weighting: Weighting = "sqrt"
+
+    @property
+    def rows(self) -> int:
+        """R, rows of an embedding"""
+        return contrasts.count(self.kept, self.weighting)
 
     @property
     def size(self) -> int:
@@ -133,6 +141,7 @@ def workload(
     ranked: int = 0,
     top_classes: int | None = None,
     oversample: float = 1.0,
+    weighting: Weighting = "sqrt",
 ) -> Workload:
     """The workload of a query with ``model``, which takes ``images`` [n, ...].
 
@@ -146,8 +155,8 @@ def workload(
     head = None if layout.head is None else model.get_submodule(layout.head)
     assert head is None or isinstance(head, nn.Linear)
     width = 0 if head is None else head.in_features + (head.bias is not None)
-    rows = top_classes or num_classes
-    return Workload(layout, body_size, num_classes, rows, width, trace, ranked, oversample)
+    kept = top_classes or num_classes
+    return Workload(layout, body_size, num_classes, kept, width, trace, ranked, oversample, weighting)
 
 
 @dataclass(frozen=True)
@@ -178,9 +187,9 @@ def readable(size: float) -> str:
 
 def image_bytes(work: Workload, storage: torch.dtype, scores: torch.dtype, base: torch.dtype) -> tuple[int, int]:
     """Bytes of an image's embedding and of its scores."""
-    kept = (work.rows * work.body_size + work.width) * storage.itemsize + 2 * work.rows * base.itemsize
-    if work.rows < work.num_classes:
-        kept += 8 * work.rows
+    kept = (work.rows * work.body_size + work.width) * storage.itemsize + work.kept * base.itemsize
+    if work.kept < work.num_classes:
+        kept += 8 * work.kept
     return kept, (2 * work.rows**2 if work.trace else 1) * scores.itemsize
 
 
@@ -197,9 +206,10 @@ class Probe:
             body = body_parameters(model, work.layout)
             mask = random_mask(body, work.layout, work.body_size, torch.Generator().manual_seed(0))
         self.work, self.base, self.image_numbers = work, image.dtype, image[0].numel()
-        self.chunk = chunk_bytes(model, image, mask, top_classes=work.rows)
+        options: dict[str, Any] = {"weighting": work.weighting, "top_classes": work.kept}
+        self.chunk = chunk_bytes(model, image, mask, **options)
         several = image[:1].expand(ALIGNMENT, *image.shape[1:]).contiguous()
-        self.embed_seconds = _seconds(lambda: embed(model, several, mask, top_classes=work.rows)) / ALIGNMENT
+        self.embed_seconds = _seconds(lambda: embed(model, several, mask, **options)) / ALIGNMENT
         diagonal = diagonal_bytes(model, image, work.layout) if work.ranked else 0.0
         self.diagonal_batch = max(1, min(DIAGONAL_BATCH, int(DIAGONAL_BYTES // max(diagonal, 1.0))))
         self.diagonal = diagonal * self.diagonal_batch
@@ -230,7 +240,7 @@ def estimate(
     """
     work, base = probe.work, probe.base.itemsize
     kept, scored = image_bytes(work, storage, scores, probe.base)
-    numbers = work.rows * work.body_size + work.width + 2 * work.rows
+    numbers = work.rows * work.body_size + work.width + work.kept
     matrix = work.size**2 * 8 if work.trace else 0
     sums = 3 * matrix + 3 * 4 * work.body_size**2  # two sums and a block's share, with its body's as it grows
     block, part = min(block, images), min(part, images)

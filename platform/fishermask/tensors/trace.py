@@ -1,9 +1,9 @@
 """Choosing images one by one so that ``tr(M^-1 F)`` falls the most, without ever forming a k x k product per image.
 
 ``Objective`` is the coordinator's part, ``R = M^-1`` and ``H = R F R`` [k, k]. ``Scores`` is a shard's part, for each
-of its images ``P = V R V^T`` and ``Q = V H V^T`` [C, C]. Adding an image with embedding V changes both by terms of rank
-C (Woodbury), so a pick costs one structured product with 2 C columns over the pool. BAIT (Ash et al. 2021) defines the
-objective.
+of its images ``P = V R V^T`` and ``Q = V H V^T`` [r, r], V having r = C - 1 rows. Adding an image changes both by terms
+of rank r (Woodbury), so a pick costs one structured product with 2 r columns over the pool. BAIT (Ash et al. 2021)
+defines the objective.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class Update(NamedTuple):
     """What one pick changes, all that a shard must be told."""
 
     basis: Tensor
-    """[k, 2 C]: U = R V^T beside T = H V^T, scaled as candidates are."""
+    """[k, 2 r]: U = R V^T beside T = H V^T, scaled as candidates are."""
     inner: Tensor
-    """G = (I + V U)^-1, [C, C]."""
+    """G = (I + V U)^-1, [r, r]."""
     middle: Tensor
-    """s = V T, [C, C]."""
+    """s = V T, [r, r]."""
     gain: float
     """By how much the trace falls."""
 
@@ -34,7 +34,7 @@ class Update(NamedTuple):
 class Objective:
     """``tr(M^-1 F)`` and its inverse matrices, in float64.
 
-    R and H are changed by every pick by a term of rank C and 2 C. The terms are gathered and applied to the k x k
+    R and H are changed by every pick by a term of rank r and 2 r. The terms are gathered and applied to the k x k
     matrices ``LAZY_PICKS`` at a time: one large product moves each matrix through memory once, not once a pick.
 
     Args:
@@ -52,7 +52,7 @@ class Objective:
         self.sandwich = self.inverse @ target.double() @ self.inverse
         self.value = float((self.inverse * target).sum())
         # R = inverse - sum ug u^T; H = sandwich - sum (y ug^T + ug y^T), with ug = U G, y = T - ug s / 2.
-        # Their transposes, one pick's rows below the other's: u, ug and y, [3, LAZY_PICKS * C, k].
+        # Their transposes, one pick's rows below the other's: u, ug and y, [3, LAZY_PICKS * r, k].
         self._terms = self.inverse.new_empty(3, 0, len(self.inverse))
         self._count = 0
 
@@ -130,41 +130,41 @@ class TraceScorer:
 
 
 def start_scores(embedding: Embedding, inverse: Tensor, sandwich: Tensor) -> Tensor:
-    """P and Q from ``Objective.matrices()``, of the embedding's type, stacked: [2, C, C, n]."""
+    """P and Q from ``Objective.matrices()``, of the embedding's type, stacked: [2, r, r, n]."""
     return torch.stack([quadratic(embedding, inverse), quadratic(embedding, sandwich)])
 
 
 def advance(scores: Tensor, embedding: Embedding, update: Update) -> None:
-    """Bring P and Q [2, C, C, n] up to date with a pick, in place.
+    """Bring P and Q [2, r, r, n] up to date with a pick, in place.
 
     ``P -= x a^T`` and ``Q -= y x^T + x y^T``, with a = V U, b = V T, x = a G, y = b - x s / 2. Only the symmetric part
     of Q counts (P is symmetric, so ``tr((I + P)^-1 Q)`` does not see the rest): ``Q -= 2 y x^T`` does as well. Both
-    are written out as sums of outer products along the classes, so that the images stay the contiguous axis.
+    are written out as sums of outer products along the rows, so that the images stay the contiguous axis.
     """
-    num_classes = scores.shape[1]
+    rows = scores.shape[1]
     both = product(embedding, update.basis)
-    a, b = both[:, :num_classes], both[:, num_classes:]
+    a, b = both[:, :rows], both[:, rows:]
     x = update.inner @ a
-    twice_y = b.baddbmm_(-update.middle.expand(num_classes, -1, -1), x, beta=2)
+    twice_y = b.baddbmm_(-update.middle.expand(rows, -1, -1), x, beta=2)
     left, right = torch.stack([x, twice_y]), torch.stack([a, x])
-    for j in range(num_classes):
+    for j in range(rows):
         scores.addcmul_(left[:, :, None, j], right[:, None, :, j], value=-1)
 
 
 def gains(scores: Tensor) -> Tensor:
-    """By how much each image would lower ``tr(M^-1 F)``: ``tr((I + P)^-1 Q)``, [n], from P and Q [2, C, C, n].
+    """By how much each image would lower ``tr(M^-1 F)``: ``tr((I + P)^-1 Q)``, [n], from P and Q [2, r, r, n].
 
     Symmetric elimination of I + P, carried out on both sides of Q, for all images at once: when pivot k is reached,
     ``Q_kk / pivot`` is its share of the trace. LAPACK on n small systems takes longer.
     """
-    num_classes = scores.shape[1]
+    rows = scores.shape[1]
     p, q = scores.clone()
     p.diagonal().add_(1.0)
     total = torch.zeros_like(p[0, 0])
-    for k in range(num_classes):
+    for k in range(rows):
         pivot, corner = p[k, k], q[k, k]
         total.addcdiv_(corner, pivot)
-        if k + 1 < num_classes:
+        if k + 1 < rows:
             factor = p[k + 1 :, k] / pivot
             twice_y = (q[k + 1 :, k] + q[k, k + 1 :]).addcmul_(factor, corner, value=-1)
             p[k + 1 :, k + 1 :].addcmul_(factor[:, None], p[None, k, k + 1 :], value=-1)

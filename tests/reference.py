@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from fishermask.tensors.embedding import dense
+
 
 def parameter_vector_jacobian(model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
     """For one image: logits [C], and d log p_c / d theta for all parameters, flat in the model's order, [C, P]."""
@@ -29,6 +31,14 @@ def information_rows(model: nn.Module, images: Tensor, top_classes: int | None =
             jacobian = jacobian - log_p.exp() @ jacobian
         rows.append(log_p.exp().sqrt()[:, None] * jacobian)
     return torch.stack(rows)
+
+
+def every_column(embedding) -> Tensor:
+    """V of ``embedding`` with the columns of the last class, [n, R, k]: minus the sum of the other classes'."""
+    v, width = dense(embedding), len(embedding.hidden)
+    head = v[..., : embedding.head_size]
+    last = -sum(head.split(width, dim=2)) if width else head
+    return torch.cat([head, last, v[..., embedding.head_size :]], dim=2)
 
 
 def assert_same_information(embeddings: Tensor, expected: Tensor) -> None:

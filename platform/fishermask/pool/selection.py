@@ -10,7 +10,7 @@ from torch import Tensor
 from fishermask.pool.pool import Pool
 from fishermask.pool.shard import NARROW, Offer, Scorer, moved
 from fishermask.tensors.contrasts import Weighting
-from fishermask.tensors.embedding import Embedding, concatenate, dense, take
+from fishermask.tensors.embedding import Embedding, add_identity, concatenate, every_column, take
 from fishermask.tensors.mask import Mask
 from fishermask.tensors.trace import Objective, TraceScorer, Update, advance, gains, start_scores
 
@@ -199,7 +199,7 @@ def approximation_error(pool: Pool, mask: Mask, options: TraceOptions) -> float:
     (exact,) = pool.shards.scatter("embed_images", [(images, mask, options.class_weighting)])
     values = []
     for found in (exact, concatenate(pool.embeddings_at(sample))):
-        rows = dense(found.to(torch.float64)).flatten(0, 1)
+        rows = every_column(found.to(torch.float64)).flatten(0, 1)
         # A A^T has the same nonzero eigenvalues as F = A^T A, and is small.
         inner = rows @ rows.mT / len(sample)
         damped = inner + options.damping * torch.eye(len(inner), dtype=torch.float64)
@@ -227,11 +227,13 @@ def objective_of(pool: Pool, budget: int, options: TraceOptions = TraceOptions()
     parts = -(-pool.size // NARROW)
     quantum = 2.0 ** (math.ceil(math.log2(max(largest, 1e-200) * parts)) - 62)
     total = len(pool.labeled) + budget
+    (one,) = pool.embeddings_at(torch.zeros(1, dtype=torch.long))
     everything, known = (part.double() for part in pool.shards.total("information", pool.labeled, quantum))
     target = everything.mul_(quantum / pool.size)
+    sizes = one.num_classes, len(one.hidden)
     if options.target == "identity":
-        target = torch.eye(len(known), dtype=torch.float64)
+        add_identity(target.zero_(), 1.0, *sizes)
     start = known.mul_(quantum / total if options.initial_information else 0.0)
-    start.diagonal().add_(options.damping)
+    add_identity(start, options.damping, *sizes)
     weight = budget if options.batch_weighting == "bait" else 1
     return Objective(start, target, math.sqrt(weight / total))

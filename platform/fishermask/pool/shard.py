@@ -166,7 +166,7 @@ class Shard:
     def information(self, labeled: Tensor, quantum: float) -> tuple[Tensor, Tensor]:
         """Sums of ``V^T V`` over all images and over those at the pool positions ``labeled``, in units of ``quantum``.
 
-        Two [k, k] of whole numbers: adding those is exact, so no order of parts or shards changes what comes out.
+        Two [k - E, k - E] of whole numbers: adding those is exact, so the order of parts and shards changes nothing.
         Empty [0, 0] from a shard without images.
         """
         size = self.embeddings[0].size if self.embeddings else 0

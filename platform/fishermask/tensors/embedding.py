@@ -5,7 +5,9 @@ contrasts between its classes (``contrasts``), so that ``V^T V`` is the image's 
 The last layer is linear, so its columns are an outer product, ``V_head[r, (o, e)] = A_ro h_e``: we keep p, from which A
 follows, and h for it and dense numbers for the body only: ``R k_body + E + C`` numbers an image in place of C k.
 
-Columns are ordered head first, (o, e) with e fastest and a bias as the last e, then the body in the mask's order.
+Contrasts sum to zero over the classes, so the columns of the last class are minus the sum of the others'. Matrices have
+none for it: ``k - E`` columns, head first, (o, e) with e fastest and a bias as the last e, then the body in the mask's
+order. What is the identity for all k is ``add_identity`` for those.
 
 The images are the *last* axis of every tensor: all that is done image by image then runs along contiguous memory, and
 all products are few large matrix products in place of many small ones.
@@ -69,11 +71,12 @@ class Embedding:
 
     @property
     def head_size(self) -> int:
-        return self.num_classes * len(self.hidden)
+        """Columns of the last layer, without those of the last class."""
+        return (self.num_classes - 1) * len(self.hidden)
 
     @property
     def size(self) -> int:
-        """k, the number of columns."""
+        """Columns in all, k - E."""
         return self.head_size + self.body.shape[1]
 
 
@@ -155,34 +158,50 @@ def _contrast(embedding: Embedding, by_class: Tensor) -> Tensor:
 
 
 def dense(embedding: Embedding) -> Tensor:
-    """V itself, [n, R, k]."""
+    """V itself, [n, R, k - E]."""
     p, n, rows = embedding.probabilities, embedding.hidden.shape[1], embedding.rows
     between = contrasts.dense(p, embedding.weighting)
     if embedding.classes is not None:
         everything = between.new_zeros(rows, embedding.num_classes, n)
         between = everything.scatter_(1, embedding.classes.expand(rows, -1, -1), between)
-    head = between[:, :, None] * embedding.hidden
+    head = between[:, :-1, None] * embedding.hidden
     return torch.cat([head.flatten(1, 2), embedding.body], dim=1).permute(2, 0, 1)
 
 
+def every_column(embedding: Embedding) -> Tensor:
+    """V with the columns of the last class, [n, R, k]."""
+    v, width = dense(embedding), len(embedding.hidden)
+    head, body = v.split([embedding.head_size, embedding.body.shape[1]], dim=2)
+    last = -head.unflatten(2, (embedding.num_classes - 1, width)).sum(2)
+    return torch.cat([head, last, body], dim=2)
+
+
+def add_identity(matrix: Tensor, weight: float, num_classes: int, width: int) -> None:
+    """Add to ``matrix`` [k - E, k - E], in place, what ``weight`` times the identity is to all k columns.
+
+    With S [k - E, k] the map that gives the last class minus the sum of the others, ``V_all = V S``, and for all else
+    that is computed of them: ``S (w I + S^T X S)^-1 S^T = (w (S S^T)^-1 + X)^-1``. Between the classes of the last
+    layer ``(S S^T)^-1 = I - 1 1^T / C``.
+    """
+    matrix.diagonal().add_(weight)
+    head_size = (num_classes - 1) * width
+    head = matrix[:head_size, :head_size].view(num_classes - 1, width, num_classes - 1, width)
+    head.diagonal(dim1=1, dim2=3).sub_(weight / num_classes)
+
+
 def product(embedding: Embedding, matrix: Tensor) -> Tensor:
-    """``V @ matrix`` for ``matrix`` [k, m]: [R, m, n], in O(n (R k_body + C E) m)."""
-    shape = embedding.num_classes, len(embedding.hidden), matrix.shape[1]
-    head = matrix[: embedding.head_size].view(shape)
-    by_class = _by_class(head.mT, embedding.hidden)
-    result = _contrast(embedding, _kept(embedding, by_class))
+    """``V @ matrix`` for ``matrix`` [k - E, m]: [R, m, n], in O(n (R k_body + C E) m)."""
+    head = matrix[: embedding.head_size].view(embedding.num_classes - 1, len(embedding.hidden), matrix.shape[1])
+    result = _contrast(embedding, _kept(embedding, _by_class(head.mT, embedding.hidden)))
     if embedding.body.shape[1]:
         result.baddbmm_(matrix[embedding.head_size :].mT.expand(len(result), -1, -1), embedding.body)
     return result
 
 
 def _by_class(head: Tensor, hidden: Tensor) -> Tensor:
-    """[C, m, n], for each class ``head`` [C, m, E] times ``hidden`` [E, n], less that of the last class.
-
-    Contrasts see the difference between classes only, so one class can be the zero that others are measured from.
-    """
-    found = hidden.new_empty(*head.shape[:2], hidden.shape[1])
-    torch.mm((head[:-1] - head[-1]).flatten(0, 1), hidden, out=found[:-1].flatten(0, 1))
+    """For each class ``head`` [C - 1, m, E] times ``hidden`` [E, n], and zero for the last: [C, m, n]."""
+    found = hidden.new_empty(len(head) + 1, head.shape[1], hidden.shape[1])
+    torch.mm(head.flatten(0, 1), hidden, out=found[:-1].flatten(0, 1))
     found[-1] = 0
     return found
 
@@ -196,29 +215,27 @@ def _keeping(embedding: Embedding, o: int) -> tuple[int | Tensor, slice | Tensor
 
 
 def quadratic(embedding: Embedding, matrix: Tensor) -> Tensor:
-    """``V @ matrix @ V^T`` for a symmetric ``matrix`` [k, k]: [R, R, n]."""
-    num_classes, (q, n) = embedding.num_classes, embedding.probabilities.shape
+    """``V @ matrix @ V^T`` for a symmetric ``matrix`` [k - E, k - E]: [R, R, n]."""
+    others, (q, n) = embedding.num_classes - 1, embedding.probabilities.shape
     hidden, body, head_size = embedding.hidden, embedding.body, embedding.head_size
     width = len(hidden)
-    pairs = matrix[:head_size, :head_size].view(num_classes, width, num_classes, width)
+    pairs = matrix[:head_size, :head_size].view(others, width, others, width)
     head = hidden.new_zeros(q, q, n)
-    for o in range(num_classes - 1):  # h^T matrix[o, o'] h, measured from the last class as in ``_by_class``
-        block = pairs[o] - pairs[-1]
-        block = block[:, :-1] - block[:, -1:]
+    for o in range(others):  # h^T matrix[o, o'] h, and zero where one of them is the last class
         if embedding.classes is None:  # each pair of classes once
-            right = (block[:, o:].flatten(1).mT @ hidden).view(num_classes - 1 - o, width, n)
+            right = (pairs[o, :, o:].flatten(1).mT @ hidden).view(others - o, width, n)
             head[o, o:-1] = head[o:-1, o] = (right * hidden).sum(1)
         else:
             places, images = _keeping(embedding, o)
             own = hidden[:, images]
-            by_class = own.new_zeros(num_classes, own.shape[1])
-            by_class[:-1] = ((block.flatten(1).mT @ own).view(num_classes - 1, width, own.shape[1]) * own).sum(1)
+            by_class = own.new_zeros(others + 1, own.shape[1])
+            by_class[:-1] = ((pairs[o].flatten(1).mT @ own).view(others, width, own.shape[1]) * own).sum(1)
             head[places, :, images] = by_class.gather(0, embedding.classes[:, images]).mT
     if embedding.classes is not None:
         head = (head + head.transpose(0, 1)) / 2  # the same pair was rounded in two ways
     result = _contrast(embedding, _contrast(embedding, head).transpose(0, 1).contiguous())
     if body.shape[1]:
-        across = matrix[:head_size, head_size:].view(num_classes, width, body.shape[1]).mT
+        across = matrix[:head_size, head_size:].view(others, width, body.shape[1]).mT
         mixed = _contrast(embedding, _kept(embedding, _by_class(across, hidden)))
         for r in range(embedding.rows):
             # Cross terms and their transpose, and the body's own, which count once: half of them on each side.
@@ -230,38 +247,38 @@ def quadratic(embedding: Embedding, matrix: Tensor) -> Tensor:
 
 
 def information_diagonal(embedding: Embedding) -> Tensor:
-    """The diagonal of ``information``, [k] in float64, without the rest of it."""
+    """The diagonal of ``information``, [k - E] in float64, without the rest of it."""
     head = contrasts.dense(embedding.probabilities, embedding.weighting).square().sum(0)
     if embedding.classes is not None:
         head = head.new_zeros(embedding.num_classes, head.shape[1]).scatter_(0, embedding.classes, head)
     return torch.cat(
         [
-            (head.double() @ embedding.hidden.double().square().mT).flatten(),
+            (head[:-1].double() @ embedding.hidden.double().square().mT).flatten(),
             embedding.body.double().square().sum((0, 2)),
         ]
     )
 
 
 def information(embedding: Embedding) -> Tensor:
-    """Sum over images of ``V^T V``: [k, k] in float64."""
-    num_classes, hidden, body = embedding.num_classes, embedding.hidden, embedding.body
+    """Sum over images of ``V^T V``: [k - E, k - E] in float64."""
+    others, hidden, body = embedding.num_classes - 1, embedding.hidden, embedding.body
     width, head_size = len(hidden), embedding.head_size
     result = torch.zeros(embedding.size, embedding.size, dtype=torch.float64, device=hidden.device)
     mixing = contrasts.dense(embedding.probabilities, embedding.weighting)
     # B = A^T A [q, q, n]; the head block is sum_n B_n (x) h_n h_n^T, and V_head^T V_body is (A^T V_body)_n (x) h_n.
     between = torch.einsum("ron,rpn->opn", mixing, mixing)
     across = contrasts.apply_transposed(embedding.probabilities, body, embedding.weighting)
-    head = result[:head_size, :head_size].view(num_classes, width, num_classes, width)
-    for o in range(num_classes):
+    head = result[:head_size, :head_size].view(others, width, others, width)
+    for o in range(others):
         places, images = _keeping(embedding, o)
         own = hidden[:, images]
         if embedding.classes is None:
-            coefficients, gradients = between[o, o:], across[o]
+            coefficients, gradients = between[o, o:-1], across[o]
         else:
-            coefficients = own.new_zeros(num_classes, own.shape[1])
-            coefficients = coefficients.scatter_(0, embedding.classes[:, images], between[places, :, images].mT)[o:]
+            coefficients = own.new_zeros(others + 1, own.shape[1])
+            coefficients = coefficients.scatter_(0, embedding.classes[:, images], between[places, :, images].mT)[o:-1]
             gradients = across[places, :, images].mT
-        block = ((coefficients[:, None] * own).flatten(0, 1) @ own.mT).view(num_classes - o, width, width)
+        block = ((coefficients[:, None] * own).flatten(0, 1) @ own.mT).view(others - o, width, width)
         head[o, :, o:] = block.transpose(0, 1)
         head[o:, :, o] = block
         if body.shape[1]:

@@ -128,8 +128,8 @@ class Workload:
 
     @property
     def size(self) -> int:
-        """k"""
-        return self.body_size + self.num_classes * self.width
+        """k - E, columns"""
+        return self.body_size + (self.num_classes - 1) * self.width
 
 
 def workload(
@@ -247,7 +247,7 @@ def estimate(
     # While a part is embedded: the block's images as floats, the embeddings in pieces and then together.
     embedding = probe.chunk * min(chunk, part) + block * base * probe.image_numbers + part * base * 2 * numbers
     # While a part is scored: itself in the scores' type, and the largest structured products.
-    scoring = part * (2 * work.num_classes * work.width + 3 * work.rows * work.body_size) * scores.itemsize
+    scoring = part * (2 * (work.num_classes - 1) * work.width + 3 * work.rows * work.body_size) * scores.itemsize
     if storage != scores:
         scoring += part * numbers * scores.itemsize
     everything = shards * images * kept

@@ -1,6 +1,6 @@
 """Choosing images one by one so that ``tr(M^-1 F)`` falls the most, without ever forming a k x k product per image.
 
-``Objective`` is the coordinator's part, ``R = M^-1`` and ``H = R F R`` [k, k]. ``Scores`` is a shard's part, for each
+``Objective`` is the coordinator's part, ``R = M^-1`` and ``H = R F R``. ``Scores`` is a shard's part, for each
 of its images ``P = V R V^T`` and ``Q = V H V^T`` [r, r], V having r = C - 1 rows. Adding an image changes both by terms
 of rank r (Woodbury), so a pick costs one structured product with 2 r columns over the pool. BAIT (Ash et al. 2021)
 defines the objective.
@@ -22,7 +22,7 @@ class Update(NamedTuple):
     """What one pick changes, all that a shard must be told."""
 
     basis: Tensor
-    """[k, 2 r]: U = R V^T beside T = H V^T, scaled as candidates are."""
+    """[k - E, 2 r]: U = R V^T beside T = H V^T, scaled as candidates are."""
     inner: Tensor
     """G = (I + V U)^-1, [r, r]."""
     middle: Tensor
@@ -38,8 +38,8 @@ class Objective:
     matrices ``LAZY_PICKS`` at a time: one large product moves each matrix through memory once, not once a pick.
 
     Args:
-        start: M before any pick, symmetric positive definite, [k, k].
-        target: F, [k, k].
+        start: M before any pick, symmetric positive definite, [k - E, k - E].
+        target: F, [k - E, k - E].
         scale: every candidate's V counts ``scale`` times V.
 
     Raises:

@@ -72,12 +72,16 @@ def main():
         found = dense(embed(model, images[:batch], mask))[:samples]
         found, expected = (v.square().sum(1) for v in (found, expected))  # which rows those are is a choice
         error = float((found - expected).abs().max() / expected.abs().max())
-        fast = seconds(lambda b=batch: embed(model, images[:b], mask), repeats=9) / batch
-        least = seconds(lambda b=batch: floor(model, images[:b], head, earliest), repeats=9) / batch
-        rows.append([batch, slow * 1e3, fast * 1e3, least * 1e3, slow / fast, fast / least, error])
+        for layout_name, memory in (("default", torch.contiguous_format), ("channels last", torch.channels_last)):
+            model.to(memory_format=memory)
+            part = images[:batch].contiguous(memory_format=memory)
+            fast = seconds(lambda p=part: embed(model, p, mask), repeats=9) / batch
+            least = seconds(lambda p=part: floor(model, p, head, earliest), repeats=9) / batch
+            rows.append([batch, layout_name, slow * 1e3, fast * 1e3, least * 1e3, slow / fast, fast / least, error])
+        model.to(memory_format=torch.contiguous_format)
     show(
         f"Masked gradients, thin ResNet-18, 32x32x3, C = 10, k = {k} ({mask.body_size} outside the head). {machine()}",
-        ["batch", "naive ms/image", "ours ms/image", "floor ms/image", "naive/ours", "ours/floor", "error of squares"],
+        ["batch", "layout", "naive ms/image", "ours ms/image", "floor ms/image", "naive/ours", "ours/floor", "error of squares"],
         rows,
     )
     everything = list(dict.fromkeys(name.rpartition(".")[0] for name in diagonal))

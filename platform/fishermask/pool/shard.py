@@ -196,7 +196,7 @@ class Shard:
         self.scorer, self.step = moved(scorer, self._scores_type(), self.device), step
         self.scores = []  # the old ones go before the new ones come
         for i, part in enumerate(self.parts):
-            self.scores.append(scorer.start(self._loaded(i), self.start + part.start))
+            self.scores.append(self.scorer.start(self._loaded(i), self.start + part.start))
         return self._offer()
 
     def advance(self, update: Any, taken: int, offer: bool = True) -> Offer | None:

@@ -6,6 +6,7 @@ thread, whoever calls it: the rounding of a sum over threads depends on their nu
 """
 
 import copy
+import math
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -197,7 +198,7 @@ class Shard:
         self.scorer, self.step = moved(scorer, self._scores_type(), self.device), step
         self.scores = []  # the old ones go before the new ones come
         for i, part in enumerate(self.parts):
-            self.scores.append(scorer.start(self._loaded(i), self.start + part.start))
+            self.scores.append(self.scorer.start(self._loaded(i), self.start + part.start))
         return self._offer()
 
     def advance(self, update: Any, taken: int, offer: bool = True) -> Offer | None:
@@ -212,19 +213,21 @@ class Shard:
         return self._offer() if offer else None
 
     def _offer(self) -> Offer | None:
-        if not self.available.any():
+        if not self.scores:
             return None
-        states = zip(self.scores, self.parts, strict=True)
-        gain = torch.cat([self._gains(state, part) for state, part in states])
-        gain = torch.where(self.available, gain, -torch.inf)
-        best = gain.max()  # infinite or not a number if any of them is
-        if not torch.isfinite(best):
+        gain = torch.cat([self._gains(state, part) for state, part in zip(self.scores, self.parts, strict=True)])
+        # The first of equal ones; infinite or not a number if any of them is.
+        gain, row = torch.where(self.available, gain, -torch.inf).max(0)
+        # A device is waited for each time that something is read from it: once, in numbers that float64 holds exactly.
+        best, position, any_left = torch.stack([gain.double(), row.double(), self.available.any().double()]).tolist()
+        if not any_left:
+            return None
+        if not math.isfinite(best):
             raise FloatingPointError(
                 "a candidate's gain is not a number: the model's outputs overflow, or strategy.params.damping is too "
                 "small for the information matrix to be inverted"
             )
-        row = int((gain == best).nonzero()[0])  # the first of equal ones
-        return Offer(float(best), self.start + row, self._row(row))
+        return Offer(best, self.start + int(position), self._row(int(position)))
 
     def _gains(self, state: Tensor, part: slice) -> Tensor:
         return self.scorer.gains(state, self.step, self.start + part.start)[: part.stop - part.start]

@@ -1,0 +1,157 @@
+"""A second device where there is none: its tensors say that they are elsewhere, and are computed with here.
+
+The device is ``lazy``: a name that every torch knows, that autograd works on, and that has no arithmetic of its own.
+Inside a ``PretendedDevice`` block every operation is held to CUDA's rules: tensors of two devices do not meet, but for
+CPU scalars in elementwise operations, CPU indices into the device's tensors, and copies. What the host reads is kept.
+
+Torch's own ``FakeTensorMode`` pretends to CUDA by name, but has no numbers to choose by, and no autograd without a GPU.
+"""
+
+import contextlib
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fishermask.pool.shards import LocalShards
+
+HERE, THERE = torch.device("cpu"), torch.device("lazy")
+aten = torch.ops.aten
+COPIES = {aten._to_copy, aten.copy_}
+INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+SCALARS = {aten.fill, aten.fill_, aten.masked_fill, aten.masked_fill_}
+"""Take a CPU scalar, though they are not tagged as elementwise."""
+READING = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.bincount}
+"""The host reads the result, or how long it is."""
+
+
+class Pretended(Tensor):
+    """A tensor on the device; its numbers are in ``here``."""
+
+    here: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, here):
+        sizes = here.shape, here.stride(), here.storage_offset()
+        made = Tensor._make_wrapper_subclass(cls, *sizes, dtype=here.dtype, device=THERE)
+        made.here = here
+        return made
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(f"{func} of a tensor on the device, in a process that has none")
+
+
+class PretendedDevice(TorchDispatchMode):
+    """``lazy`` is a device inside the block.
+
+    Args:
+        reads: gets what the host reads from the device: the operation's name and the tensor's shape.
+    """
+
+    def __init__(self, reads=None):
+        super().__init__()
+        self.reads = [] if reads is None else reads
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        there = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
+        target = kwargs.get("device") or (THERE if there else HERE)
+        if target == THERE and kwargs.get("generator") is not None:
+            raise RuntimeError(f"{func}: expected a generator on {THERE}, found one on {HERE}")
+        if there:
+            _check(func, args, kwargs, tensors)
+            if _reads(func, args, target):
+                self.reads.append((func.overloadpacket.__name__, tuple(there[0].shape)))
+        # An operation in place returns what it was given.
+        given = {id(_here(tensor)): tensor for tensor in tensors}
+
+        def back(leaf):
+            if not isinstance(leaf, Tensor) or id(leaf) in given:
+                return given.get(id(leaf), leaf)
+            return Pretended(leaf) if target == THERE else leaf
+
+        return tree_map(back, func(*tree_map(_here, args), **tree_map(_here, kwargs)))
+
+
+def _here(leaf):
+    if isinstance(leaf, Pretended):
+        return leaf.here
+    return HERE if isinstance(leaf, torch.device) else leaf
+
+
+def _check(func, args, kwargs, tensors):
+    """Raise where CUDA would: ``tensors``, some of them on the device, meet some that are not and must not."""
+    strangers, packet = [tensor for tensor in tensors if not isinstance(tensor, Pretended)], func.overloadpacket
+    if not strangers or packet in COPIES:
+        return
+    if packet in INDEXING:
+        allowed = isinstance(args[0], Pretended) and not any(
+            isinstance(value, Tensor) and not isinstance(value, Pretended) and value.dim() for value in args[2:3]
+        )
+    else:
+        named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        written = [
+            named.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+        ]
+        allowed = (
+            (torch.Tag.pointwise in func.tags or packet in SCALARS)
+            and not any(stranger.dim() for stranger in strangers)
+            and all(isinstance(tensor, Pretended) for tensor in written if tensor is not None)
+        )
+    if not allowed:
+        found = ", ".join(f"{tensor.device} {list(tensor.shape)}" for tensor in tensors)
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {found}")
+
+
+def _reads(func, args, target):
+    packet = func.overloadpacket
+    if packet is aten._to_copy:
+        return target == HERE
+    if packet is aten.copy_:
+        return not isinstance(args[0], Pretended)
+    # How many a mask chooses is read, too.
+    return packet in READING or (packet in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1]))
+
+
+class PretendedShards(LocalShards):
+    """Shards on the device, led by a process that has none. ``reads`` is what the hosts of the shards read from it."""
+
+    def __init__(self, images, statistics, count=1):
+        super().__init__(images, statistics, count, THERE.type)
+        self.reads = []
+
+    def scatter(self, method, args):
+        def inside(shard, own):
+            with PretendedDevice(self.reads):  # a mode is its thread's
+                return getattr(shard, method)(*own)
+
+        calls = [self.threads.submit(inside, *pair) for pair in zip(self.shards, args, strict=False)]
+        return [call.result() for call in calls]
+
+
+@contextlib.contextmanager
+def pretending():
+    """What torch does for ``cuda`` before any operation is dispatched, and refuses to do for ``lazy``."""
+    make, before = torch.tensor, torch.__future__.get_overwrite_module_params_on_conversion()
+
+    def tensor(data, dtype=None, device=HERE):
+        return make(data, dtype=dtype).to(device)
+
+    def autocast(device_type, dtype=None, enabled=True):
+        assert not enabled, "nothing is cast for a pretended device"
+        return contextlib.nullcontext()
+
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter cannot change its class in place
+    try:
+        with mock.patch.multiple(torch, tensor=tensor, autocast=autocast):
+            yield
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)

@@ -81,7 +81,16 @@ def main():
         model.to(memory_format=torch.contiguous_format)
     show(
         f"Masked gradients, thin ResNet-18, 32x32x3, C = 10, k = {k} ({mask.body_size} outside the head). {machine()}",
-        ["batch", "layout", "naive ms/image", "ours ms/image", "floor ms/image", "naive/ours", "ours/floor", "error of squares"],
+        [
+            "batch",
+            "layout",
+            "naive ms/image",
+            "ours ms/image",
+            "floor ms/image",
+            "naive/ours",
+            "ours/floor",
+            "error of squares",
+        ],
         rows,
     )
     everything = list(dict.fromkeys(name.rpartition(".")[0] for name in diagonal))

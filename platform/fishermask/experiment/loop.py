@@ -18,6 +18,7 @@ from fishermask.pool.plan import Plan
 from fishermask.pool.pool import Engine, Pool, Progress
 from fishermask.pool.shards import Shards
 from fishermask.tensors.images import Images
+from fishermask.tensors.kernels import repeatable_gpu
 from fishermask.tensors.metrics import evaluate
 from fishermask.tensors.training import fit, predict
 
@@ -82,6 +83,8 @@ def run(
         raise InputError("rounds.jsonl: holds ids that are not in the pool, or one twice; remove it to run again")
     labeled = torch.cat([setup.initial, positions])
     device = torch.device("cuda" if config.resources.gpus else "cpu")
+    if device.type == "cuda":
+        repeatable_gpu()
     augment = config.data.augment if config.data.augment is not None else setup.data.image_shape[0] == 3
     engine = Engine(precision(config.engine), config.engine.drift)
     if plan is not None:

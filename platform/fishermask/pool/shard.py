@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import Embedding, concatenate, embed, information, information_diagonal, take
 from fishermask.tensors.images import Images, Statistics, normalise
+from fishermask.tensors.kernels import repeatable_gpu
 from fishermask.tensors.layout import Layout
 from fishermask.tensors.mask import Mask, fisher_diagonal
 from fishermask.tensors.memory import ALIGNMENT
@@ -78,6 +79,8 @@ class Shard:
 
     def __init__(self, images: Images, start: int, statistics: Statistics, device: str) -> None:
         self.images, self.start, self.statistics, self.device = images, start, statistics, torch.device(device)
+        if self.device.type == "cuda":
+            repeatable_gpu()
         self.blocks = [slice(i, min(i + BLOCK, len(images))) for i in range(0, len(images), BLOCK)]
         self.model: nn.Module = nn.Identity()
         self.embeddings: list[Embedding] = []

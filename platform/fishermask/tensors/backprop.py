@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishermask.tensors.layout import slow_attention
+from fishermask.tensors.kernels import plain_attention
 
 
 class ForwardPass(NamedTuple):
@@ -60,7 +60,7 @@ def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence
         for name in layers
     ]
     try:
-        with torch.set_grad_enabled(bool(layers)), slow_attention():
+        with torch.set_grad_enabled(bool(layers)), plain_attention:
             logits = model(images).to(images.dtype)  # under autocast it has another
     finally:
         for handle in handles:

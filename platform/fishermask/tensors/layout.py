@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fishermask.errors import InputError
+from fishermask.tensors.kernels import plain_attention
 from fishermask.tensors.layer_rules import has_rule
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def inspect(model: nn.Module, images: Tensor) -> Layout:
         for name, module in modules.items()
     ]
     try:
-        with torch.no_grad(), slow_attention():
+        with torch.no_grad(), plain_attention:
             logits = model(images)
     finally:
         for handle in handles:
@@ -97,17 +97,6 @@ def announce_slow(names: tuple[str, ...]) -> None:
         logger.warning("model: %d parameters have no gradient rule and take the slow way: %s", len(names), shown)
 
 
-class slow_attention:  # noqa: N801  a context manager
-    """Attention layers take their plain path: the fused one for inference calls no layer and has no gradient."""
-
-    def __enter__(self) -> None:
-        self.before = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.mha.set_fastpath_enabled(self.before)
-
-
 def per_sample_gradients(
     model: nn.Module, images: Tensor, names: tuple[str, ...], cotangent: Tensor, chunk: int = 16
 ) -> dict[str, Tensor]:
@@ -124,8 +113,7 @@ def per_sample_gradients(
         logits = torch.func.functional_call(model, {**parameters, **values}, (image[None],))
         return (logits[0] * weights).sum()
 
-    # The fused attention kernels know no vmap, and would go image by image.
-    with slow_attention(), sdpa_kernel(SDPBackend.MATH):
+    with plain_attention:
         rows = torch.func.vmap(torch.func.grad(weighted), in_dims=(None, 0, 0), chunk_size=chunk)(
             wanted, images, cotangent
         )

@@ -70,18 +70,14 @@ class Setup:
         """Images that a query buys, but for a last one that may buy fewer."""
         return min(self.config.budget.query, self.config.budget.total - self.config.budget.initial)
 
-    def plan(self, shards: int, checked: bool = False) -> Plan | None:
+    def plan(self, shards: int) -> Plan | None:
         """How a query goes about it with this many shards.
-
-        Args:
-            checked: that it fits was found out before; what other runs take of the memory meanwhile does not count.
 
         Raises:
             InputError: it does not fit into the memory there is.
         """
         memory = self.config.resources.memory
-        limit = memory * 1e9 if memory is not None else math.inf if checked else None
-        return None if self.work is None else self._planned(shards, limit)
+        return None if self.work is None else self._planned(shards, None if memory is None else memory * 1e9)
 
     def _planned(self, shards: int, memory: float | None) -> Plan:
         config, size = self.config, len(self.data.train.labels)

@@ -103,7 +103,7 @@ def check(asked: list[Bundle]) -> str | None:
     found, remedy = lacking(asked, there), "lower it, or the number of shards"
     if found is None:
         found = lacking_memory(asked, there)
-        remedy = "lower strategy.params.fraction, use more shards (workers: ray), or nodes with more memory"
+        remedy = "choose a smaller strategy.params.fraction or model, more shards (workers: ray), or larger nodes"
     if found is None or cluster.autoscaled():
         return found
     raise InputError(f"{found}; {remedy}")

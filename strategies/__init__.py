@@ -5,8 +5,10 @@ A strategy file holds
 * a docstring whose first line says what it chooses, and where it is published;
 * ``query(pool, budget, params)``: the positions of ``budget`` distinct candidates, as an integer tensor;
 * if it has parameters, ``class Params(Config)``;
-* if some parameters do not go with some models, ``check(params, model, images)``, which raises ``InputError``, and
-  returns, for a strategy that embeds the pool, the ``Workload`` of a query, from which memory and time are estimated.
+* if it does more than to look at predictions, or some parameters do not go with some models,
+  ``check(params, model, images)``, which raises ``InputError`` and returns what memory and time are estimated from: the
+  ``Workload`` of a query that embeds the pool; ``prediction(model, images)`` of one that only predicts it, for which a
+  strategy without ``check`` is taken; None if no image is looked at.
 """
 
 import pkgutil
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from fishermask.config import Config, StrategyConfig, parse
 from fishermask.errors import InputError
 from fishermask.pool.pool import Pool
-from fishermask.tensors.memory import Workload
+from fishermask.tensors.memory import Prediction, Workload, prediction
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,15 @@ class Strategy:
         """Positions of ``budget`` candidates, in the order of choice."""
         return self.module.query(pool, budget, self.params)
 
-    def check(self, model: nn.Module, images: Tensor) -> Workload | None:
-        """Raise ``InputError`` if the parameters do not go with ``model``, which takes ``images`` [n, ...]."""
-        check: Callable[[Config, nn.Module, Tensor], Workload | None] | None = getattr(self.module, "check", None)
-        return None if check is None else check(self.params, model, images)
+    def check(self, model: nn.Module, images: Tensor) -> Workload | Prediction | None:
+        """What a query computes with ``model``, which takes ``images`` [n, ...]; None if it looks at no image.
+
+        Raises:
+            InputError: the parameters do not go with the model.
+        """
+        check: Callable[[Config, nn.Module, Tensor], Workload | Prediction | None] | None
+        check = getattr(self.module, "check", None)
+        return prediction(model, images) if check is None else check(self.params, model, images)
 
 
 def available() -> list[str]:

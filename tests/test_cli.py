@@ -79,9 +79,11 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(sweep, capsys):
 
 
 def test_an_estimate_of_memory_and_time_is_shown_before_anything_starts(sweep, capsys):
-    assert cli.main(["sweep", "tiny.yaml", "--dry-run", "strategy=[bait,random]"]) == 0
-    line = capsys.readouterr().out.splitlines()[0]
-    assert re.match(r"bait of 300 images, 10 a query: about [\d.e-]+ s, \d+ MB while it .* \(.*k x k matrices", line)
+    assert cli.main(["sweep", "tiny.yaml", "--dry-run", "strategy=[bait,margin,random]"]) == 0
+    bait, margin, rest = capsys.readouterr().out.splitlines()[:3]
+    assert re.match(r"bait of 300 images, 10 a query: about [\d.e-]+ s, \d+ MB while it .* \(.*k x k matrices", bait)
+    assert re.match(r"margin of 300 images, 10 a query: about [\d.e-]+ s, \d+ MB while it predicts the pool \(", margin)
+    assert rest.startswith("tiny: 3 runs")  # random looks at no image
 
 
 def test_a_query_that_cannot_fit_is_refused_before_anything_is_trained(sweep, capsys):

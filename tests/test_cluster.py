@@ -1,6 +1,5 @@
 """What a cluster is refused for: each in one line, within seconds, before anything runs."""
 
-import itertools
 import json
 import re
 import socket
@@ -12,7 +11,6 @@ import ray
 from ray import cloudpickle
 from ray._private.utils import check_version_info
 
-from fishermask.config import ResourcesConfig
 from fishermask.errors import InputError
 from fishermask.sweep import cluster, package
 
@@ -93,56 +91,6 @@ def test_a_package_is_known_by_its_version_and_every_source_file(tmp_path):
         found.append(installed_elsewhere(f"sys.path.insert(0, {str(tmp_path)!r})"))
     assert all(re.fullmatch(r"7 \([0-9a-f]{12}\)", one) for one in found)
     assert found[0] == found[2] != found[1]
-
-
-def placeable(asked, nodes):
-    """The oracle: every way to put every bundle on a node."""
-    for places in itertools.product(range(len(nodes)), repeat=len(asked)):
-        room = [dict(node) for node in nodes]
-        for bundle, place in zip(asked, places, strict=True):
-            for kind, amount in bundle.items():
-                room[place][kind] = room[place].get(kind, 0) - amount
-        if all(amount >= 0 for node in room for amount in node.values()):
-            return True
-    return False
-
-
-def test_a_run_is_refused_exactly_when_no_placement_of_its_processes_exists():
-    sizes = [{"CPU": 4, "GPU": 1}, {"CPU": 2, "GPU": 2}, {"CPU": 3}]
-    outcomes = set()
-    for cpus, gpus, cpus_per_shard, gpus_per_shard, shards in itertools.product(
-        [0.5, 3], [0, 1], [0.5, 2, 5], [0, 0.5, 1], [1, 3, 4]
-    ):
-        resources = ResourcesConfig(
-            cpus=cpus, gpus=gpus, workers="ray", cpus_per_shard=cpus_per_shard, gpus_per_shard=gpus_per_shard
-        )
-        asked = cluster.bundles(resources, shards)
-        possible = placeable(asked, sizes)
-        assert (cluster.lacking(asked, sizes) is None) == possible, asked
-        outcomes.add(possible)
-    assert outcomes == {True, False}
-
-
-@pytest.mark.parametrize(
-    ("settings", "shards", "message"),
-    [
-        ({"gpus": 9.0}, 1, "resources: a run asks for 9 GPUs in all, but the cluster has 12 CPUs and 8 GPUs"),
-        ({"gpus": 8.0}, 1, "resources.gpus: 8 exceeds the 4 GPUs of a node"),
-        ({"workers": "ray", "cpus_per_shard": 7.0}, 1, "resources.cpus_per_shard: 7 exceeds the 6 CPUs of a node"),
-        ({"cpus": 4.0, "workers": "ray", "cpus_per_shard": 4.0}, 2, "the 3 processes of a run, as large as"),
-    ],
-)  # fmt: skip
-def test_what_a_run_lacks_is_named_with_its_setting(settings, shards, message):
-    nodes = [{"CPU": 6.0, "GPU": 4.0}] * 2
-    assert message in cluster.lacking(cluster.bundles(ResourcesConfig(**settings), shards), nodes)
-
-
-def test_a_gpu_is_refused_on_a_joined_cluster_that_has_none(ray_session):
-    message = refusal(cluster.check_room, [{"CPU": 1, "GPU": 1}])
-    assert message == (
-        "resources: a run asks for 1 GPUs in all, but the cluster has 4 CPUs and 0 GPUs; "
-        "lower it, or the number of shards"
-    )
 
 
 def test_an_autoscaler_is_told_from_rays_plain_monitor():

@@ -15,7 +15,7 @@ from torch import nn
 from fishermask.errors import InputError
 from fishermask.experiment.streams import stream
 from fishermask.pool import selection
-from fishermask.pool.plan import plan
+from fishermask.pool.plan import plan, plan_prediction
 from fishermask.pool.pool import Engine, Pool
 from fishermask.pool.selection import TraceOptions, approximation_error, minimise_trace
 from fishermask.pool.shards import LocalShards
@@ -23,7 +23,17 @@ from fishermask.tensors.embedding import dense, embed, information, information_
 from fishermask.tensors.images import normalise
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import fisher_diagonal, global_mask, head_size, mask_size
-from fishermask.tensors.memory import CHUNKS, Probe, estimate, fit, image_bytes, live_peak, workload
+from fishermask.tensors.memory import (
+    CHUNKS,
+    PredictionProbe,
+    Probe,
+    estimate,
+    fit,
+    image_bytes,
+    live_peak,
+    prediction,
+    workload,
+)
 from fishermask.tensors.precision import Precision
 
 
@@ -242,3 +252,37 @@ def test_shards_without_images_need_no_memory_and_are_not_wanted():
     probe = Probe(model, image, workload(model, image, inspect(model, torch.zeros(2, 1, 8, 8)), 30))
     one, many = (plan(probe, 1800, 5, shards, True, Precision()).process for shards in (1, 9))
     assert many == one
+
+
+def test_a_prediction_takes_the_activations_of_a_block_and_the_probabilities_of_all():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(100, 500), nn.ReLU(), nn.Linear(500, 10)).requires_grad_(False)
+    image = torch.zeros(1, 1, 10, 10)
+    probe = PredictionProbe(model, image, prediction(model, image))
+    assert 4 * (100 + 500) <= probe.image <= 4 * (100 + 2 * 500 + 10)
+    one = plan_prediction(probe, 10_000, 1, True)
+    assert one.process.parts["activations"] == 2048 * probe.image
+    assert one.process.parts["probabilities"] == 3 * 4 * 10 * 10_000
+    two = plan_prediction(probe, 10_000, 2, True)
+    assert two.process.parts["activations"] == 2 * one.process.parts["activations"]
+    assert two.seconds == pytest.approx(one.seconds / 2)
+    apart = plan_prediction(probe, 10_000, 2, False)
+    assert apart.shard.parts == {**apart.shard.parts, "activations": 2048 * probe.image, "probabilities": 0}
+    assert (apart.main, apart.shard_main) == (apart.process.total, apart.shard.total)
+    with pytest.raises(InputError, match=r"resources.memory: a query needs .* than the 1 MB there are; give it more"):
+        plan_prediction(probe, 10_000, 1, True, memory=1e6)
+
+
+def test_what_is_on_a_gpu_does_not_count_as_main_memory():
+    model, image = cases.model("small_cnn").float(), torch.zeros(1, 1, 8, 8)
+    probe = Probe(model, image, workload(model, image, inspect(model, torch.zeros(2, 1, 8, 8)), 30))
+
+    def planned(in_process, gpu):
+        return plan(probe, 50_000, 5, 2, in_process, Precision(), math.inf, gpu)
+
+    together, apart = planned(True, False), planned(False, False)
+    assert (together.main, apart.main, apart.shard_main) == (
+        together.process.total, apart.process.total, apart.shard.total
+    )  # fmt: skip
+    assert planned(True, True).main == apart.main < together.main
+    assert planned(False, True).main == apart.main
+    assert planned(False, True).shard_main < apart.shard_main

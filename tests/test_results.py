@@ -11,7 +11,7 @@ from fishermask.errors import InputError
 from fishermask.results import report
 from fishermask.results.files import JournalFile, RunFolder, locked, make_folder, write_atomically
 from fishermask.results.tables import collect, short_labels, summarise
-from fishermask.sweep.pace import Pace
+from fishermask.sweep.pace import Pace, time_left
 
 
 def result(index, accuracy, labels=None):
@@ -260,3 +260,13 @@ def test_a_stage_says_how_far_it_is_and_when_it_will_be_done():
     assert pace.tell("b", "pick", 20, 100, 30.0) == "pick 20/100"
     assert pace.tell("a", "pick", 1, 100, 40.0) == "pick 1/100"  # of the next round
     assert pace.tell("a", "pick", 2, 100, 140.0) == "pick 2/100, ETA 2:43:20"
+
+
+def test_a_runs_last_round_is_known_to_have_no_query():
+    """Of three rounds, each 1 s for the model and 9 s for the query, two are done."""
+    assert time_left(20.0, [1.0, 1.0], [9.0, 9.0], rounds=1, batches=0) == 1.0
+    # Two such runs at once, one of them finished: what took 40 s one after the other took 20.
+    assert time_left(20.0, [1.0] * 5, [9.0, 9.0, 9.0, 8.0], rounds=1, batches=0) == pytest.approx(20 / 40)
+    assert time_left(10.0, [2.0], [8.0], rounds=3, batches=2) == 3 * 2 + 2 * 8
+    assert time_left(6.0, [2.0], [], rounds=2, batches=1) == 12.0  # nothing is known of queries yet
+    assert time_left(6.0, [2.0], [1.0], rounds=0, batches=0) == 0.0

@@ -13,12 +13,12 @@ from fishermask.data import dataset, imbalance
 from fishermask.data.dataset import Dataset
 from fishermask.errors import InputError
 from fishermask.experiment.streams import stream, stream_seed
-from fishermask.pool.plan import Plan, plan
+from fishermask.pool.plan import Plan, plan, plan_prediction
 from fishermask.pool.shard import BLOCK
 from fishermask.strategies import Strategy
 from fishermask.tensors import models
 from fishermask.tensors.images import Statistics, channel_statistics, normalise
-from fishermask.tensors.memory import Probe, Workload
+from fishermask.tensors.memory import Prediction, PredictionProbe, Probe, Workload
 from fishermask.tensors.precision import Precision
 
 TYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,7 +27,7 @@ TYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.b
 SECONDS_A_SHARD = 10.0
 """Work of a query on one core that is worth a shard of its own ..."""
 IMAGES_A_SHARD = 20_000
-"""... and as many images, where a strategy does not say how much work it is."""
+"""... and as many images, where a query is no work."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Setup:
     """Pool positions that are labelled at the start, ascending."""
     statistics: Statistics
     strategy: Strategy
-    work: Workload | None = None
-    """What a query computes, where the strategy says so."""
+    work: Workload | Prediction | None = None
+    """What a query computes; None where it looks at no image."""
 
     def model(self, round_index: int) -> nn.Module:
         """A fresh model for a round: the same for every strategy."""
@@ -70,35 +70,25 @@ class Setup:
         """Images that a query buys, but for a last one that may buy fewer."""
         return min(self.config.budget.query, self.config.budget.total - self.config.budget.initial)
 
-    def plan(self, shards: int, checked: bool = False) -> Plan | None:
+    def plan(self, shards: int) -> Plan | None:
         """How a query goes about it with this many shards.
-
-        Args:
-            checked: that it fits was found out before; what other runs take of the memory meanwhile does not count.
 
         Raises:
             InputError: it does not fit into the memory there is.
         """
         memory = self.config.resources.memory
-        limit = memory * 1e9 if memory is not None else math.inf if checked else None
-        return None if self.work is None else self._planned(shards, limit)
+        return None if self.work is None else self._planned(shards, None if memory is None else memory * 1e9)
 
     def _planned(self, shards: int, memory: float | None) -> Plan:
-        config = self.config
+        config, size = self.config, len(self.data.train.labels)
         assert self.work is not None
         probe = _probe(config.model, self.data.image_shape, len(self.data.classes), self.work)
         in_process = config.resources.workers == "in_process"
-        size = len(self.data.train.labels)
-        return plan(
-            probe,
-            size,
-            self.largest_query(),
-            shards,
-            in_process,
-            precision(config.engine),
-            memory,
-            config.resources.gpus > 0,
-        )
+        gpu = (config.resources.gpus if in_process else config.resources.gpus_per_shard) > 0
+        if isinstance(probe, PredictionProbe):
+            return plan_prediction(probe, size, shards, in_process, memory, gpu)
+        query = self.largest_query()
+        return plan(probe, size, query, shards, in_process, precision(config.engine), memory, gpu)
 
 
 def prepare(config: ExperimentConfig) -> Setup:
@@ -137,9 +127,12 @@ def precision(engine: EngineConfig) -> Precision:
 
 # The same for all seeds and budgets of a model and strategy.
 @lru_cache(maxsize=64)
-def _probe(model: NamedConfig, shape: tuple[int, int, int], num_classes: int, work: Workload) -> Probe:
+def _probe(
+    model: NamedConfig, shape: tuple[int, int, int], num_classes: int, work: Workload | Prediction
+) -> Probe | PredictionProbe:
     network = models.build(model.name, model.params, shape, num_classes, seed=0).eval().requires_grad_(False)
-    return Probe(network, torch.zeros(1, *shape), work)
+    image = torch.zeros(1, *shape)
+    return Probe(network, image, work) if isinstance(work, Workload) else PredictionProbe(network, image, work)
 
 
 # One run after another usually wants another seed's pool or the same again; its row numbers and labels are all that is

@@ -9,8 +9,17 @@ import psutil
 import torch
 
 from fishermask.pool.shard import BLOCK, cut, rows_together
-from fishermask.tensors.cost import query_seconds
-from fishermask.tensors.memory import Estimate, Probe, estimate, fit
+from fishermask.tensors.cost import prediction_seconds, query_seconds
+from fishermask.tensors.memory import (
+    DIAGONAL_BATCH,
+    Estimate,
+    PredictionProbe,
+    Probe,
+    checked,
+    estimate,
+    estimate_prediction,
+    fit,
+)
 from fishermask.tensors.precision import Precision
 
 SPARE = 0.9
@@ -31,6 +40,10 @@ class Plan:
     """Of each shard that has a process of its own."""
     seconds: float
     """About how long a query takes, if each shard has a core such as this one."""
+    main: float
+    """Bytes of main memory that ``process`` needs: all of them, or where shards are on GPUs what is not there."""
+    shard_main: float = 0.0
+    """The same for each ``shard``."""
 
     @property
     def bytes(self) -> float:
@@ -68,7 +81,7 @@ def plan(
 
     Args:
         memory: bytes that each process may use; what is free on this machine when not given, where that is known.
-        gpu: whether shards in process live on a GPU.
+        gpu: whether the shards live on GPUs.
 
     Raises:
         InputError: it cannot fit; names what takes the most and which setting would help.
@@ -76,16 +89,45 @@ def plan(
     work, base = probe.work, probe.base
     settings: dict[str, Any] = {"storage": precision.storage or base, "scores": precision.scores or base}
     settings |= {"block": BLOCK, "part": rows_together(work.body_size)}
-    occupied = sum(end > start for start, end in cut(size, shards))
-    images = -(-size // occupied)
+    images, occupied = _share(size, shards)
     seconds = query_seconds(probe, images, size, query)
-    free = memory if memory is not None else SPARE * free_memory(gpu)
+    free = _free(memory, gpu and in_process)
+
+    def leads(chunk: int) -> Estimate:
+        return estimate(probe, images=0, shards=0, chunk=chunk, **settings)
+
     if in_process:
         own = fit(probe, free, images=images, shards=occupied, **settings)
-        return Plan(own.chunk, probe.diagonal_batch, own, None, seconds)
+        main = leads(own.chunk) if gpu else own
+        return Plan(own.chunk, probe.diagonal_batch, own, None, seconds, main.total)
     # Shards may live on machines of other sizes: what those have free is not known here.
     each = fit(probe, memory if memory is not None else math.inf, images=images, leads=False, **settings)
-    leader = estimate(probe, images=0, chunk=each.chunk, **settings)
-    if leader.total > free:
-        fit(probe, free, images=0, **settings)
-    return Plan(each.chunk, probe.diagonal_batch, leader, each, seconds)
+    leader = checked(leads(each.chunk), free)
+    main = estimate(probe, images=0, leads=False, chunk=each.chunk, **settings) if gpu else each
+    return Plan(each.chunk, probe.diagonal_batch, leader, each, seconds, leader.total, main.total)
+
+
+def plan_prediction(
+    probe: PredictionProbe, size: int, shards: int, in_process: bool, memory: float | None = None, gpu: bool = False
+) -> Plan:
+    """Plan queries that only predict a pool of ``size``; arguments and errors are those of ``plan``."""
+    images, occupied = _share(size, shards)
+    seconds = prediction_seconds(probe, images)
+    free = _free(memory, gpu and in_process)
+    leader = estimate_prediction(probe, 0, size, BLOCK)
+    if in_process:
+        own = checked(estimate_prediction(probe, images, size, BLOCK, occupied), free)
+        return Plan(own.chunk, DIAGONAL_BATCH, own, None, seconds, leader.total if gpu else own.total)
+    each = checked(estimate_prediction(probe, images, 0, BLOCK), memory if memory is not None else math.inf)
+    main = estimate_prediction(probe, 0, 0, BLOCK) if gpu else each
+    return Plan(each.chunk, DIAGONAL_BATCH, checked(leader, free), each, seconds, leader.total, main.total)
+
+
+def _share(size: int, shards: int) -> tuple[int, int]:
+    """Images of the largest shard, and how many shards have any."""
+    occupied = sum(end > start for start, end in cut(size, shards))
+    return -(-size // occupied), occupied
+
+
+def _free(memory: float | None, gpu: bool) -> float:
+    return memory if memory is not None else SPARE * free_memory(gpu)

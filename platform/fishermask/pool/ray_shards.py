@@ -42,7 +42,7 @@ class ShardActor(Shard):
 
 
 class RayShards:
-    """``count`` actors, each with ``cpus`` and ``gpus`` (fractions allowed) of its own.
+    """``count`` actors, each with ``cpus``, ``gpus`` (fractions allowed) and ``memory`` (bytes) of its own.
 
     Args:
         images: the whole pool. An actor gets a view of its share, which travels as row numbers; it maps the pixels on
@@ -51,11 +51,19 @@ class RayShards:
     """
 
     def __init__(
-        self, images: Images, statistics: Statistics, count: int, cpus: float, gpus: float, restarts: int = 3
+        self,
+        images: Images,
+        statistics: Statistics,
+        count: int,
+        cpus: float,
+        gpus: float,
+        restarts: int = 3,
+        memory: float = 0.0,
     ) -> None:
         self.count, self.restarts, self.rebuilt = count, restarts, 0
         device = "cuda" if gpus else "cpu"
-        options = ShardActor.options(num_cpus=cpus, num_gpus=gpus)  # type: ignore[attr-defined]
+        asked = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory}
+        options = ShardActor.options(**asked)  # type: ignore[attr-defined]
         slices = [(images.narrow(0, start, end - start), start) for start, end in cut(len(images), count)]
         self._make = [lambda own=own: options.remote(own[0], own[1], statistics, device) for own in slices]
         self._log: list[tuple[str, list[Any]]] = []

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fishermask.config import ResourcesConfig
 from fishermask.errors import InputError
 
 # Read by Ray when it is imported: no telemetry, one TensorBoard tree and one progress display (ours), tracebacks in the
@@ -124,66 +123,3 @@ def starts_nodes(status: bytes | None, second: bytes | None) -> bool:
     types = json.loads(status or "{}").get("autoscaler_report", {}).get("node_type_mapping") or {}
     # Where nothing can be started, the monitor makes up a type for each node.
     return any(kind != f"node_{node}" for node, kind in types.items())
-
-
-KINDS = ("CPU", "GPU")
-
-
-def bundles(resources: ResourcesConfig, shards: int) -> list[dict[str, float]]:
-    """What a run reserves: its own process first, then one bundle a Ray shard."""
-
-    def bundle(cpus: float, gpus: float) -> dict[str, float]:
-        return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-
-    own = [bundle(resources.cpus, resources.gpus)]
-    if resources.workers == "in_process":
-        return own
-    return own + [bundle(resources.cpus_per_shard, resources.gpus_per_shard)] * shards
-
-
-def check_room(asked: list[dict[str, float]]) -> str | None:
-    """What of ``asked`` the connected cluster must start nodes for; None if it has all of it, were it idle.
-
-    Args:
-        asked: the bundle of a run's own process, which may be empty, and those of its shards, which are all alike.
-
-    Raises:
-        InputError: it has not, and will not: the run would wait for ever.
-    """
-    found = lacking(asked, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    if found is None or autoscaled():
-        return found
-    raise InputError(f"{found}; lower it, or the number of shards")
-
-
-def lacking(asked: list[dict[str, float]], nodes: list[dict[str, float]]) -> str | None:
-    there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in KINDS}
-    for kind in KINDS:
-        total = sum(bundle.get(kind, 0) for bundle in asked)
-        if total > there[kind]:
-            has = " and ".join(f"{there[kind]:g} {kind}s" for kind in KINDS)
-            return f"resources: a run asks for {total:g} {kind}s in all, but the cluster has {has}"
-        most = max((node.get(kind, 0) for node in nodes), default=0)
-        for suffix, bundle in (("", asked[0]), ("_per_shard", asked[-1])):
-            if bundle.get(kind, 0) > most:
-                return f"resources.{kind.lower()}s{suffix}: {bundle[kind]:g} exceeds the {most:g} {kind}s of a node"
-    if not _fit(asked, nodes):
-        return f"resources: the {len(asked)} processes of a run, as large as they are, do not fit on {len(nodes)} nodes"
-    return None
-
-
-def _fit(asked: list[dict[str, float]], nodes: list[dict[str, float]]) -> bool:
-    """Whether the first bundle fits on some node, and the others, which are all alike, on what that leaves."""
-    unit = 10_000  # Ray counts in these parts; fractions would not add up
-    own, *shards = [[round(unit * bundle.get(kind, 0)) for kind in KINDS] for bundle in asked]
-    room = [[round(unit * node.get(kind, 0)) for kind in KINDS] for node in nodes]
-
-    def copies(node: list[int]) -> int:
-        return min(have // need for have, need in zip(node, shards[0], strict=True) if need)
-
-    for index, node in enumerate(room):
-        rest = [have - need for have, need in zip(node, own, strict=True)]
-        left = [*room[:index], rest, *room[index + 1 :]]
-        if min(rest) >= 0 and (not shards or sum(map(copies, left)) >= len(shards)):
-            return True
-    return False

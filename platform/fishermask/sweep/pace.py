@@ -1,6 +1,7 @@
-"""How far the stages of a query are, and how long each has to go."""
+"""How far the stages of a query are, how long each has to go, and how long all runs have."""
 
 import time
+from collections.abc import Sequence
 
 
 def clock(seconds: float) -> str:
@@ -8,6 +9,21 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def time_left(elapsed: float, models: Sequence[float], queries: Sequence[float], rounds: int, batches: int) -> float:
+    """Seconds that ``rounds`` more rounds take which query ``batches``: a run's last round trains, and queries nothing.
+
+    Each round to come takes as long as the mean model so far, and if it queries as the mean query. That is the work of
+    one run after the other; several at once have been faster than that, and will be.
+
+    Args:
+        elapsed: seconds since the start.
+        models: seconds of training and evaluation in each finished round.
+        queries: seconds of each finished query.
+    """
+    work = rounds * sum(models) / len(models) + (batches * sum(queries) / len(queries) if queries else 0.0)
+    return elapsed * work / (sum(models) + sum(queries))
 
 
 class Pace:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fishermask.experiment.loop import num_rounds
-from fishermask.sweep.pace import Pace, clock
+from fishermask.sweep.pace import Pace, clock, time_left
 from fishermask.sweep.plan import Run
 from fishermask.sweep.tensorboard import RunEvents
 
@@ -49,6 +49,8 @@ class Recorder:
         self.finished, self.total_runs = finished, finished + len(runs)
         self.total = sum(rounds_of(run) - len(history) for run, history in runs)
         self.done = 0
+        self.models: list[float] = []
+        self.queries: list[float] = []
         self.started = self.spoke = self.last = time.monotonic()
         self.pace = Pace()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds"))
@@ -72,10 +74,13 @@ class Recorder:
             events.writer.close()
 
     def eta(self) -> str:
-        """Time left, from the mean time of a round so far."""
+        """Time left, from the mean times of a model and of a query so far."""
         if not self.done:
             return "ETA unknown"
-        left = (self.last - self.started) / self.done * (self.total - self.done)
+        going = [run for name, run in self.runs.items() if name not in self.failed]
+        rounds = [rounds_of(run) - len(self.history[run.name]) for run in going]
+        batches = sum(max(0, count - 1) for count in rounds)
+        left = time_left(self.last - self.started, self.models, self.queries, sum(rounds), batches)
         return f"ETA {clock(max(0.0, left - (time.monotonic() - self.last)))}"
 
     def stage(self, name: str, stage: str, done: int, total: int) -> None:
@@ -100,6 +105,10 @@ class Recorder:
         self.events[name].add(result)
         self.history[name].append(result)
         self.done += 1
+        seconds = result["seconds"]
+        self.models.append(seconds["train"] + seconds["evaluate"])
+        if result["batch"]:
+            self.queries.append(seconds["query"])
         self.last = time.monotonic()
         last = len(self.history[name]) == rounds_of(run)
         if last:

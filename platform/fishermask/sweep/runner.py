@@ -6,7 +6,7 @@ import os
 import traceback
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -86,19 +86,30 @@ def create_folders(sweep: Sweep, runs: list[tuple[Run, History]]) -> None:
         run.folder.create(run.config, rows)
 
 
-def shard_counts(runs: list[tuple[Run, History]], cluster: Mapping[str, float]) -> dict[str, int]:
-    """How many shards each run has, by its name, on a cluster with this many CPUs and GPUs in all."""
+class Placed(NamedTuple):
+    """How a run is computed, decided where the sweep is started, for whichever process runs it."""
 
-    def count(run: Run) -> int:
-        resources = run.config.resources
-        if resources.shards != "auto":
-            return resources.shards
-        setup = prepare(run.config)
-        found = shards_of(resources, setup.wanted_shards(), cluster.get("CPU", 0), cluster.get("GPU", 0))
-        setup.plan(found)  # they may be fewer than were wanted, and not fit
-        return found
+    shards: int
+    plan: Plan | None
+    """Of its queries; None if they compute nothing."""
+    shard_memory: float = 0.0
+    """Bytes that each Ray shard reserves."""
 
-    return {run.name: count(run) for run, _ in runs}
+
+def placed(runs: list[tuple[Run, History]], cluster: Mapping[str, float]) -> dict[str, Placed]:
+    """How each run is computed, by its name, on a cluster with this many CPUs and GPUs in all.
+
+    Raises:
+        InputError: a query does not fit: there may be fewer shards than were wanted.
+    """
+
+    def place(run: Run) -> Placed:
+        setup, resources = prepare(run.config), run.config.resources
+        wanted = setup.wanted_shards() if resources.shards == "auto" else 0
+        count = shards_of(resources, wanted, cluster.get("CPU", 0), cluster.get("GPU", 0))
+        return Placed(count, setup.plan(count))
+
+    return {run.name: place(run) for run, _ in runs}
 
 
 def run_here(sweep: Sweep, console: Console) -> Recorder:
@@ -109,13 +120,17 @@ def run_here(sweep: Sweep, console: Console) -> Recorder:
     """
     runs = missing(sweep)
     if any(run.config.resources.workers == "ray" for run, _ in runs):
-        from fishermask.sweep import cluster
+        from fishermask.sweep import cluster, room
 
-        counts = shard_counts(runs, cluster.ray.cluster_resources())
-        for run, _ in runs:  # this process takes nothing of the cluster's
-            cluster.check_room([{}, *cluster.bundles(run.config.resources, counts[run.name])[1:]])
+        places = placed(runs, cluster.ray.cluster_resources())
+        for run, _ in runs:
+            place = places[run.name]
+            shards = room.bundles(run.config.resources, place.shards, place.plan)[1:]
+            asked = room.squeezed([{}, *shards], room.idle_nodes())  # this process takes nothing of the cluster's
+            room.check(asked)
+            places[run.name] = place._replace(shard_memory=asked[-1].get(room.MEMORY, 0.0))
     else:
-        counts = shard_counts(runs, {})
+        places = placed(runs, {})
     create_folders(sweep, runs)
     varied = varied_settings(sweep.folder)
     with Recorder(runs, varied, console, len(sweep.runs) - len(runs), every_round=True) as recorder:
@@ -123,7 +138,7 @@ def run_here(sweep: Sweep, console: Console) -> Recorder:
             try:
                 rounds(
                     run.config,
-                    counts[run.name],
+                    places[run.name],
                     history,
                     lambda result, run=run: recorder.record(run.name, result),
                     run.folder.journal,
@@ -135,27 +150,27 @@ def run_here(sweep: Sweep, console: Console) -> Recorder:
 
 
 def rounds(
-    config: ExperimentConfig, shards: int, history: History, record: Any, journal: Journal, stage: Any = None
+    config: ExperimentConfig, place: Placed, history: History, record: Any, journal: Journal, stage: Any = None
 ) -> None:
     """Run one experiment from where ``history`` ends, handing each round's result to ``record``."""
     # One number whatever runs it: a sum over threads depends on how many there are.
     torch.set_num_threads(max(1, int(config.resources.cpus)))
     setup = prepare(config)
     show = {} if stage is None else {"progress": stage}
-    maker, plan = shard_maker(config.resources, shards), setup.plan(shards, checked=True)
-    for result in loop.run(setup, maker, history, journal=journal, plan=plan, **show):
+    maker = shard_maker(config.resources, place)
+    for result in loop.run(setup, maker, history, journal=journal, plan=place.plan, **show):
         record(result.as_dict())
 
 
-def shard_maker(resources: ResourcesConfig, count: int) -> MakeShards:
-    """How a run's ``count`` shards are made, in its own process or as Ray actors."""
+def shard_maker(resources: ResourcesConfig, place: Placed) -> MakeShards:
+    """How a run's shards are made, in its own process or as Ray actors."""
 
     def make(images: Images, statistics: Any) -> Shards:
         if resources.workers == "in_process":
-            return LocalShards(images, statistics, count, "cuda" if resources.gpus else "cpu")
+            return LocalShards(images, statistics, place.shards, "cuda" if resources.gpus else "cpu")
         from fishermask.pool.ray_shards import RayShards
 
         each = (resources.cpus_per_shard, resources.gpus_per_shard)
-        return RayShards(images, statistics, count, *each, resources.restarts)
+        return RayShards(images, statistics, place.shards, *each, resources.restarts, place.shard_memory)
 
     return make

@@ -16,11 +16,10 @@ from rich.console import Console
 
 from fishermask.config import ExperimentConfig
 from fishermask.results.tables import varied_settings
-from fishermask.sweep import ledger, package
-from fishermask.sweep.cluster import bundles, check_room
+from fishermask.sweep import ledger, package, room
 from fishermask.sweep.plan import Sweep
 from fishermask.sweep.recorder import Recorder
-from fishermask.sweep.runner import create_folders, missing, rounds, shard_counts
+from fishermask.sweep.runner import Placed, create_folders, missing, placed, rounds
 
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 """A process or a node is gone: nothing that the run did, and it may go well on another."""
@@ -39,14 +38,20 @@ def run_on_ray(sweep: Sweep, console: Console) -> Recorder:
         InputError: a run asks for more than the cluster has and ever will.
     """
     runs = missing(sweep)
-    counts = shard_counts(runs, ray.cluster_resources())
-    asked = {run.name: bundles(run.config.resources, counts[run.name]) for run, _ in runs}
-    for waits_for in {check_room(request) for request in asked.values()} - {None}:
+    places, there = placed(runs, ray.cluster_resources()), room.idle_nodes()
+    asked = {
+        run.name: room.bundles(run.config.resources, places[run.name].shards, places[run.name].plan) for run, _ in runs
+    }
+    asked = room.alike({name: room.squeezed(request, there) for name, request in asked.items()}, there)
+    for waits_for in {room.check(request) for request in asked.values()} - {None}:
         console.print(f"{waits_for}; such runs wait until the autoscaler has started nodes (see ray status)")
     create_folders(sweep, runs)
     restarts = max((run.config.resources.restarts for run, _ in runs), default=0)
     recorder = Recorder(runs, varied_settings(sweep.folder), console, len(sweep.runs) - len(runs))
-    configs = {run.name: (run.config, counts[run.name]) for run, _ in runs}
+    configs = {
+        run.name: (run.config, places[run.name]._replace(shard_memory=asked[run.name][-1][room.MEMORY]))
+        for run, _ in runs
+    }
     nodes = {node["NodeID"] for node in ray.nodes()}
     books = ledger.start({run.name: run.folder.path for run, _ in runs})
     trainable = tune.with_resources(
@@ -115,7 +120,7 @@ class _Listener(tune.Callback):
 
 def trial(
     settings: dict[str, Any],
-    runs: dict[str, tuple[ExperimentConfig, int]],
+    runs: dict[str, tuple[ExperimentConfig, Placed]],
     books: Any,
     folder: str,
     package_here: str,
@@ -124,7 +129,7 @@ def trial(
     """One run as a trial, from where its rounds end now: each round is reported as it ends.
 
     Args:
-        runs: config and number of shards of each run.
+        runs: config of each run, and how it is computed.
         books: the ledger of the runs' folders.
         folder: where relative paths start, if it is there.
         package_here: what is installed beside the driver; a node that is not one of ``nodes``, those at the start of
@@ -133,14 +138,14 @@ def trial(
     if Path(folder).is_dir():
         os.chdir(folder)
     name = settings["run"]
-    config, shards = runs[name]
+    config, place = runs[name]
     try:
         if ray.get_runtime_context().get_node_id() not in nodes:
             package.require(package_here, package.installed(), ray.util.get_node_ip_address())
         history = ray.get(books.history.remote(name))
         journal = ledger.LedgerJournal(books, name)
         stage = ledger.LedgerStage(books, name)
-        rounds(config, shards, history, lambda result: tune.report({"round": json.dumps(result)}), journal, stage)
+        rounds(config, place, history, lambda result: tune.report({"round": json.dumps(result)}), journal, stage)
     except LOST:
         raise
     except Exception:

@@ -160,6 +160,19 @@ def workload(
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What a query computes that looks at predictions only: one pass over the pool, without gradients."""
+
+    num_classes: int
+
+
+def prediction(model: nn.Module, images: Tensor) -> Prediction:
+    """The workload of a query that only predicts with ``model``, which takes ``images`` [n, ...]."""
+    with torch.no_grad():
+        return Prediction(model(images).shape[1])
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Bytes that a process needs for a query beyond what it holds before."""
 
@@ -219,6 +232,34 @@ class Probe:
             self.diagonal_seconds = _seconds(lambda: fisher_diagonal(model, few, work.layout)) / len(few)
 
 
+class PredictionProbe:
+    """What a model's predictions take: bytes for each image of a block, and seconds on one thread.
+
+    Args:
+        image: a normalised image [1, ...], of the type that blocks will have.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, image: Tensor, work: Prediction) -> None:
+        self.work = work
+        self.image = _per_image(model, image)
+        several = image[:1].expand(ALIGNMENT, *image.shape[1:]).contiguous()
+        self.seconds = _seconds(lambda: model(several)) / ALIGNMENT
+        self.row = work.num_classes * image.element_size()
+
+
+def estimate_prediction(probe: PredictionProbe, images: int, size: int, block: int, shards: int = 1) -> Estimate:
+    """What a process needs that predicts with ``shards`` shards of ``images`` pool images each.
+
+    Args:
+        size: images whose probabilities come to this process, 0 if it does not lead.
+        block: images that are predicted at once.
+    """
+    # Probabilities come in pieces, are put together, and those of the candidates taken out of them.
+    parts = {"activations": shards * min(block, images) * probe.image, "probabilities": 3.0 * size * probe.row}
+    return _with_libraries(parts, "predicts the pool", CHUNKS[0])
+
+
 def estimate(
     probe: Probe,
     images: int,
@@ -268,8 +309,11 @@ def estimate(
         if leads:  # M, its factor, its inverse R, F, R F and H = R F R
             moments["inverts the information"] = {"embeddings": everything, "k x k matrices": 6 * matrix}
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
-    used = sum(moments[worst].values())
-    return Estimate({**moments[worst], "libraries": LIBRARIES + SLACK * used}, worst, chunk)
+    return _with_libraries(moments[worst], worst, chunk)
+
+
+def _with_libraries(parts: Mapping[str, float], moment: str, chunk: int) -> Estimate:
+    return Estimate({**parts, "libraries": LIBRARIES + SLACK * sum(parts.values())}, moment, chunk)
 
 
 def fit(probe: Probe, allowed: float, **settings: Any) -> Estimate:
@@ -282,7 +326,17 @@ def fit(probe: Probe, allowed: float, **settings: Any) -> Estimate:
     for found in estimates:
         if found.total <= allowed:
             return found
-    found = estimates[-1]
+    return checked(estimates[-1], allowed)
+
+
+def checked(found: Estimate, allowed: float) -> Estimate:
+    """``found``, if it is no more than ``allowed`` bytes.
+
+    Raises:
+        InputError: it is more; the message says what takes the most and which setting would help.
+    """
+    if found.total <= allowed:
+        return found
     worst = max(found.parts, key=lambda part: found.parts[part])
     remedy = {
         "embeddings": "set engine.storage to bfloat16, lower strategy.params.fraction, or use shards on more machines",

@@ -39,11 +39,13 @@ class Plan:
     shard: Estimate | None
     """Of each shard that has a process of its own."""
     seconds: float
-    """About how long a query takes, if each shard has a core such as this one."""
+    """About how long a query takes, if each shard has a core such as this one, and no GPU."""
     main: float
     """Bytes of main memory that ``process`` needs: all of them, or where shards are on GPUs what is not there."""
     shard_main: float = 0.0
     """The same for each ``shard``."""
+    gpu: bool = False
+    """Whether shards live on GPUs."""
 
     @property
     def bytes(self) -> float:
@@ -53,7 +55,7 @@ class Plan:
     def __str__(self) -> str:
         each = "" if self.shard is None else f", each shard {self.shard}"
         time = f"{self.seconds:.2g} s" if self.seconds < 90 else f"{self.seconds / 60:.0f} min"
-        return f"about {time}, {self.process}{each}"
+        return f"about {time}{' without GPUs' if self.gpu else ''}, {self.process}{each}"
 
 
 def free_memory(gpu: bool) -> float:
@@ -99,12 +101,12 @@ def plan(
     if in_process:
         own = fit(probe, free, images=images, shards=occupied, **settings)
         main = leads(own.chunk) if gpu else own
-        return Plan(own.chunk, probe.diagonal_batch, own, None, seconds, main.total)
+        return Plan(own.chunk, probe.diagonal_batch, own, None, seconds, main.total, gpu=gpu)
     # Shards may live on machines of other sizes: what those have free is not known here.
     each = fit(probe, memory if memory is not None else math.inf, images=images, leads=False, **settings)
     leader = checked(leads(each.chunk), free)
     main = estimate(probe, images=0, leads=False, chunk=each.chunk, **settings) if gpu else each
-    return Plan(each.chunk, probe.diagonal_batch, leader, each, seconds, leader.total, main.total)
+    return Plan(each.chunk, probe.diagonal_batch, leader, each, seconds, leader.total, main.total, gpu)
 
 
 def plan_prediction(
@@ -117,10 +119,10 @@ def plan_prediction(
     leader = estimate_prediction(probe, 0, size, BLOCK)
     if in_process:
         own = checked(estimate_prediction(probe, images, size, BLOCK, occupied), free)
-        return Plan(own.chunk, DIAGONAL_BATCH, own, None, seconds, leader.total if gpu else own.total)
+        return Plan(own.chunk, DIAGONAL_BATCH, own, None, seconds, leader.total if gpu else own.total, gpu=gpu)
     each = checked(estimate_prediction(probe, images, 0, BLOCK), memory if memory is not None else math.inf)
     main = estimate_prediction(probe, 0, 0, BLOCK) if gpu else each
-    return Plan(each.chunk, DIAGONAL_BATCH, checked(leader, free), each, seconds, leader.total, main.total)
+    return Plan(each.chunk, DIAGONAL_BATCH, checked(leader, free), each, seconds, leader.total, main.total, gpu)
 
 
 def _share(size: int, shards: int) -> tuple[int, int]:

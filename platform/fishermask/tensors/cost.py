@@ -7,9 +7,9 @@ import torch
 
 from fishermask.tensors.memory import PredictionProbe, Probe, Workload
 
-HEAD, BODY = 0.75, 2.9
+HEAD, BODY = 1.1, 3.5
 """Structured products: seconds for each second that as many operations take in one large matrix product."""
-PAIR_SECONDS = 1.7e-8
+PAIR_SECONDS = 1.4e-8
 """Each of an image's R^2 pairs of rows, in a pick, on top: seconds on one core."""
 
 WHOLE_BLOCK = 2.0

@@ -12,7 +12,7 @@ from table import machine, seconds, show
 
 from fishermask.tensors import models
 from fishermask.tensors.backprop import forward, output_gradients
-from fishermask.tensors.embedding import dense, embed
+from fishermask.tensors.embedding import embed, every_column
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import fisher_diagonal, global_mask, head_size, mask_size
 
@@ -69,7 +69,7 @@ def main():
         expected = naive(model, images[:batch], columns, samples)
         slow = seconds(lambda b=batch, s=samples: naive(model, images[:b], columns, s), repeats=3) / samples
         model.requires_grad_(False)
-        found = dense(embed(model, images[:batch], mask))[:samples]
+        found = every_column(embed(model, images[:batch], mask))[:samples]
         found, expected = (v.square().sum(1) for v in (found, expected))  # which rows those are is a choice
         error = float((found - expected).abs().max() / expected.abs().max())
         for layout_name, memory in (("default", torch.contiguous_format), ("channels last", torch.channels_last)):

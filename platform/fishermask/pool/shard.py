@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import Embedding, concatenate, embed, information, information_diagonal, take
 from fishermask.tensors.images import Images, Statistics, normalise
-from fishermask.tensors.kernels import repeatable_gpu
+from fishermask.tensors.kernels import repeatable_gpu, return_memory
 from fishermask.tensors.layout import Layout
 from fishermask.tensors.mask import Mask, fisher_diagonal
 from fishermask.tensors.memory import ALIGNMENT
@@ -153,6 +153,7 @@ class Shard:
                 start = self.parts[-1].stop if self.parts else 0
                 self.embeddings.append(self._stored(found))
                 self.parts.append(slice(start, start + len(part)))
+            return_memory()
 
     def embed_images(self, images: Tensor, mask: Mask, weighting: Weighting) -> Embedding:
         """Exact embeddings of uint8 ``images``, with all classes, not kept here."""

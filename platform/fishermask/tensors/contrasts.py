@@ -44,7 +44,7 @@ def apply_transposed(p: Tensor, rows: Tensor, weighting: Weighting) -> Tensor:
         return rows - p[:, None] * rows.sum(0)
     share, scale = _chain(p)
     found = rows.new_empty(len(p), *rows.shape[1:])
-    found[:-1] = rows * scale[:, None]
+    torch.mul(rows, scale[:, None], out=found[:-1])
     before = torch.zeros_like(found[0])  # what all rows so far take from a class, by its share of those after them
     for r in range(len(share)):
         own = found[r].clone()

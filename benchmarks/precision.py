@@ -49,7 +49,7 @@ def main():
         embedding, picking = taken["embed"], taken["pick"]
         reference, first = reference or batch, first or (embedding, picking)
         drift, again = pool.notes["largest drift of a gain"], pool.notes.get("times scores were computed anew", 0)
-        size = (10 * 150 + 128) * (precision.storage or torch.float32).itemsize + 20 * 4
+        size = (9 * 150 + 128) * (precision.storage or torch.float32).itemsize + 10 * 4
         common = f"{len(batch & reference)} of 100"
         rows.append([name, embedding, first[0] / embedding, picking, size, drift, int(again), common])
         print(f"  {name}: {common}", flush=True)

@@ -145,6 +145,8 @@ def test_help_and_version(capsys):
         (["run", "tiny.yaml", "data=coco"], "data: "),
         (["run", "tiny.yaml", "data.name=coco"], "data.name: unknown data set 'coco'; there are fashion_mnist_small"),
         (["run", "tiny.yaml", "imbalance={kind: counts, counts: {0: 3, 1: 4000}}"], "class 1 shall keep 4000 images"),
+        (["sweep", "tiny.yaml", "resources.cpus=1000", "--dry-run"], "resources.cpus: 1000 exceeds the "),
+        (["run", "tiny.yaml", "resources.cpus=0.00001"], "resources.cpus: "),
         (["run", "tiny.yaml", "resources.gpus=1"], "resources.gpus: this machine has no GPU"),
         (["sweep", "tiny.yaml", "resources.shards=999"], "resources.shards: 999 exceeds the pool of 300 images"),
         (["run", "tiny.yaml", "output=/proc/fishermask"], "output: cannot write to /proc/fishermask"),

@@ -52,6 +52,7 @@ def test_a_models_weights_depend_on_its_seed_alone():
         ("torchvision.models:resnet18", {}, (1, 32, 32), "does not take images of 1 x 32 x 32"),
         ("torchvision.models:resnet18", {"num_classes": 7}, (3, 32, 32), "must return logits, 10 for each image"),
         ("collections:OrderedDict", {}, (3, 32, 32), "returned OrderedDict, not a torch.nn.Module"),
+        ("torch.nn:Identity", {}, (1, 28, 28), "has no parameters"),
         ("mlp", {"widht": 3}, (1, 28, 28), "model.params.widht: unknown; mlp has width, depth"),
         ("mlp", {"width": "3"}, (1, 28, 28), "model.params.width: expected a whole number, got '3'"),
         ("mlp", {"depth": 0}, (1, 28, 28), "depth >= 1"),

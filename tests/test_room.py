@@ -105,6 +105,11 @@ def test_runs_ask_alike_where_memory_keeps_none_waiting():
     assert room.alike(sweep, [{"CPU": 4, "memory": 4 * GB}]) == {"a": sweep["b"], "b": sweep["b"]}
     assert room.alike(sweep, [{"CPU": 4, "memory": 4 * GB}, {"CPU": 4, "memory": 3.9 * GB}]) == sweep
     assert room.alike({}, []) == {}
+    # Each fits, covered here by a GPU and there by CPUs, but not what is the most of both.
+    parts = [{"CPU": 1, "GPU": 1, "memory": 40 * GB}, {"CPU": 1, "memory": 0.6 * GB}, {"CPU": 1, "memory": 3.5 * GB}]
+    own, few, many = parts
+    sweep = {"a": [own, *[few] * 14], "b": [few, *[many] * 14]}
+    assert room.alike(sweep, [{"CPU": 16, "GPU": 1, "memory": 64 * GB}]) == sweep
 
 
 def sweep_of(folder, **base):

@@ -1,5 +1,7 @@
 """The greedy loop over shards: what it chooses, and that how the pool is cut never changes it."""
 
+import copy
+
 import cases
 import pytest
 import reference
@@ -11,7 +13,7 @@ from fishermask import strategies
 from fishermask.config import ExperimentConfig, parse
 from fishermask.experiment.loop import checked
 from fishermask.experiment.streams import stream
-from fishermask.pool.pool import Pool
+from fishermask.pool.pool import Engine, Pool
 from fishermask.pool.ray_shards import RayShards
 from fishermask.pool.selection import TraceOptions, best_offer, minimise_trace
 from fishermask.pool.shard import BLOCK, Offer, cut
@@ -66,7 +68,8 @@ def case(body_size):
 def test_the_batch_is_the_one_that_dense_greedy_selection_chooses(body_size, options):
     labeled, budget = [3, 4, 11, 20], 6
     model, images, mask, rows = case(body_size)
-    found = minimise_trace(pool_of(images, model, labeled, shards=2), mask, budget, options)
+    pool = pool_of(images, model, labeled, shards=2)
+    found = minimise_trace(pool, mask, budget, options)
 
     if options.class_weighting == "none":
         with torch.no_grad():
@@ -88,6 +91,36 @@ def test_the_batch_is_the_one_that_dense_greedy_selection_chooses(body_size, opt
         worst = expected.pop(min(range(len(values)), key=lambda i: values[i]))
         matrix = matrix - scale**2 * every[worst]
     assert found.tolist() == expected
+    assert pool.notes["objective"] == pytest.approx(reference.trace(matrix, target), rel=1e-6)
+
+
+def test_images_taken_back_in_float32_are_those_of_float64(trained):
+    """With a small damping, taking images back looks for directions with next to no information: rounding's own."""
+    setup, model = trained
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        list(model.children())[-1].weight.mul_(4)  # predictions nearly certain
+    count, found = 1500, []
+    mask, labeled = last_layer_mask(inspect(model, setup.example(2))), setup.initial[setup.initial < count]
+    for scores in (torch.float32, torch.float64):
+        shards, streams = (
+            LocalShards(setup.data.train.images[:count], setup.statistics),
+            (stream(0, "a"), stream(0, "b")),
+        )
+        engine, labels = Engine(Precision(scores=scores)), setup.data.train.labels[labeled]
+        pool = Pool(shards, count, labeled, labels, model, *streams, engine=engine)
+        batch = minimise_trace(pool, mask, 40, TraceOptions(damping=1e-3, oversample=2.0))
+        found.append((set(batch.tolist()), pool.notes["objective"]))
+        shards.close()
+    (batch, value), (exact_batch, exact) = found
+    assert len(batch & exact_batch) >= 39
+    assert value == pytest.approx(exact, rel=1e-3)
+
+
+def test_a_damping_too_small_to_invert_says_so():
+    model, images, mask, _ = case(25)
+    with pytest.raises(FloatingPointError, match="strategy.params.damping: too small"):
+        minimise_trace(pool_of(images, model, [3, 4]), mask, 2, TraceOptions(damping=1e-300))
 
 
 def query(name, model, images, labeled, budget, shards=2):

@@ -150,15 +150,19 @@ class EngineConfig(Config):
     """Relative error of a pick's gain, against float64, beyond which all scores are computed anew."""
 
 
+SMALLEST = 1e-4
+"""Ray counts CPUs in these parts."""
+
+
 class ResourcesConfig(Config):
-    cpus: float = Field(1, gt=0)
+    cpus: float = Field(1, ge=SMALLEST)
     """CPUs of the run's own process: training and evaluation use as many threads, and in-process shards live here."""
     gpus: float = Field(0, ge=0)
     shards: int | Literal["auto"] = 1
     """Parts that the pool is cut into, or ``auto``: by its size and the cluster. The batch does not depend on it."""
     workers: Literal["in_process", "ray"] = "in_process"
     """Whether the shards live in the run's own process or as Ray actors of their own."""
-    cpus_per_shard: float = Field(1, gt=0)
+    cpus_per_shard: float = Field(1, ge=SMALLEST)
     """CPUs reserved for each Ray shard. A shard computes on one thread: use more shards for more cores."""
     gpus_per_shard: float = Field(0, ge=0)
     memory: float | None = Field(None, gt=0)

@@ -99,7 +99,7 @@ def plan(
         return estimate(probe, images=0, shards=0, chunk=chunk, **settings)
 
     if in_process:
-        own = fit(probe, free, images=images, shards=occupied, **settings)
+        own = fit(probe, free, images=-(-size // occupied), shards=occupied, **settings)
         main = leads(own.chunk) if gpu else own
         return Plan(own.chunk, probe.diagonal_batch, own, None, seconds, main.total, gpu=gpu)
     # Shards may live on machines of other sizes: what those have free is not known here.
@@ -127,8 +127,8 @@ def plan_prediction(
 
 def _share(size: int, shards: int) -> tuple[int, int]:
     """Images of the largest shard, and how many shards have any."""
-    occupied = sum(end > start for start, end in cut(size, shards))
-    return -(-size // occupied), occupied
+    sizes = [end - start for start, end in cut(size, shards)]
+    return max(sizes), sum(size > 0 for size in sizes)
 
 
 def _free(memory: float | None, gpu: bool) -> float:

@@ -14,6 +14,7 @@ from fishermask.tensors.embedding import Embedding, add_identity, concatenate, e
 from fishermask.tensors.mask import Mask
 from fishermask.tensors.trace import Objective, TraceScorer, Update, advance, gains, start_scores
 
+TOO_SMALL = "strategy.params.damping: too small for the information matrix to be inverted; raise it"
 RESCORE_AFTER = 16
 """Picks between two times that all scores are computed anew because they drifted."""
 RESCORE_EVERY = 256
@@ -161,7 +162,7 @@ def minimise_trace(pool: Pool, mask: Mask, budget: int, options: TraceOptions) -
     """``budget`` candidates, in the order of choice, that greedily minimise ``tr(M^-1 F)`` (Ash et al. 2021).
 
     Raises:
-        FloatingPointError: the information is not finite.
+        FloatingPointError: the information is not finite, or rounding decides what is left of the trace.
     """
     pool.embed(mask, options.class_weighting, options.top_classes)
     objective = objective_of(pool, budget, options)
@@ -172,18 +173,21 @@ def minimise_trace(pool: Pool, mask: Mask, budget: int, options: TraceOptions) -
             "relative error of the objective by top_classes, on a sample", approximation_error(pool, mask, options)
         )
     pool.shards.call("clear")
-    pool.note("objective", objective.value)
     for left in range(count - budget, 0, -1):
         pool.progress("prune", count - budget - left, count - budget)
         if left == count - budget:
-            kept = concatenate([offer.embedding for offer in chosen]).to(pool.scores_type)
-            scores = start_scores(kept, *objective.matrices(pool.scores_type))
+            # In float64, for there are few: what is missed least is told by small differences of large numbers.
+            kept = concatenate([offer.embedding for offer in chosen]).to(torch.float64)
+            scores = start_scores(kept, *objective.matrices())
         worst = least_missed(scores)
         change = objective.remove(take(kept, slice(worst, worst + 1)))
-        advance(scores, kept, moved(change, pool.scores_type))
+        advance(scores, kept, change)
         rest = torch.arange(len(chosen)) != worst
         kept, scores = take(kept, rest).map(Tensor.contiguous), scores[..., rest].contiguous()
         del chosen[worst]
+    if objective.value < 0:
+        raise FloatingPointError(TOO_SMALL)
+    pool.note("objective", objective.value)
     return torch.tensor([offer.position for offer in chosen])
 
 
@@ -216,7 +220,7 @@ def objective_of(pool: Pool, budget: int, options: TraceOptions = TraceOptions()
     """The objective before any pick; the shards must hold embeddings.
 
     Raises:
-        FloatingPointError: the information is not finite.
+        FloatingPointError: the information is not finite, or M cannot be inverted.
     """
     pool.progress("information", 0, 1)
     found = pool.shards.call("largest_information")
@@ -236,4 +240,10 @@ def objective_of(pool: Pool, budget: int, options: TraceOptions = TraceOptions()
     start = known.mul_(quantum / total if options.initial_information else 0.0)
     add_identity(start, options.damping, *sizes)
     weight = budget if options.batch_weighting == "bait" else 1
-    return Objective(start, target, math.sqrt(weight / total))
+    try:
+        objective = Objective(start, target, math.sqrt(weight / total))
+    except torch.linalg.LinAlgError:
+        raise FloatingPointError(TOO_SMALL) from None
+    if options.target == "identity":
+        objective.value += len(one.hidden) / options.damping  # of the directions that no embedding has a part in
+    return objective

@@ -105,6 +105,7 @@ class Shard:
     def clear(self) -> None:
         """Free the embeddings and scores."""
         self.embeddings, self.parts, self.scores = [], [], []
+        return_memory()
 
     def images_at(self, positions: Tensor) -> Tensor:
         """The images at those of the ascending pool ``positions`` that lie in this slice."""
@@ -178,7 +179,8 @@ class Shard:
         everything = torch.zeros(size, size, dtype=torch.int64, device=self.device)
         known = everything.clone()
         for i, part in enumerate(self.parts):
-            embedding = self._loaded(i)
+            # Sums in float32 have eigenvalues below zero, which a small damping would not make up for.
+            embedding = self.embeddings[i].to(torch.float64)
             _add_whole(everything, information(embedding), quantum)
             first, last = self.start + part.start, self.start + part.stop
             rows = labeled[(labeled >= first) & (labeled < last)].sort().values - first

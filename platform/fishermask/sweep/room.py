@@ -87,7 +87,7 @@ def alike(asked: dict[str, list[Bundle]], nodes: list[Bundle]) -> dict[str, list
 
     workers = [node for node in nodes if node.get("CPU")]
     fair = all(covered(bundle, node) for run in raised.values() for bundle in run for node in workers)
-    return raised if fair else asked
+    return raised if fair and all(lacking_memory(run, nodes) is None for run in raised.values()) else asked
 
 
 def check(asked: list[Bundle]) -> str | None:
@@ -144,7 +144,7 @@ def _fit(asked: list[Bundle], nodes: list[Bundle], kinds: tuple[str, ...]) -> bo
     room = [[round(unit * node.get(kind, 0)) for kind in kinds] for node in nodes]
 
     def copies(node: list[int]) -> int:
-        return min(have // need for have, need in zip(node, shards[0], strict=True) if need)
+        return min((have // need for have, need in zip(node, shards[0], strict=True) if need), default=len(shards))
 
     for index, node in enumerate(room):
         rest = [have - need for have, need in zip(node, own, strict=True)]

@@ -57,6 +57,8 @@ def check(sweep: Sweep, console: Console, here: bool = False) -> None:
         if resources.shards != "auto" and resources.shards > size:
             raise InputError(f"resources.shards: {resources.shards} exceeds the pool of {size} images; lower it")
         needed = {"gpus": here or not joined, "gpus_per_shard": not joined}
+        if not (here or joined) and resources.cpus > (cores := os.cpu_count() or 1):
+            raise InputError(f"resources.cpus: {resources.cpus:g} exceeds the {cores} CPUs of this machine; lower it")
         for field in (field for field, on_this_machine in needed.items() if on_this_machine):
             if getattr(resources, field) and not torch.cuda.is_available():
                 raise InputError(f"resources.{field}: this machine has no GPU that PyTorch can use; set it to 0")

@@ -283,14 +283,14 @@ def estimate(
     kept, scored = image_bytes(work, storage, scores, probe.base)
     numbers = work.rows * work.body_size + work.width + work.kept
     matrix = work.size**2 * 8 if work.trace else 0
-    sums = 3 * matrix + 3 * 4 * work.body_size**2  # two sums and a block's share, with its body's as it grows
+    sums = 3 * matrix + 3 * 8 * work.body_size**2  # two sums and a part's share, with its body's as it grows
     block, part = min(block, images), min(part, images)
     # While a part is embedded: the block's images as floats, the embeddings in pieces and then together.
     embedding = probe.chunk * min(chunk, part) + block * base * probe.image_numbers + part * base * 2 * numbers
     # While a part is scored: itself in the scores' type, and the largest structured products.
-    scoring = part * (2 * (work.num_classes - 1) * work.width + 3 * work.rows * work.body_size) * scores.itemsize
-    if storage != scores:
-        scoring += part * numbers * scores.itemsize
+    products = part * (2 * (work.num_classes - 1) * work.width + 3 * work.rows * work.body_size)
+    scoring = (products + (part * numbers if storage != scores else 0)) * scores.itemsize
+    summing = (products + part * numbers) * 8  # the same in float64
     everything = shards * images * kept
     told = 2 * work.size**2 * scores.itemsize if work.trace else 0  # R and H as shards use them
     moments: dict[str, dict[str, float]] = {
@@ -304,7 +304,7 @@ def estimate(
         },
     }
     if work.trace:
-        sums_here = {"k x k matrices": shards * sums, "products": shards * scoring}
+        sums_here = {"k x k matrices": shards * sums, "products": shards * summing}
         moments["sums the information"] = {"embeddings": everything, **sums_here}
         if leads:  # M, its factor, its inverse R, F, R F and H = R F R
             moments["inverts the information"] = {"embeddings": everything, "k x k matrices": 6 * matrix}
@@ -337,7 +337,7 @@ def checked(found: Estimate, allowed: float) -> Estimate:
     """
     if found.total <= allowed:
         return found
-    worst = max(found.parts, key=lambda part: found.parts[part])
+    worst = max(found.parts.keys() - {"libraries"}, key=lambda part: found.parts[part])
     remedy = {
         "embeddings": "set engine.storage to bfloat16, lower strategy.params.fraction, or use shards on more machines",
         "scores": "lower strategy.params.top_classes, or use shards on more machines",

@@ -118,6 +118,8 @@ def _foreign(name: str, params: dict[str, Any], image_shape: tuple[int, int, int
     except RuntimeError as error:
         shape = " x ".join(map(str, image_shape))
         raise InputError(f"model: {name} does not take images of {shape} ({str(error).splitlines()[0]})") from error
+    if not any(parameter.numel() for parameter in made.parameters()):
+        raise InputError(f"model.name: {name} has no parameters; give a model that can be trained")
     if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
         raise InputError(f"model: {name} must return logits, {num_classes} for each image")
     return made

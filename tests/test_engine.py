@@ -264,7 +264,7 @@ def test_a_prediction_takes_the_activations_of_a_block_and_the_probabilities_of_
     assert one.process.parts["probabilities"] == 3 * 4 * 10 * 10_000
     two = plan_prediction(probe, 10_000, 2, True)
     assert two.process.parts["activations"] == 2 * one.process.parts["activations"]
-    assert two.seconds == pytest.approx(one.seconds * 3 * 2048 / 10_000)  # three blocks of five
+    assert two.seconds == pytest.approx(one.seconds * (10_000 - 2 * 2048) / 10_000)  # two blocks are the other shard
     apart = plan_prediction(probe, 10_000, 2, False)
     assert apart.shard.parts == {**apart.shard.parts, "activations": 2048 * probe.image, "probabilities": 0}
     assert (apart.main, apart.shard_main) == (apart.process.total, apart.shard.total)

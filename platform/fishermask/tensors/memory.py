@@ -290,7 +290,8 @@ def estimate(
     # While a part is scored: itself in the scores' type, and the largest structured products.
     products = part * (2 * (work.num_classes - 1) * work.width + 3 * work.rows * work.body_size)
     scoring = (products + (part * numbers if storage != scores else 0)) * scores.itemsize
-    summing = (products + part * numbers) * 8  # the same in float64
+    # While it is summed: itself in float64, its transposed contrasts, and one class's columns.
+    summing = part * (numbers + work.kept * (work.body_size + 2 * work.kept) + (work.num_classes - 1) * work.width) * 8
     everything = shards * images * kept
     told = 2 * work.size**2 * scores.itemsize if work.trace else 0  # R and H as shards use them
     moments: dict[str, dict[str, float]] = {

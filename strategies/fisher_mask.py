@@ -59,7 +59,7 @@ def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
     body_size = masks.mask_size(model, layout, params.fraction) - masks.head_size(model, layout)
     if params.mask == "last_layer":
         body_size = masks.last_layer_mask(layout).body_size
-    ranked = params.fisher_samples if params.mask in RANKED else 0
+    ranked = params.fisher_samples if params.mask in RANKED and body_size else 0
     return workload(
         model,
         images,
@@ -85,6 +85,8 @@ def choose_mask(pool: Pool, params: Params) -> Mask:
     body_size = masks.mask_size(pool.model, layout, params.fraction) - masks.head_size(pool.model, layout)
     if params.mask == "last_layer":
         return masks.last_layer_mask(layout)
+    if not body_size:
+        return Mask(layout, {})
     if params.mask == "random":
         body = masks.body_parameters(pool.model, layout)
         return masks.random_mask(body, layout, body_size, pool.generator)

@@ -25,7 +25,7 @@ def _settle(model: nn.Module, like: Tensor) -> nn.Module:
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.running_mean += 0.1 * torch.randn(module.running_mean.shape, generator=generator)
             module.running_var *= 0.5 + torch.rand(module.running_var.shape, generator=generator)
-    return model.eval()
+    return model.eval().requires_grad_()
 
 
 def _convolutions() -> nn.Module:

@@ -6,6 +6,35 @@ from torch import Tensor, nn
 from fishermask.tensors.embedding import dense
 
 
+def autograd_rows(model: nn.Module, images: Tensor) -> Tensor:
+    """sqrt(p_c) d log p_c / d theta for each image, [n, C, P], by plain autograd, for models that ``vmap`` refuses.
+
+    An image comes twice in its batch: alone, batch norm may differentiate wrongly in eval mode. Caches that a model
+    keeps in eval mode are emptied before each pass.
+    """
+    parameters, rows = list(model.parameters()), []
+    for image in images:
+        model.train()
+        model.eval()
+        log_p = model(torch.stack([image, image]))[0].log_softmax(-1)
+        jacobian = [
+            torch.cat(
+                [
+                    (torch.zeros_like(parameter) if gradient is None else gradient).flatten()
+                    for parameter, gradient in zip(
+                        parameters, torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True),
+                        strict=True,
+                    )
+                ]
+            )
+            for value in log_p
+        ]  # fmt: skip
+        rows.append(log_p.detach().exp().sqrt()[:, None] * torch.stack(jacobian))
+    model.train()
+    model.eval()
+    return torch.stack(rows)
+
+
 def parameter_vector_jacobian(model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
     """For one image: logits [C], and d log p_c / d theta for all parameters, flat in the model's order, [C, P]."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}

@@ -241,7 +241,7 @@ def test_the_slow_way_is_announced_once(caplog):
 
 
 def test_models_that_cannot_be_differentiated_image_by_image_are_refused():
-    with pytest.raises(InputError, match="normalises by the batch itself"):
+    with pytest.raises(InputError, match="normalizes by the batch itself"):
         inspect(nn.Sequential(nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 2)), torch.zeros(2, 8))
     with pytest.raises(InputError, match="must return logits"):
         inspect(nn.Sequential(nn.Linear(8, 2), nn.Unflatten(1, (2, 1))), torch.zeros(2, 8))

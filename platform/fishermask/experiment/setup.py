@@ -113,7 +113,7 @@ def prepare(config: ExperimentConfig) -> Setup:
     statistics = _pool_statistics(*pool) if own or data.published is None else data.published
     setup = Setup(config, data, drawn[: config.budget.initial].sort().values, statistics, strategy)
     try:
-        return replace(setup, work=strategy.check(setup.model(0).eval().requires_grad_(False), setup.example(2)))
+        return replace(setup, work=strategy.check(setup.model(0).eval(), setup.example(2)))
     except InputError as error:
         message = str(error)
         raise InputError(message if message.startswith("model") else f"strategy.params.{message}") from None

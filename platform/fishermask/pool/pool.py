@@ -4,7 +4,6 @@ There is one index space: *positions* in the pool, 0 to ``size - 1``. Positions 
 them, and nowhere before.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +14,16 @@ from torch import Tensor, nn
 from fishermask.pool.shards import Shards
 from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import Embedding
-from fishermask.tensors.layout import Layout, inspect
+from fishermask.tensors.layout import SIZES, Layout, inspect
 from fishermask.tensors.mask import Mask
 from fishermask.tensors.memory import CHUNKS, DIAGONAL_BATCH
 from fishermask.tensors.precision import Precision
 
 PIECES = 20
 """Parts that a pass over the pool is called in, so that its progress can be shown."""
+
+INSPECTED = sum(SIZES)
+"""Images, spread over the pool, that the trained model is looked at with."""
 
 Progress = Callable[[str, int, int], None]
 """Told the stage, how much is done and how much there is."""
@@ -108,8 +110,8 @@ class Pool:
 
     def layout(self) -> Layout:
         """How the model's parameters are differentiated."""
-        images = torch.cat(self.shards.call("images_at", torch.arange(min(2, self.size))))
-        return inspect(copy.deepcopy(self.model).eval(), images.to(next(self.model.parameters())))
+        some = torch.linspace(0, self.size - 1, INSPECTED).long().unique()
+        return inspect(self.model, torch.cat(self.shards.call("inputs_at", some)))
 
     def sample(self, count: int) -> Tensor:
         """Positions of ``count`` images of the whole pool, or of all it has, drawn at random, ascending."""

@@ -5,7 +5,6 @@ shards decides where a block is computed, never what is computed. For the same r
 thread, whoever calls it: the rounding of a sum over threads depends on their number. More shards use more cores.
 """
 
-import copy
 import math
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +21,7 @@ from fishermask.tensors.layout import Layout
 from fishermask.tensors.mask import Mask, fisher_diagonal
 from fishermask.tensors.memory import ALIGNMENT
 from fishermask.tensors.precision import Precision
+from fishermask.tensors.slow_gradients import copy_model
 
 BLOCK = 2048
 """Pool positions in a block; shards begin at multiples of it."""
@@ -96,7 +96,7 @@ class Shard:
     def set_model(self, model: nn.Module, precision: Precision) -> None:
         """Use ``model``, in eval mode, from now on; what was computed with another is dropped."""
         # A copy: the hooks of one shard must not see the passes of another in the same process.
-        self.model = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
+        self.model = copy_model(model).to(self.device).eval().requires_grad_(False)
         self.precision = precision
         self.layout = torch.channels_last if precision.channels_last else torch.contiguous_format
         self.model.to(memory_format=self.layout)
@@ -111,6 +111,10 @@ class Shard:
         """The images at those of the ascending pool ``positions`` that lie in this slice."""
         inside = (positions >= self.start) & (positions < self.start + len(self.images))
         return self.images[positions[inside] - self.start]
+
+    def inputs_at(self, positions: Tensor) -> Tensor:
+        """The images at those of the ascending pool ``positions`` that lie in this slice, normalized."""
+        return normalise(self.images_at(positions), self.statistics, self._dtype())
 
     @torch.no_grad()
     def probabilities(self, piece: int, pieces: int) -> Tensor:

@@ -7,12 +7,13 @@ Letters used in all shapes: n samples, C classes, E width of the last hidden lay
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fishermask.tensors.kernels import plain_attention
+from fishermask.tensors.slow_gradients import logit_gradients
 
 
 class ForwardPass(NamedTuple):
@@ -26,6 +27,8 @@ class ForwardPass(NamedTuple):
     """Layer name -> its input [n, ...]."""
     outputs: dict[str, Tensor]
     """Layer name -> its output [n, ...]."""
+    irregular: tuple[str, ...]
+    """Layers that this batch did not pass through once, image by image; they are not in ``inputs`` and ``outputs``."""
 
     @property
     def probabilities(self) -> Tensor:
@@ -36,14 +39,22 @@ class ForwardPass(NamedTuple):
 def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence[str]) -> ForwardPass:
     """Run ``images`` [n, ...] through ``model`` (in eval mode), keeping inputs and outputs of ``layers``.
 
-    The graph begins at the earliest of ``layers``: nothing before it is ever differentiated. With no ``layers`` there
-    is no graph at all. Model parameters must not require gradients, and ``layers`` be among ``Layout.layers``.
+    The graph begins at the earliest of ``layers``: nothing before it is ever differentiated, as long as no parameter
+    requires a gradient. With no ``layers`` there is no graph at all. ``layers`` must be among ``Layout.layers``.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
+    calls = dict.fromkeys(layers, 0)
 
-    def keep(name: str, given: Tensor, output: Tensor) -> Tensor:
-        inputs[name] = given.detach()
+    def keep(name: str, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        calls[name] += 1
+        # Where the route depends on the data, as with experts chosen by argmax, a layer may see some images only.
+        if calls[name] > 1 or not by_sample(args, output, len(images)):
+            calls[name] = 2
+            inputs.pop(name, None)
+            outputs.pop(name, None)
+            return None
+        inputs[name] = args[0].detach()
         if not output.requires_grad:
             output.requires_grad_()
         outputs[name] = output
@@ -56,7 +67,7 @@ def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence
     if head is not None:
         handles.append(modules[head].register_forward_hook(lambda _m, args, _o: hidden.append(args[0].detach())))
     handles += [
-        modules[name].register_forward_hook(lambda _m, args, output, name=name: keep(name, args[0], output))
+        modules[name].register_forward_hook(lambda _m, args, output, name=name: keep(name, args, output))
         for name in layers
     ]
     try:
@@ -65,25 +76,31 @@ def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence
     finally:
         for handle in handles:
             handle.remove()
+    irregular = tuple(name for name, count in calls.items() if count != 1)
     if head is None:
-        return ForwardPass(logits, logits.new_empty(len(logits), 0), inputs, outputs)
+        return ForwardPass(logits, logits.new_empty(len(logits), 0), inputs, outputs, irregular)
     features = hidden[0].to(images.dtype)
     if modules[head].bias is not None:
         features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
-    return ForwardPass(logits, features, inputs, outputs)
+    return ForwardPass(logits, features, inputs, outputs, irregular)
+
+
+def by_sample(args: tuple[Any, ...], output: Any, count: int) -> bool:
+    """Whether a layer got one tensor and returned one, both with ``count`` images first."""
+    tensors = len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+    return tensors and all(tensor.dim() > 0 and len(tensor) == count for tensor in (args[0], output))
 
 
 def output_gradients(run: ForwardPass, cotangents: Tensor) -> Iterator[dict[str, Tensor]]:
     """Gradients of the logits, weighted by each of ``cotangents`` [R, n, C], by the layers' outputs: one pass for each.
 
     Yields:
-        Layer name -> gradient, [n, ...] as the layer's output.
+        Layer name -> gradient, [n, ...] as the layer's output; zero where the logits do not depend on the layer.
 
     What is wanted of the softmax rides in the cotangents, and so costs nothing and does not cancel when a prediction is
     nearly certain.
     """
     outputs = list(run.outputs.values())
     for i, cotangent in enumerate(cotangents):
-        more = i + 1 < len(cotangents)
-        gradients = torch.autograd.grad(run.logits, outputs, cotangent, retain_graph=more) if outputs else ()
+        gradients = logit_gradients(run.logits, outputs, cotangent, retain_graph=i + 1 < len(cotangents))
         yield dict(zip(run.outputs, gradients, strict=True))

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from fishermask.tensors import contrasts
-from fishermask.tensors.backprop import forward, output_gradients
+from fishermask.tensors.backprop import ForwardPass, forward, output_gradients
 from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.layer_rules import masked_entries
-from fishermask.tensors.layout import per_sample_gradients
 from fishermask.tensors.mask import Mask, split_name
+from fishermask.tensors.slow_gradients import pair, slow_gradients
 
 STRIP = 1024
 
@@ -96,9 +96,10 @@ def embed(
         top_classes: q, an approximation: the other classes count as impossible.
         autocast: layers compute in this type; what they give is kept in the images' type.
     """
+    count, images = len(images), pair(images)
     with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
         run = forward(model, images, mask.layout.head, mask.layers)
-    dtype, p, kept = images.dtype, run.probabilities, None
+    p, kept = run.probabilities, None
     if top_classes is not None and top_classes < p.shape[1]:
         kept = p.argsort(descending=True, stable=True)[:, :top_classes].sort().values
         p = p.gather(1, kept)
@@ -110,20 +111,8 @@ def embed(
         if kept is not None:
             everything = cotangents.new_zeros(rows, *run.logits.shape)
             cotangents = everything.scatter_(2, kept.expand(rows, -1, -1), cotangents)
-        modules = dict(model.named_modules())
-        pieces = {}
-        for name, entries in mask.entries.items():
-            layer, leaf = split_name(name)
-            if name not in mask.slow:
-                pieces[name] = masked_entries(modules[layer], run.inputs[layer].to(dtype), leaf, entries)
-        for row, cotangent, gradients in zip(body, cotangents, output_gradients(run, cotangents), strict=True):
-            slow = per_sample_gradients(model, images, mask.slow, cotangent)
-            found = [
-                slow[name][:, entries] if name in slow else pieces[name](gradients[split_name(name)[0]].to(dtype))
-                for name, entries in mask.entries.items()
-            ]
-            row.copy_(torch.cat(found, dim=1).mT)
-    return Embedding(
+        _fill_body(body, model, images, mask, run, cotangents)
+    result = Embedding(
         p.mT,
         run.hidden.mT,
         body,
@@ -131,6 +120,31 @@ def embed(
         0 if kept is None else run.logits.shape[1],
         weighting,
     )
+    return result if count == len(images) else take(result, slice(count)).map(Tensor.contiguous)
+
+
+def _fill_body(
+    body: Tensor, model: nn.Module, images: Tensor, mask: Mask, run: ForwardPass, cotangents: Tensor
+) -> None:
+    """Write the gradients of the logits, weighted by ``cotangents`` [R, n, C], to ``body`` [R, k_body, n]."""
+    modules, columns, start = dict(model.named_modules()), {}, 0
+    for name, entries in mask.entries.items():
+        columns[name] = slice(start, start + len(entries))
+        start += len(entries)
+    slow = [name for name in columns if name in mask.slow or split_name(name)[0] in run.irregular]
+    pieces = {}
+    for name in columns:
+        layer, leaf = split_name(name)
+        if name not in slow:
+            given = run.inputs[layer].to(images.dtype)
+            pieces[name] = masked_entries(modules[layer], given, leaf, mask.entries[name])
+    if pieces:
+        for row, gradients in zip(body, output_gradients(run, cotangents), strict=True):
+            for name, piece in pieces.items():
+                row[columns[name]] = piece(gradients[split_name(name)[0]].to(images.dtype)).mT
+    for r, part, found in slow_gradients(model, images, slow, cotangents, mask.layout.vectorized):
+        for name, gradient in found.items():
+            body[r, columns[name], part] = gradient[:, mask.entries[name]].mT
 
 
 def take(embedding: Embedding, rows: slice | Tensor) -> Embedding:

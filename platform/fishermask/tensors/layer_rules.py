@@ -32,11 +32,12 @@ RULES = (nn.Linear, nn.Conv2d, *ELEMENTWISE)
 def has_rule(module: nn.Module) -> bool:
     """Whether the gradients of a layer's own parameters have a closed form here.
 
-    A subclass counts only if it computes what its base class does.
+    A subclass counts only if it computes what its base class does, from a weight and perhaps a bias: weight norm,
+    spectral norm and pruning put other parameters in the weight's place.
     """
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in RULES) and any(
-        True for _ in module.parameters(recurse=False)
-    )
+    leaves = {leaf for leaf, _ in module.named_parameters(recurse=False)}
+    known = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in RULES)
+    return known and "weight" in leaves and leaves <= {"weight", "bias"}
 
 
 def output_rows(module: nn.Module, gradient: Tensor) -> Tensor:
@@ -89,6 +90,19 @@ def _some_input_rows(module: nn.Module, given: Tensor, rows: Tensor) -> Tensor:
     )
     channel, position = rows // (height * width), rows % (height * width)
     return patches[:, channel, position // width, position % width].flatten(2)
+
+
+def sample_gradients(module: nn.Module, given: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+    """Parameter -> gradient of each sample, [n, size of the parameter], from a layer's input and output gradient."""
+    g, rows = output_rows(module, gradient), input_rows(module, given)
+    if isinstance(module, ELEMENTWISE):
+        weight = (g * rows).sum(-1)
+    else:
+        groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        weight = (
+            g.unflatten(1, (groups, -1)) @ rows.unflatten(1, (groups, -1)).mT
+        )  # [n, groups, O / groups, K / groups]
+    return {"weight": weight.flatten(1), "bias": g.sum(-1)}
 
 
 def squared_sums(module: nn.Module, given: Tensor, gradients: Sequence[Tensor]) -> dict[str, Tensor]:

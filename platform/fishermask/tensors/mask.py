@@ -15,7 +15,8 @@ from fishermask.errors import InputError
 from fishermask.tensors import contrasts
 from fishermask.tensors.backprop import forward, output_gradients
 from fishermask.tensors.layer_rules import squared_sums
-from fishermask.tensors.layout import Layout, per_sample_gradients
+from fishermask.tensors.layout import Layout
+from fishermask.tensors.slow_gradients import pair, slow_gradients
 
 RELATIVE_THRESHOLD = 2.0
 
@@ -45,6 +46,11 @@ class Mask:
         return tuple(name for name in self.entries if name in self.layout.slow)
 
 
+def full_name(layer: str, leaf: str) -> str:
+    """The opposite of ``split_name``; a model that is a layer itself has the name ``""``."""
+    return f"{layer}.{leaf}" if layer else leaf
+
+
 def split_name(parameter: str) -> tuple[str, str]:
     """``layer1.0.conv1.weight`` -> (``layer1.0.conv1``, ``weight``)."""
     layer, _, leaf = parameter.rpartition(".")
@@ -57,8 +63,12 @@ def head_size(model: nn.Module, layout: Layout) -> int:
 
 
 def body_parameters(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
-    """Name -> parameter, for all parameters outside the last layer, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if split_name(name)[0] != layout.head}
+    """Name -> parameter, for all trained parameters outside the last layer, in the model's order."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if split_name(name)[0] != layout.head and name not in layout.frozen
+    }
 
 
 def fisher_diagonal(model: nn.Module, images: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -67,28 +77,32 @@ def fisher_diagonal(model: nn.Module, images: Tensor, layout: Layout) -> dict[st
     ``f_i = sum_x sum_c p_c (d log p_c / d theta_i)^2``: the expectation is over the model's own prediction, not over
     labels. Divide by the number of images for the mean. C - 1 contrasts between the classes give the same sum.
     """
+    count, images = len(images), pair(images)
     run = forward(model, images, layout.head, layout.layers)
-    modules = dict(model.named_modules())
+    modules, body = dict(model.named_modules()), body_parameters(model, layout)
     sums: dict[str, Tensor] = {}
     passes = []
     cotangents = contrasts.dense(run.probabilities.mT, "sqrt").permute(0, 2, 1).contiguous()
-    for cotangent, gradients in zip(cotangents, output_gradients(run, cotangents), strict=True):
+    cotangents[:, count:] = 0
+    for gradients in output_gradients(run, cotangents):
         passes.append(gradients)
-        for name, rows in per_sample_gradients(model, images, layout.slow, cotangent).items():
-            sums[name] = sums.get(name, 0) + rows.double().square().sum(0)
-    for layer in layout.layers:
+    slow = [name for name in body if name in layout.slow or split_name(name)[0] in run.irregular]
+    for _, _, rows in slow_gradients(model, images[:count], slow, cotangents[:, :count], layout.vectorized):
+        for name, gradient in rows.items():
+            sums[name] = sums.get(name, 0) + gradient.double().square().sum(0)
+    for layer in run.outputs:
         squares = squared_sums(modules[layer], run.inputs[layer], [gradients.pop(layer) for gradients in passes])
-        sums |= {f"{layer}.{leaf}": value.double() for leaf, value in squares.items()}
-    return {name: sums[name] for name in body_parameters(model, layout)}
+        sums |= {full_name(layer, leaf): value.double() for leaf, value in squares.items()}
+    return {name: sums[name] for name in body}
 
 
 def mask_size(model: nn.Module, layout: Layout, fraction: float) -> int:
-    """Number of masked parameters for a ``fraction`` of all, the last layer included.
+    """Number of masked parameters for a ``fraction`` of all that are trained, the last layer included.
 
     Raises:
         InputError: the fraction is too small to hold the last layer; the message gives the smallest that works.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(p.numel() for name, p in model.named_parameters() if name not in layout.frozen)
     size, needed = round(fraction * total), max(1, head_size(model, layout))
     if size < needed:
         # Four significant digits, rounded up, so that the number we print does work.

@@ -1,0 +1,130 @@
+"""Per-sample parameter gradients without a closed form: by ``torch.func`` where a model allows it, else image by image.
+
+Both differentiate the model as it is. The second makes one forward pass an image, so it also works where ``vmap`` has
+no rule (recurrent layers), where control flow depends on the data (experts chosen by argmax), and under gradient
+checkpointing.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fishermask.tensors.kernels import plain_attention
+
+CHUNK = 16
+"""Images that ``vmap`` differentiates at once: each holds a gradient of all parameters."""
+
+
+def slow_gradients(
+    model: nn.Module,
+    images: Tensor,
+    names: Sequence[str],
+    cotangents: Tensor,
+    vectorized: bool = True,
+    chunk: int = CHUNK,
+) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
+    """Compute d(cotangent . logits) / d parameter for each image and each of several cotangents.
+
+    Args:
+        images: [n, ...]
+        names: parameters to differentiate by.
+        cotangents: [R, n, C]
+        vectorized: whether ``vmap`` may be used.
+        chunk: images that ``vmap`` differentiates at once.
+
+    Yields:
+        Index r of the cotangent, a slice of the images [m], and parameter name -> gradients [m, size of the parameter].
+    """
+    if names:
+        by_vmap = vectorized and _by_vmap(model, images, names, cotangents, chunk)
+        yield from by_vmap or _by_loop(model, images, names, cotangents)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Return a deep copy; what the model computed and kept with a graph, as weight norm does, is copied without it."""
+    computed = [
+        leaf
+        for module in model.modules()
+        for leaf in tree_leaves(vars(module))
+        if isinstance(leaf, Tensor) and not leaf.is_leaf
+    ]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+
+
+def clear_caches(model: nn.Module) -> None:
+    """Make a model in eval mode drop what it derived from its parameters and kept.
+
+    LeViT, for one, keeps its attention biases from one forward pass in eval mode to the next, without their gradient,
+    and drops them when training starts.
+    """
+    model.train()
+    model.eval()
+
+
+def pair(images: Tensor) -> Tensor:
+    """``images`` [n, ...], and if there is just one, the same twice.
+
+    The backward pass of batch norm in eval mode is wrong for a batch of one image whose gradient arrives transposed
+    (``docs/method.md``, section 1), so a single image is never differentiated alone.
+    """
+    return images if len(images) > 1 else torch.cat([images, images])
+
+
+def _by_vmap(
+    model: nn.Module, images: Tensor, names: Sequence[str], cotangents: Tensor, chunk: int
+) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    differentiated = {name: parameters.pop(name) for name in names}
+
+    def weighted(values: dict[str, Tensor], image: Tensor, weights: Tensor) -> Tensor:
+        clear_caches(model)
+        logits = torch.func.functional_call(model, {**parameters, **values}, (image[None],))
+        return (logits[0] * weights).sum()
+
+    gradients = torch.func.vmap(torch.func.grad(weighted), in_dims=(None, 0, 0))
+    try:
+        for r, cotangent in enumerate(cotangents):
+            for first in range(0, len(images), chunk):
+                part = slice(first, min(first + chunk, len(images)))
+                count = part.stop - part.start
+                with plain_attention:
+                    rows = gradients(differentiated, pair(images[part]), pair(cotangent[part]))
+                yield r, part, {name: value[:count].reshape(count, -1) for name, value in rows.items()}
+    finally:
+        clear_caches(model)
+
+
+def _by_loop(
+    model: nn.Module, images: Tensor, names: Sequence[str], cotangents: Tensor
+) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
+    by_name = dict(model.named_parameters())
+    parameters = [by_name[name] for name in names]
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_()
+        for i, image in enumerate(images):
+            clear_caches(model)
+            with torch.enable_grad(), plain_attention:
+                logits = model(pair(image[None]))[0]
+            for r, cotangent in enumerate(cotangents[:, i]):
+                found = logit_gradients(logits, parameters, cotangent, retain_graph=r + 1 < len(cotangents))
+                yield r, slice(i, i + 1), {n: g.reshape(1, -1) for n, g in zip(names, found, strict=True)}
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
+        clear_caches(model)
+
+
+def logit_gradients(
+    logits: Tensor, tensors: Sequence[Tensor], cotangent: Tensor, retain_graph: bool = False
+) -> Sequence[Tensor]:
+    """Gradients of ``(cotangent * logits).sum()`` by ``tensors``; zeros where the logits do not depend on one."""
+    if not tensors or not logits.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in tensors]
+    return torch.autograd.grad(
+        logits, tensors, cotangent, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+    )

@@ -1,0 +1,356 @@
+"""That models which no rule foresees are differentiated right, or refused: against autograd, image by image."""
+
+import warnings
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune
+from test_fisher import flat_mask
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fishermask.errors import InputError
+from fishermask.tensors.embedding import embed
+from fishermask.tensors.layout import Layout, inspect
+from fishermask.tensors.mask import (
+    Mask,
+    body_parameters,
+    fisher_diagonal,
+    global_mask,
+    head_size,
+    mask_size,
+    random_mask,
+)
+
+
+class Net(nn.Module):
+    """Two hidden layers and a head on the rows' mean of images [n, 1, 8, 8]; ``change`` makes it what it is called."""
+
+    def __init__(self, change=None, forward=None):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+        self.body = forward or (lambda net, h: net.b(net.a(h).tanh()).tanh())
+        if change is not None:
+            change(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(self, images[:, 0].mean(1)))
+
+
+def _shift(module, factor):
+    return lambda x: F.linear(x, module.weight, module.bias) * factor + module.weight.mean()
+
+
+def _prune(net):
+    nn.utils.prune.random_unstructured(net.a, "weight", amount=0.3)
+
+
+class Scaled(nn.Linear):
+    """A linear layer with a scale, by way of its weight: its ``forward`` is that of ``nn.Linear``."""
+
+    def __init__(self, width, outputs):
+        super().__init__(width, outputs)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_forward_pre_hook(lambda m, args: (args[0] * m.scale,))
+
+
+class SequenceFirst(nn.Module):
+    """Tokens first: the layers see [T, n, width]."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens, self.a, self.head = tokens, nn.Linear(8, 5), nn.Linear(5, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        steps = images[:, 0, : self.tokens].transpose(0, 1)
+        return self.head(self.a(steps).tanh().mean(0))
+
+
+class Cached(nn.Module):
+    """Keeps what it derived from a parameter while it is in eval mode, as LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = nn.Linear(8, 5), nn.Linear(5, 3)
+        self.biases, self.cache = nn.Parameter(torch.randn(4)), {}
+
+    def train(self, mode=True):
+        self.cache = {} if mode else self.cache
+        return super().train(mode)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training and "biases" not in self.cache:
+            self.cache["biases"] = self.biases[[0, 1, 2, 3, 0]].exp()
+        biases = self.biases[[0, 1, 2, 3, 0]].exp() if self.training else self.cache["biases"]
+        return self.head((self.a(images[:, 0].mean(1)) + biases).tanh())
+
+
+class Experts(nn.Module):
+    """Each image goes to one of two layers, by the argmax of a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.route, self.experts = nn.Linear(8, 2), nn.ModuleList([nn.Linear(8, 5), nn.Linear(8, 5)])
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images[:, 0].mean(1)
+        weights = self.route(rows).softmax(-1)
+        chosen, out = weights.argmax(-1), rows.new_zeros(len(rows), 5)
+        for i, expert in enumerate(self.experts):
+            if (chosen == i).any():
+                out[chosen == i] = expert(rows[chosen == i]) * weights[chosen == i, i : i + 1]
+        return self.head(out.tanh())
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.cell, self.head = kind(8, 5, num_layers=2, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.cell(images[:, 0])[0].mean(1))
+
+
+def _transposed_norm():
+    """Batch norm whose gradient arrives transposed: wrong for one image, in this PyTorch."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(2), _Transpose(), nn.LazyLinear(3), nn.Tanh()),
+        *(nn.Flatten(), nn.LazyLinear(5), nn.Tanh(), nn.Linear(5, 3)),
+    )
+
+
+class _Transpose(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+def _without_gradients(net, h):
+    with torch.no_grad():
+        h = net.a(h).tanh()
+    return net.b(h).tanh()
+
+
+def _unneeded(net, h):
+    net.b(net.a(h))
+    return net.b(net.a(h).tanh()).tanh() * 0 + h[:, :5]
+
+
+def _hooked(net):
+    net.a.register_forward_pre_hook(lambda _m, args: (args[0] * args[0].norm(dim=1, keepdim=True),))
+    net.b.register_forward_hook(lambda m, _args, output: output * m.weight.norm())
+
+
+MODELS = {
+    "weight read elsewhere": lambda: Net(forward=lambda net, h: net.b(F.linear(net.a(h), net.a.weight.t()[:6]).tanh())),
+    "head read elsewhere": lambda: Net(forward=lambda net, h: net.b(net.a(h).tanh()) * net.head.weight.norm()),
+    "own forward": lambda: Net(lambda net: setattr(net.a, "forward", _shift(net.a, 2.0))),
+    "hooks": lambda: Net(_hooked),
+    "weight norm by hook": lambda: Net(lambda net: torch.nn.utils.weight_norm(net.a)),
+    "spectral norm by hook": lambda: Net(lambda net: torch.nn.utils.spectral_norm(net.a)),
+    "weight norm": lambda: Net(lambda net: nn.utils.parametrizations.weight_norm(net.a)),
+    "spectral norm": lambda: Net(lambda net: nn.utils.parametrizations.spectral_norm(net.a)),
+    "head with weight norm": lambda: Net(lambda net: nn.utils.parametrizations.weight_norm(net.head)),
+    "pruned": lambda: Net(_prune),
+    "scaled": lambda: Net(lambda net: setattr(net, "a", Scaled(8, 6))),
+    "2 tokens first": lambda: SequenceFirst(2),
+    "5 tokens first": lambda: SequenceFirst(5),
+    "cached": Cached,
+    "scalar": lambda: Net(
+        lambda net: net.register_parameter("gain", nn.Parameter(torch.tensor(1.5))),
+        lambda net, h: net.b(net.a(h).tanh()) * net.gain,
+    ),
+    "no_grad": lambda: Net(forward=_without_gradients),
+    "detached": lambda: Net(forward=lambda net, h: net.b(net.a(h).tanh().detach()).tanh()),
+    "all but the head detached": lambda: Net(forward=lambda net, h: net.b(net.a(h)).tanh().detach()),
+    "unneeded": lambda: Net(forward=_unneeded),
+    "not called": lambda: Net(forward=lambda net, h: net.a(h).tanh()[:, :5]),
+    "experts": Experts,
+    "gru": lambda: Recurrent(nn.GRU),
+    "rnn": lambda: Recurrent(nn.RNN),
+    "lstm": lambda: Recurrent(nn.LSTM),
+    "checkpointed": lambda: Net(
+        forward=lambda net, h: checkpoint(lambda x: net.b(net.a(x).tanh()).tanh(), h, use_reentrant=False)
+    ),
+    "head alone": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3)),
+    "batch norm, transposed": _transposed_norm,
+    "lazy": lambda: nn.Sequential(nn.LazyConv2d(3, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)),
+}  # fmt: skip
+NO_GRADIENT = {"no_grad", "detached", "all but the head detached", "unneeded", "not called"}
+
+
+def model(name):
+    torch.manual_seed(0)
+    made = MODELS[name]()
+    made(torch.randn(2, 1, 8, 8))
+    return made.double().eval()
+
+
+def images(count):
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize("name", MODELS)
+def test_fisher_diagonal_and_embeddings_of_unusual_models_are_those_of_autograd(name, count):
+    net, batch = model(name), images(count)
+    layout = inspect(net, images(7))
+    rows = reference.autograd_rows(net, batch)
+    body = body_parameters(net, layout)
+    outside = torch.ones(rows.shape[2], dtype=torch.bool)
+    if layout.head is not None:
+        outside[reference.head_entries(net, layout.head)] = False
+    diagonal = torch.cat(list(fisher_diagonal(net, batch, layout).values()) or [torch.zeros(0).double()])
+    expected = rows.square().sum((0, 1))[outside]
+    torch.testing.assert_close(diagonal, expected, rtol=1e-9, atol=1e-14)
+    assert name in NO_GRADIENT or not len(expected) or (expected > 0).double().mean() > 0.25
+    everything = Mask(layout, {name: torch.arange(p.numel()) for name, p in body.items()})
+    few = random_mask(body, layout, min(20, len(expected)), torch.Generator().manual_seed(1))
+    for mask in (everything, few):
+        columns = rows[:, :, flat_mask(net, mask)]
+        reference.assert_same_information(reference.every_column(embed(net, batch, mask)), columns)
+
+
+@pytest.mark.parametrize("name", ["checkpointed", "experts", "gru", "cached", "5 tokens first"])
+def test_unusual_models_in_float32_are_differentiated_too(name):
+    net, batch = model(name).float(), images(6).float()
+    layout = inspect(net, batch)
+    rows = reference.autograd_rows(model(name), images(6))
+    diagonal = torch.cat(list(fisher_diagonal(net, batch, layout).values()))
+    outside = torch.ones(rows.shape[2], dtype=torch.bool)
+    if layout.head is not None:
+        outside[reference.head_entries(net, layout.head)] = False
+    expected = rows.square().sum((0, 1))[outside]
+    torch.testing.assert_close(diagonal.double(), expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
+
+
+def test_a_layer_that_some_images_pass_is_differentiated_for_each_batch_as_it_is():
+    """Each of the images looked at goes to one expert, later ones to both: what was found does not hold for them."""
+    net, batch = model("experts"), images(40)
+    with torch.no_grad():
+        chosen = net.route(batch[:, 0].mean(1)).argmax(-1)
+    one, other = batch[chosen == 0], batch[chosen == 1]
+    assert len(one) >= 7
+    assert len(other) >= 2
+    layout = Layout("head", ("experts.0", "experts.1"), ("route.weight", "route.bias"), vectorized=False)
+    for images_ in (one[:3], torch.cat([one[:2], other[:2]])):
+        rows = reference.autograd_rows(net, images_)
+        body = body_parameters(net, layout)
+        everything = Mask(layout, {name: torch.arange(p.numel()) for name, p in body.items()})
+        columns = rows[:, :, flat_mask(net, everything)]
+        reference.assert_same_information(reference.every_column(embed(net, images_, everything)), columns)
+
+
+def _batch_statistics(net, h):
+    return net.b(F.batch_norm(net.a(h), None, None, training=True)).tanh()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, h: net.b((h := net.a(h)) - h.mean(0)).tanh(),
+        lambda net, h: net.b(net.a(h)).tanh() / len(h),
+        lambda net, h: net.b(net.a(h)).tanh() + net.b(net.a(h)).roll(1, 0),
+        lambda net, h: net.b(net.a(h)).softmax(0),
+        _batch_statistics,
+    ],
+    ids=["mean", "length", "roll", "softmax over the batch", "batch statistics"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_models_that_mix_the_images_of_a_batch_are_refused(forward, dtype):
+    with pytest.raises(InputError, match="^model: Net mixes the images of a batch: .*"):
+        inspect(Net(forward=forward).to(dtype), images(2).to(dtype))
+
+
+def test_images_that_are_all_equal_do_not_hide_that_they_are_mixed():
+    with pytest.raises(InputError, match="mixes the images"):
+        inspect(Net(forward=lambda net, h: net.b((h := net.a(h)) - h.mean(0)).tanh()), torch.zeros(2, 1, 8, 8))
+
+
+def test_models_that_are_random_in_eval_mode_are_refused():
+    net = Net(forward=lambda net, h: net.b(F.dropout(net.a(h).tanh())))
+    with pytest.raises(InputError, match="^model: Net is random in eval mode: .* self.training$"):
+        inspect(net, images(2).float())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda logits: logits.long(), "must return floating-point logits, got torch.int64"),
+        (lambda logits: logits / 0, "returns logits in eval mode that are not finite"),
+        (lambda logits: logits[:-1], "must return logits, one row an image"),
+        (lambda logits: (logits,), "must return logits, one row an image"),
+    ],
+)
+def test_models_without_logits_are_refused(change, message):
+    net = Net()
+    net.register_forward_hook(lambda _m, _args, output: change(output))
+    with pytest.raises(InputError, match=f"^model: Net {message}"):
+        inspect(net, images(2).float())
+
+
+def test_a_cache_that_nothing_empties_is_not_differentiated_as_if_it_were_constant():
+    def keep(net, h):
+        if not hasattr(net, "kept"):
+            net.kept = net.gain.exp()
+        return net.b(net.a(h).tanh()) * net.kept
+
+    net = Net(lambda net: net.register_parameter("gain", nn.Parameter(torch.tensor(1.5))), keep)
+    with pytest.raises(RuntimeError, match="second time"):
+        inspect(net, images(2).float())
+
+
+@pytest.mark.parametrize("trained", ["a.bias", "b.weight", "head.bias", "head"])
+def test_frozen_parameters_neither_count_nor_are_masked(trained):
+    net = model("head read elsewhere" if trained == "head" else "no_grad")
+    net = Net().double()
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.startswith(trained) or name.startswith("b."))
+    layout = inspect(net, images(4))
+    left = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    total = sum(p.numel() for p in left.values())
+    assert layout.head == ("head" if trained == "head" else None)
+    assert set(layout.frozen) == {name for name, _ in net.named_parameters()} - set(left)
+    assert mask_size(net, layout, 1.0) == total
+    diagonal = fisher_diagonal(net, images(4), layout)
+    assert set(diagonal) | {name for name in left if name.startswith("head.") and layout.head} == set(left)
+    mask = global_mask(diagonal, layout, total - head_size(net, layout))
+    expected = reference.autograd_rows(net.requires_grad_(), images(4))[:, :, flat_mask(net, mask)]
+    assert expected.shape[2] == total
+    reference.assert_same_information(reference.every_column(embed(net, images(4), mask)), expected)
+
+
+def test_a_model_without_a_trained_parameter_is_refused():
+    with pytest.raises(InputError, match="all parameters of Net are frozen; set requires_grad"):
+        inspect(Net().requires_grad_(False), images(2).float())
+
+
+def test_looking_at_a_model_leaves_it_as_it_was():
+    net = model("head with weight norm")
+    before = {name: (p.clone(), p.requires_grad) for name, p in net.named_parameters()}
+    inspect(net, images(3))
+    for name, parameter in net.named_parameters():
+        assert torch.equal(parameter, before[name][0])
+        assert (parameter.requires_grad, parameter.grad) == (before[name][1], None)
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_the_batch_norm_of_this_pytorch_differentiates_a_transposed_image_wrongly():
+    """Why a single image is never differentiated alone. Reports when PyTorch has mended it."""
+    norm = nn.BatchNorm2d(2).double().eval()
+    norm.running_var[1] = 4.0
+    image = torch.arange(8.0, dtype=torch.float64).reshape(1, 2, 2, 2).requires_grad_()
+    weights = torch.arange(8.0, dtype=torch.float64)
+
+    def gradient(inputs):
+        output = norm(inputs).flatten(2).transpose(1, 2).flatten(1)[0]
+        return torch.autograd.grad((output * weights).sum(), image)[0]
+
+    alone, twice = gradient(image), gradient(torch.cat([image, image]))
+    # The output is linear in the image: its gradient is the weights, transposed back, by the standard deviation.
+    expected = weights.view(4, 2).mT.reshape(1, 2, 2, 2) / (norm.running_var + norm.eps).sqrt().view(1, 2, 1, 1)
+    torch.testing.assert_close(twice, expected)
+    if torch.allclose(alone, expected):
+        warnings.warn(f"PyTorch {torch.__version__} has mended batch norm: slow_gradients.pair can go", stacklevel=1)

@@ -26,7 +26,7 @@ def ours(embedding, scorer, shards):
     """Seconds for ``PICKS`` picks and bytes of state, on ``shards`` shards in process."""
     pool = local_pool(embedding, shards)
     started = time.perf_counter()
-    greedy(pool, DistanceCriterion(scorer), PICKS)
+    greedy(pool, DistanceCriterion(scorer, pool.scores_type), PICKS)
     seconds = time.perf_counter() - started
     fields = (embedding.probabilities, embedding.hidden)
     return seconds, sum(field.numel() * field.element_size() for field in fields) + 4 * embedding.hidden.shape[1]

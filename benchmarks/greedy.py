@@ -30,7 +30,9 @@ class Selection:
         self.pool = local_pool(embedding, shards, DEVICE)
         self.objective = objective_of(self.pool, budget)
         self.criterion = TraceCriterion(self.objective, torch.float32)
-        self.offers = self.pool.shards.call("start_selection", self.criterion.scorer(), self.pool.candidates, 0)
+        self.offers = self.pool.shards.call(
+            "start_selection", self.criterion.scorer(), self.pool.candidates, 0, torch.float32
+        )
         self.chosen = []
 
     def step(self):

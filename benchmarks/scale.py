@@ -130,7 +130,7 @@ def fit():
     for num_classes, width, k_body in shapes:
         pool = local_pool(random_embedding(n, num_classes, width, k_body), 1)
         criterion = TraceCriterion(objective_of(pool, 20), torch.float32)
-        (best,) = pool.shards.call("start_selection", criterion.scorer(), pool.candidates, 0)
+        (best,) = pool.shards.call("start_selection", criterion.scorer(), pool.candidates, 0, torch.float32)
         update = criterion.add(best)
         times.append(seconds(lambda p=pool, u=update: p.shards.call("advance", u, 0), repeats=15))
         rows = num_classes - 1

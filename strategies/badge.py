@@ -22,6 +22,6 @@ def query(pool: Pool, budget: int, params: Config) -> Tensor:
     """Positions of ``budget`` candidates, drawn in proportion to the squared distance from those before."""
     pool.embed(last_layer_mask(pool.layout()))
     seed = int(torch.randint(2**31, (1,), generator=pool.generator))
-    picks = greedy(pool, DistanceCriterion(BadgeScorer(seed)), budget)
+    picks = greedy(pool, DistanceCriterion(BadgeScorer(seed), pool.scores_type), budget)
     pool.shards.call("clear")
     return torch.tensor([pick.position for pick in picks])

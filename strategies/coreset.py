@@ -22,6 +22,7 @@ def query(pool: Pool, budget: int, params: Config) -> Tensor:
     """Positions of ``budget`` candidates, each the furthest from its nearest labelled or chosen image."""
     pool.embed(last_layer_mask(pool.layout()))
     labeled = [found.hidden for found in pool.embeddings_at(pool.labeled)]
-    picks = greedy(pool, DistanceCriterion(KCenterScorer(torch.cat(labeled, dim=1))), budget)
+    criterion = DistanceCriterion(KCenterScorer(torch.cat(labeled, dim=1)), pool.scores_type)
+    picks = greedy(pool, criterion, budget)
     pool.shards.call("clear")
     return torch.tensor([pick.position for pick in picks])

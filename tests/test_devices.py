@@ -19,7 +19,7 @@ from fishermask.experiment import loop
 from fishermask.experiment.setup import prepare
 from fishermask.experiment.streams import stream
 from fishermask.pool import selection
-from fishermask.pool.pool import Engine, Pool
+from fishermask.pool.pool import Engine, Freshness, Pool
 from fishermask.pool.shard import BLOCK, moved
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.embedding import dense, embed, information, information_diagonal, product, quadratic, take
@@ -187,7 +187,7 @@ def test_a_query_on_the_device_chooses_the_batch_of_the_cpu_and_reads_nothing_bu
         Engine(Precision(storage=torch.bfloat16, scores=torch.float64)),
         Engine(Precision(storage=torch.float16, channels_last=True)),
         Engine(drift=0.0),
-        Engine(past=[(5, True), (40, False), (7, True), (99, False)]),
+        Engine(past=[(5, Freshness.RESCORED), (40, Freshness.KEPT), (7, Freshness.RESCORED), (99, Freshness.KEPT)]),
     ],
     ids=["types", "layout", "rescored", "journal"],
 )

@@ -153,8 +153,9 @@ def test_the_chunk_in_which_images_are_differentiated_changes_nothing(trained):
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-def test_scores_are_computed_anew_when_they_have_drifted(trained):
+def test_scores_are_computed_anew_when_they_have_drifted(trained, monkeypatch):
     setup, model = trained
+    monkeypatch.setattr(selection.TraceCriterion, "use_float64", lambda self: False)
 
     def notes(drift):
         found = {}

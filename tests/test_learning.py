@@ -7,7 +7,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, r
 
 from fishermask.errors import InputError
 from fishermask.experiment.streams import stream
-from fishermask.tensors import models
+from fishermask.tensors import models, training
 from fishermask.tensors.images import CROP_PADDING, Statistics, channel_statistics, crop_and_flip, normalise
 from fishermask.tensors.metrics import evaluate
 from fishermask.tensors.training import fit, predict
@@ -97,6 +97,35 @@ def test_a_loss_that_is_no_number_is_an_error():
     model = models.build("mlp", {"width": 8}, (1, 8, 8), 2, seed=0)
     with pytest.raises(FloatingPointError, match="lower training.learning_rate"):
         fit(model, images, labels, GREY, stream(0, "order"), max_epochs=50, **SETTINGS | {"learning_rate": 1e30})
+
+
+class WithBatchNorm(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            *(torch.nn.Flatten(), torch.nn.LazyLinear(8), torch.nn.BatchNorm1d(8)),
+            *(torch.nn.ReLU(), torch.nn.Linear(8, 2)),
+        )
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(33, 8), (33, 32), (1, 8), (5, 1)])
+def test_a_single_image_at_the_end_of_an_epoch_does_not_stop_batch_norm(count, batch_size):
+    images, labels = (part[:count] for part in toy())
+    model = WithBatchNorm()
+    report = fit(
+        model, images, labels, GREY, stream(0, "order"), max_epochs=30, **SETTINGS | {"batch_size": batch_size}
+    )
+    assert 0 <= report.accuracy <= 1
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize(("count", "size"), [(33, 8), (32, 8), (9, 4), (1, 8), (5, 1), (2, 1), (7, 100)])
+def test_batches_hold_every_image_and_none_is_of_one(count, size):
+    order = torch.randperm(count)
+    batches = training._batches(order, size)
+    assert min(map(len, batches)) > 1
+    assert max(map(len, batches)) <= max(size + 1, 2)
+    each_twice = count == 1 or size == 1
+    assert torch.cat(batches).tolist() == (order.repeat_interleave(2) if each_twice else order).tolist()
 
 
 def test_gradients_are_clamped():

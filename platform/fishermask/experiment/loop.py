@@ -15,7 +15,7 @@ from fishermask.experiment.journal import Journal, NoJournal
 from fishermask.experiment.setup import Setup, precision
 from fishermask.experiment.streams import stream
 from fishermask.pool.plan import Plan
-from fishermask.pool.pool import Engine, Pool, Progress
+from fishermask.pool.pool import Engine, Freshness, Pool, Progress
 from fishermask.pool.shards import Shards
 from fishermask.tensors.images import Images
 from fishermask.tensors.kernels import repeatable_gpu
@@ -168,15 +168,15 @@ class _Notebook:
         self.new: list[list[Any]] = []
         self.written = time.monotonic()
 
-    def past(self) -> list[tuple[int, bool]]:
+    def past(self) -> list[tuple[int, Freshness]]:
         """The picks that an earlier process made in this very query."""
         entries = self.journal.read(self.query)
         positions = self.ids.positions([name for name, _ in entries]).tolist()
-        return [(position, bool(anew)) for position, (_, anew) in zip(positions, entries, strict=True)]
+        return [(position, Freshness(value)) for position, (_, value) in zip(positions, entries, strict=True)]
 
-    def add(self, position: int, anew: bool) -> None:
+    def add(self, position: int, freshness: Freshness) -> None:
         """Keep a pick; those of the last second may be lost."""
-        self.new.append([self.ids[position], anew])
+        self.new.append([self.ids[position], int(freshness)])
         if time.monotonic() - self.written > JOURNAL_SECONDS:
             self.journal.append(self.query, self.new)
             self.new, self.written = [], time.monotonic()

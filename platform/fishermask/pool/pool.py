@@ -6,6 +6,7 @@ them, and nowhere before.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -29,6 +30,15 @@ Progress = Callable[[str, int, int], None]
 """Told the stage, how much is done and how much there is."""
 
 
+class Freshness(IntEnum):
+    """Whether scores were computed anew just before a pick."""
+
+    KEPT = 0
+    RESCORED = 1
+    EXACT = 2
+    """They were, and are float64 from then on."""
+
+
 @dataclass(frozen=True)
 class Engine:
     """How a query is computed, none of which a strategy need know."""
@@ -40,9 +50,9 @@ class Engine:
     """Images differentiated at once."""
     diagonal_batch: int = DIAGONAL_BATCH
     """Images whose Fisher diagonal is computed at once."""
-    past: list[tuple[int, bool]] = field(default_factory=list)
+    past: list[tuple[int, Freshness]] = field(default_factory=list)
     """Picks of this query that an earlier process made: position, and whether scores were computed anew before it."""
-    journal: Callable[[int, bool], None] = lambda position, rescored: None
+    journal: Callable[[int, Freshness], None] = lambda position, freshness: None
     """Told each pick as it is made."""
 
 
@@ -101,12 +111,21 @@ class Pool:
         return [found[position] for position in positions.tolist()]
 
     def probabilities(self) -> Tensor:
-        """Predicted probabilities of the candidates, [u, C]."""
+        """Predicted probabilities of the candidates, [u, C].
+
+        Raises:
+            FloatingPointError: the model's outputs are not finite.
+        """
         shards = [list[Tensor]() for _ in range(self.shards.count)]
         for found in self.in_pieces("predict", "probabilities"):
             for parts, part in zip(shards, found, strict=True):
                 parts.append(part)
-        return torch.cat([part for parts in shards for part in parts if len(part)])[self.candidates]
+        found = torch.cat([part for parts in shards for part in parts if len(part)])[self.candidates]
+        if not found.isfinite().all():
+            raise FloatingPointError(
+                "the model predicts probabilities that are not finite; lower training.learning_rate"
+            )
+        return found
 
     def layout(self) -> Layout:
         """How the model's parameters are differentiated."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from fishermask.pool.pool import Pool
+from fishermask.pool.pool import Freshness, Pool
 from fishermask.pool.shard import NARROW, Offer, Scorer, moved
 from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import Embedding, add_identity, concatenate, every_column, take
@@ -17,6 +17,10 @@ from fishermask.tensors.trace import Objective, TraceScorer, Update, advance, ga
 TOO_SMALL = "strategy.params.damping: too small for the information matrix to be inverted; raise it"
 RESCORE_AFTER = 16
 """Picks between two times that all scores are computed anew because they drifted."""
+LARGE = 10
+"""Times ``Engine.drift``: so large a drift within ``RESCORE_AFTER`` picks shows that float32 cannot hold the scores."""
+NEGLIGIBLE = 1e-9
+"""Share of the trace below which a gain is nothing."""
 RESCORE_EVERY = 256
 """Picks after which they are in any case: what has to be repeated when a shard or a selection is lost is bounded."""
 
@@ -27,8 +31,14 @@ SAMPLE_NUMBERS = 20_000_000
 class Criterion(Protocol):
     """What a greedy strategy knows of all picks so far; the shards' part of it is its ``Scorer``."""
 
+    dtype: torch.dtype
+    """Of the shards' scores: what they are told comes in it."""
+
     def scorer(self) -> Scorer:
         """What shards compute scores from that know of all picks so far."""
+
+    def use_float64(self) -> bool:
+        """Let scores be float64 from now on; False if they are already, or none can be."""
 
     def drift(self, offer: Offer) -> float | None:
         """Relative error of the gain that a shard found for ``offer``; None if none can arise.
@@ -44,23 +54,29 @@ def greedy(pool: Pool, criterion: Criterion, budget: int) -> list[Offer]:
     """``budget`` picks, each the candidate with the largest gain; ties go to the lowest position.
 
     The shards must hold embeddings. Scores are computed anew when they have drifted by more than ``Engine.drift`` of a
-    gain, and every ``RESCORE_EVERY`` picks. Picks that the pool's journal holds are taken as they are.
+    gain, and every ``RESCORE_EVERY`` picks; in float64 from then on if float32 cannot hold them: when a gain is off as
+    soon as scores are fresh, or far off a few picks later. Picks that the pool's journal holds are taken as they are.
     """
     chosen, fresh, offers = _replay(pool, criterion)
+    latest, limit = Freshness.RESCORED, pool.engine.drift
     while len(chosen) < budget:
         best = best_offer(offers)
         drift, age = criterion.drift(best), len(chosen) - fresh
-        if drift is not None and (age >= RESCORE_EVERY or (age >= RESCORE_AFTER and drift > pool.engine.drift)):
-            pool.note("largest drift of a gain before scores were computed anew", drift, max)
-            pool.note("times scores were computed anew", 1.0, float.__add__)
-            offers = _start(pool, criterion, chosen)
-            best, fresh = best_offer(offers), len(chosen)
-            drift = criterion.drift(best)
         if drift is not None:
+            hopeless = drift > limit and age == 0 or drift > LARGE * limit and age < RESCORE_AFTER
+            exact = hopeless and criterion.use_float64()
+            if exact or age >= RESCORE_EVERY or (age >= RESCORE_AFTER and drift > limit):
+                latest = Freshness.EXACT if exact else Freshness.RESCORED
+                if exact:
+                    pool.note("picks before scores were kept in float64", float(len(chosen)))
+                pool.note("largest drift of a gain before scores were computed anew", drift, max)
+                pool.note("times scores were computed anew", 1.0, float.__add__)
+                offers, fresh = _start(pool, criterion, chosen), len(chosen)
+                continue
             pool.note("largest drift of a gain", drift, max)
         change = criterion.add(best)
         chosen.append(best)
-        pool.engine.journal(best.position, fresh == len(chosen) - 1)
+        pool.engine.journal(best.position, latest if fresh == len(chosen) - 1 else Freshness.KEPT)
         pool.progress("pick", len(chosen), budget)
         if len(chosen) < budget:
             offers = pool.shards.call("advance", change, best.position)
@@ -70,7 +86,7 @@ def greedy(pool: Pool, criterion: Criterion, budget: int) -> list[Offer]:
 def _start(pool: Pool, criterion: Criterion, chosen: list[Offer]) -> list[Offer | None]:
     taken = torch.tensor([offer.position for offer in chosen], dtype=torch.long)
     left = pool.candidates[~torch.isin(pool.candidates, taken)]
-    return pool.shards.call("start_selection", criterion.scorer(), left, len(chosen))
+    return pool.shards.call("start_selection", criterion.scorer(), left, len(chosen), criterion.dtype)
 
 
 def _replay(pool: Pool, criterion: Criterion) -> tuple[list[Offer], int, list[Offer | None]]:
@@ -78,11 +94,14 @@ def _replay(pool: Pool, criterion: Criterion) -> tuple[list[Offer], int, list[Of
     positions = [position for position, _ in pool.engine.past]
     embeddings = pool.embeddings_at(torch.tensor(positions, dtype=torch.long))
     past = [Offer(math.nan, *pick) for pick in zip(positions, embeddings, strict=True)]
-    fresh = max((i for i, (_, rescored) in enumerate(pool.engine.past) if rescored), default=0)
+    freshness = [freshness for _, freshness in pool.engine.past]
+    fresh = max((i for i, value in enumerate(freshness) if value != Freshness.KEPT), default=0)
     for i, offer in enumerate(past[:fresh]):
-        if pool.engine.past[i][1]:
+        if freshness[i] != Freshness.KEPT:
             criterion.scorer()  # it may gather what came before, which rounds: do all that was done then
         criterion.add(offer)
+    if Freshness.EXACT in freshness:
+        criterion.use_float64()
     offers = _start(pool, criterion, past[:fresh])
     for i, offer in enumerate(past[fresh:], start=fresh):
         change = criterion.add(offer)
@@ -121,9 +140,13 @@ class DistanceCriterion:
     """Scores by distance to the nearest pick: a pick changes them as it is, and nothing adds up."""
 
     first: Scorer
+    dtype: torch.dtype
 
     def scorer(self) -> Scorer:
         return self.first
+
+    def use_float64(self) -> bool:
+        return False
 
     def drift(self, offer: Offer) -> None:
         return None
@@ -138,17 +161,23 @@ class TraceCriterion:
 
     objective: Objective
     dtype: torch.dtype
-    """Of the shards' scores: what they are told comes in it."""
     _asked: tuple[int, Update] | None = None
 
     def scorer(self) -> TraceScorer:
         return TraceScorer(*self.objective.matrices(self.dtype))
 
+    def use_float64(self) -> bool:
+        wider = self.dtype != torch.float64
+        self.dtype = torch.float64
+        return wider
+
     def drift(self, offer: Offer) -> float:
         # What is needed to know the exact gain is all that is needed to take the offer.
         update = self.objective.consider(offer.embedding)
         self._asked = offer.position, update
-        return abs(offer.gain - update.gain) / max(abs(update.gain), 1e-300)
+        # Of a gain that is nothing beside the trace, no digit counts.
+        least = max(NEGLIGIBLE * abs(self.objective.value), 1e-300)
+        return abs(offer.gain - update.gain) / max(abs(update.gain), least)
 
     def add(self, offer: Offer) -> Update:
         known = self._asked is not None and self._asked[0] == offer.position
@@ -173,22 +202,44 @@ def minimise_trace(pool: Pool, mask: Mask, budget: int, options: TraceOptions) -
             "relative error of the objective by top_classes, on a sample", approximation_error(pool, mask, options)
         )
     pool.shards.call("clear")
-    for left in range(count - budget, 0, -1):
-        pool.progress("prune", count - budget - left, count - budget)
-        if left == count - budget:
-            # In float64, for there are few: what is missed least is told by small differences of large numbers.
-            kept = concatenate([offer.embedding for offer in chosen]).to(torch.float64)
-            scores = start_scores(kept, *objective.matrices())
+    if count > budget:
+        objective, chosen = _prune(pool, objective, chosen, budget)
+    if objective.value < 0:
+        raise FloatingPointError(TOO_SMALL)
+    pool.note("objective", objective.value)
+    return torch.tensor([offer.position for offer in chosen])
+
+
+def _prune(pool: Pool, objective: Objective, chosen: list[Offer], budget: int) -> tuple[Objective, list[Offer]]:
+    """Take images back, one by one, whose loss raises the trace the least, until ``budget`` are left.
+
+    Taking an image back looks for directions in which M has next to nothing left, and errors grow with every one that
+    is taken. So everything is computed in float64, and anew from the images that are left where the estimated error of
+    the trace exceeds ``Engine.drift``, and at the end.
+    """
+    count = len(chosen)
+    kept = concatenate([offer.embedding for offer in chosen]).to(torch.float64)
+    scores = start_scores(kept, *objective.matrices())
+    while len(chosen) > budget:
+        pool.progress("prune", count - len(chosen), count - budget)
         worst = least_missed(scores)
         change = objective.remove(take(kept, slice(worst, worst + 1)))
         advance(scores, kept, change)
         rest = torch.arange(len(chosen)) != worst
         kept, scores = take(kept, rest).map(Tensor.contiguous), scores[..., rest].contiguous()
-        del chosen[worst]
-    if objective.value < 0:
-        raise FloatingPointError(TOO_SMALL)
-    pool.note("objective", objective.value)
-    return torch.tensor([offer.position for offer in chosen])
+        chosen = chosen[:worst] + chosen[worst + 1 :]
+        if objective.error(kept) > pool.engine.drift or len(chosen) == budget:
+            before = objective.value
+            try:
+                objective = objective.computed_from(kept)
+            except torch.linalg.LinAlgError:
+                raise FloatingPointError(TOO_SMALL) from None
+            error = abs(before - objective.value) / max(abs(objective.value), 1e-300)
+            pool.note("largest error of the objective before it was computed anew", error)
+            if len(chosen) > budget:
+                pool.note("times the objective was computed anew", 1.0, float.__add__)
+                scores = start_scores(kept, *objective.matrices())
+    return objective, chosen
 
 
 def approximation_error(pool: Pool, mask: Mask, options: TraceOptions) -> float:
@@ -240,10 +291,10 @@ def objective_of(pool: Pool, budget: int, options: TraceOptions = TraceOptions()
     start = known.mul_(quantum / total if options.initial_information else 0.0)
     add_identity(start, options.damping, *sizes)
     weight = budget if options.batch_weighting == "bait" else 1
+    # With target identity: the trace in the directions that no embedding has a part in.
+    beside = len(one.hidden) / options.damping if options.target == "identity" else 0.0
     try:
-        objective = Objective(start, target, math.sqrt(weight / total))
+        objective = Objective(start, target, math.sqrt(weight / total), beside, options.oversample > 1)
     except torch.linalg.LinAlgError:
         raise FloatingPointError(TOO_SMALL) from None
-    if options.target == "identity":
-        objective.value += len(one.hidden) / options.damping  # of the directions that no embedding has a part in
     return objective

@@ -89,6 +89,7 @@ class Shard:
         self.scores: list[Tensor] = []
         self.available = torch.zeros(len(images), dtype=torch.bool)
         self.scorer: Scorer
+        self.scores_type = torch.float32
         self.step = 0
         self.precision = Precision()
         self.layout = torch.contiguous_format
@@ -98,6 +99,7 @@ class Shard:
         # A copy: the hooks of one shard must not see the passes of another in the same process.
         self.model = copy_model(model).to(self.device).eval().requires_grad_(False)
         self.precision = precision
+        self.scores_type = precision.scores or self._dtype()
         self.layout = torch.channels_last if precision.channels_last else torch.contiguous_format
         self.model.to(memory_format=self.layout)
         self.clear()
@@ -197,15 +199,16 @@ class Shard:
         inside = [int(p) for p in positions if self.start <= p < self.start + len(self.images)]
         return {position: self._row(position - self.start) for position in inside}
 
-    def start_selection(self, scorer: Scorer, candidates: Tensor, step: int) -> Offer | None:
-        """Score all images by ``scorer`` and offer the best of the pool positions ``candidates``.
+    def start_selection(self, scorer: Scorer, candidates: Tensor, step: int, dtype: torch.dtype) -> Offer | None:
+        """Score all images by ``scorer``, in ``dtype``, and offer the best of the pool positions ``candidates``.
 
         ``step`` picks were made before.
         """
+        self.scores_type = dtype
         inside = (candidates >= self.start) & (candidates < self.start + len(self.images))
         self.available = torch.zeros(len(self.images), dtype=torch.bool, device=self.device)
         self.available[candidates[inside].to(self.device) - self.start] = True
-        self.scorer, self.step = moved(scorer, self._scores_type(), self.device), step
+        self.scorer, self.step = moved(scorer, self.scores_type, self.device), step
         self.scores = []  # the old ones go before the new ones come
         for i, part in enumerate(self.parts):
             self.scores.append(self.scorer.start(self._loaded(i), self.start + part.start))
@@ -214,7 +217,7 @@ class Shard:
     def advance(self, update: Any, taken: int, offer: bool = True) -> Offer | None:
         """Bring the scores up to date with the pick of pool position ``taken``; ``offer`` the next best."""
         if self.embeddings:
-            update = moved(update, self._scores_type(), self.device)
+            update = moved(update, self.scores_type, self.device)
         self.step += 1
         if self.start <= taken < self.start + len(self.images):
             self.available[taken - self.start] = False
@@ -258,10 +261,7 @@ class Shard:
 
     def _loaded(self, index: int) -> Embedding:
         """A part's embeddings as scores are computed from them."""
-        return self.embeddings[index].to(self._scores_type())
-
-    def _scores_type(self) -> torch.dtype:
-        return self.precision.scores or self._dtype()
+        return self.embeddings[index].to(self.scores_type)
 
     def _run(self, piece: int, pieces: int) -> list[slice]:
         count = len(self.blocks)

@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fishermask.tensors.embedding import Embedding, dense, product, quadratic
+from fishermask.tensors.embedding import Embedding, dense, information, product, quadratic
 
 LAZY_PICKS = 16
 """Picks whose terms are applied to R and H together: more wastes time on the terms, fewer on moving the matrices."""
+ERROR_VECTORS = 4
+"""Random vectors that an error is estimated by."""
 
 
 class Update(NamedTuple):
@@ -41,16 +43,21 @@ class Objective:
         start: M before any pick, symmetric positive definite, [k - E, k - E].
         target: F, [k - E, k - E].
         scale: every candidate's V counts ``scale`` times V.
+        constant: what to add to the trace, before and after every pick.
+        keep: keep ``start`` and ``target``, which ``error`` and ``computed_from`` need.
 
     Raises:
         torch.linalg.LinAlgError: ``start`` is not positive definite.
     """
 
-    def __init__(self, start: Tensor, target: Tensor, scale: float = 1.0) -> None:
-        self.scale = scale
+    def __init__(
+        self, start: Tensor, target: Tensor, scale: float = 1.0, constant: float = 0.0, keep: bool = False
+    ) -> None:
+        self.scale, self.constant = scale, constant
+        self._given = (start, target) if keep else None
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(start.double()))
         self.sandwich = self.inverse @ target.double() @ self.inverse
-        self.value = float((self.inverse * target).sum())
+        self.value = float((self.inverse * target).sum()) + constant
         # R = inverse - sum ug u^T; H = sandwich - sum (y ug^T + ug y^T), with ug = U G, y = T - ug s / 2.
         # Their transposes, one pick's rows below the other's: u, ug and y, [3, LAZY_PICKS * r, k].
         self._terms = self.inverse.new_empty(3, 0, len(self.inverse))
@@ -72,6 +79,37 @@ class Objective:
         update = self.consider(embedding, -1.0)
         self.apply(update)
         return update
+
+    def computed_from(self, embedding: Embedding) -> "Objective":
+        """Return the objective with exactly the images of ``embedding`` added, computed without updates.
+
+        Raises:
+            torch.linalg.LinAlgError: M is not positive definite.
+        """
+        assert self._given is not None
+        start, target = self._given
+        total = start + self.scale**2 * information(embedding)
+        computed = Objective(total, target, self.scale, self.constant)
+        computed._given = self._given
+        return computed
+
+    def error(self, embedding: Embedding) -> float:
+        """Estimate the relative error of ``value``, given that exactly the images of ``embedding`` are in M.
+
+        With R = M^-1 + D, the error of tr(R F) is tr(D F) = tr(F M^-1 (M R - I)), estimated by random vectors w as the
+        mean of ``(R F w)^T (M R - I) w`` (Hutchinson 1990): a few products with matrices, where inverting M again would
+        cost as much as many picks.
+        """
+        assert self._given is not None
+        self._gather()
+        start, target = self._given
+        generator = torch.Generator().manual_seed(0)
+        vectors = torch.randn(len(start), ERROR_VECTORS, generator=generator, dtype=torch.float64).to(start.device)
+        right = self.inverse @ vectors
+        left = self.inverse @ (target @ vectors)
+        v_left, v_right = product(embedding, torch.cat([left, right], dim=1)).split(ERROR_VECTORS, dim=1)
+        residuals = (left * (start @ right - vectors)).sum(0) + self.scale**2 * (v_left * v_right).sum((0, 2))
+        return float(residuals.abs().max()) / max(abs(self.value), 1e-300)
 
     def consider(self, embedding: Embedding, sign: float = 1.0) -> Update:
         """What adding the one image of ``embedding`` to M (or taking it out, ``sign`` -1) would change."""

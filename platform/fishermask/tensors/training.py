@@ -50,7 +50,7 @@ def fit(
     accuracy = 0.0
     for epoch in range(1, max_epochs + 1):
         correct = 0
-        for batch in torch.randperm(len(images), generator=order).to(images.device).split(batch_size):
+        for batch in _batches(torch.randperm(len(images), generator=order).to(images.device), batch_size):
             inputs = images[batch]
             if augmentation is not None:
                 inputs = crop_and_flip(inputs, augmentation)
@@ -65,11 +65,22 @@ def fit(
             if clip is not None:
                 nn.utils.clip_grad_value_(model.parameters(), clip)
             optimizer.step()
-            correct += int((logits.argmax(-1) == labels[batch]).sum())
+            correct += int((logits.argmax(-1) == labels[batch])[: len(batch.unique())].sum())
         accuracy = correct / len(images)
         if accuracy >= target_accuracy:
             return TrainingReport(epoch, accuracy, "target")
     return TrainingReport(max_epochs, accuracy, "cap")
+
+
+def _batches(order: Tensor, size: int) -> list[Tensor]:
+    """``order`` [n] in batches of ``size``, none of them of a single image, of which batch norm has no statistics.
+
+    A single image at the end joins the batch before it; where all batches are of one, each image comes twice.
+    """
+    batches = list(order.split(size))
+    if len(batches) > 1 and len(batches[-1]) == 1 and size > 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return [batch if len(batch) > 1 else batch.repeat(2) for batch in batches]
 
 
 @torch.no_grad()

@@ -1,0 +1,134 @@
+"""Selections that float32, or Woodbury's formula alone, cannot hold: against dense matrices in float64."""
+
+import cases
+import pytest
+import reference
+import torch
+from queries import choose
+
+from fishermask.experiment.streams import stream
+from fishermask.pool import selection
+from fishermask.pool.pool import Engine, Freshness, Pool
+from fishermask.pool.selection import TraceOptions, minimise_trace
+from fishermask.pool.shards import LocalShards
+from fishermask.tensors.embedding import add_identity, embed, information, take
+from fishermask.tensors.images import Statistics, normalise
+from fishermask.tensors.layout import inspect
+from fishermask.tensors.mask import last_layer_mask
+from fishermask.tensors.precision import Precision
+from fishermask.tensors.trace import Objective
+
+GREY = Statistics((0.5,), (0.25,))
+COUNT, LABELED, BUDGET = 120, [3, 50, 77], 12
+
+
+def pixels(count):
+    return torch.randint(0, 256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def certain_model(dtype):
+    """A model whose predictions are nearly certain, so that some directions have next to no information."""
+    model = cases.model("mlp")
+    with torch.no_grad():
+        model[-1].weight.mul_(6)
+    return model.to(dtype)
+
+
+def minimise(options, dtype=torch.float32, **engine):
+    model, images = certain_model(dtype), pixels(COUNT)
+    shards = LocalShards(images, GREY, 1)
+    pool = Pool(shards, COUNT, torch.tensor(LABELED), torch.zeros(len(LABELED), dtype=torch.long), model,
+                stream(0, "a"), stream(0, "b"), engine=Engine(**engine))  # fmt: skip
+    mask = last_layer_mask(inspect(model, normalise(images[:4], GREY, dtype)))
+    return minimise_trace(pool, mask, BUDGET, options).tolist(), pool.notes
+
+
+def dense(options):
+    """Batch and objective from dense matrices in float64, every trace by an inverse of its own."""
+    model, inputs = certain_model(torch.float64), normalise(pixels(COUNT), GREY, torch.float64)
+    rows = reference.information_rows(model, inputs)[:, :, reference.head_entries(model, "5")]
+    if options.class_weighting == "none":
+        rows = rows / model(inputs).detach().softmax(-1).sqrt()[:, :, None]
+    every = torch.einsum("nck,ncl->nkl", rows, rows)
+    total = len(LABELED) + BUDGET
+    scale, target = (BUDGET / total) ** 0.5, every.mean(0)
+    matrix = options.damping * torch.eye(rows.shape[2], dtype=torch.float64)
+    matrix = matrix + len(LABELED) / total * every[LABELED].mean(0)
+    candidates = [i for i in range(COUNT) if i not in LABELED]
+    chosen = reference.greedy(rows, candidates, matrix, target, round(options.oversample * BUDGET), scale)
+    while len(chosen) > BUDGET:
+        left = [[c for c in chosen if c != worst] for worst in chosen]
+        traces = [reference.trace(matrix + scale**2 * every[rest].sum(0), target) for rest in left]
+        chosen = left[min(range(len(left)), key=lambda i: traces[i])]
+    return chosen, reference.trace(matrix + scale**2 * every[chosen].sum(0), target)
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("weighting", ["sqrt", "none"])
+def test_small_damping_gives_the_batch_of_dense_float64_from_float32_embeddings(damping, weighting):
+    options = TraceOptions(damping=damping, class_weighting=weighting)
+    expected, objective = dense(options)
+    batch, notes = minimise(options)
+    assert batch == expected
+    assert notes["objective"] == pytest.approx(objective, rel=1e-4)
+    assert notes["largest drift of a gain"] < selection.LARGE * Engine().drift
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("weighting", ["sqrt", "none"])
+def test_images_are_taken_back_as_dense_float64_takes_them_back(damping, weighting):
+    options = TraceOptions(damping=damping, class_weighting=weighting, oversample=2.0)
+    expected, objective = dense(options)
+    batch, notes = minimise(options, torch.float64)
+    assert batch == expected
+    assert notes["objective"] == pytest.approx(objective, rel=1e-7)
+
+
+def test_the_note_on_float64_is_there_where_float32_is_not_enough_and_only_there():
+    hard = TraceOptions(damping=1e-4, class_weighting="none")
+    assert minimise(hard)[1]["picks before scores were kept in float64"] < BUDGET
+    for notes in (minimise(hard, precision=Precision(scores=torch.float64))[1], minimise(TraceOptions())[1]):
+        assert "picks before scores were kept in float64" not in notes
+
+
+def test_without_float64_gains_are_far_off(monkeypatch):
+    """That the other tests here test something."""
+    monkeypatch.setattr(selection.TraceCriterion, "use_float64", lambda self: False)
+    worst = max(
+        minimise(TraceOptions(damping=damping, class_weighting="none"))[1]["largest drift of a gain"]
+        for damping in (1e-3, 1e-4)
+    )
+    assert worst > 0.05
+
+
+def test_a_selection_in_float64_goes_on_from_its_journal(trained):
+    setup, model = trained
+
+    def run(past):
+        made = []
+        shards = LocalShards(setup.data.train.images, setup.statistics, 2)
+        used = Engine(past=past, journal=lambda *pick: made.append(pick), drift=1e-7)
+        return choose("bait", shards, setup, model, 12, used), made
+
+    batch, journal = run([])
+    assert Freshness.EXACT in [freshness for _, freshness in journal]
+    for stopped in (1, 5, 11):
+        assert run(journal[:stopped]) == (batch, journal[stopped:])
+
+
+def test_the_estimated_error_of_the_objective_is_of_the_size_of_the_true_one():
+    generator = torch.Generator().manual_seed(0)
+    model, inputs = certain_model(torch.float64), normalise(pixels(20), GREY, torch.float64)
+    kept = embed(model, inputs, last_layer_mask(inspect(model, inputs)))
+    start = torch.zeros(kept.size, kept.size, dtype=torch.float64)
+    add_identity(start, 0.01, kept.num_classes, len(kept.hidden))
+    objective = Objective(start, information(kept) / 20, keep=True)
+    for i in range(20):
+        objective.add(take(kept, slice(i, i + 1)))
+    exact = objective.computed_from(kept)
+    assert objective.error(kept) < 1e-9
+    assert objective.value == pytest.approx(exact.value, rel=1e-9)
+    wrong = torch.randn(kept.size, kept.size, generator=generator, dtype=torch.float64)
+    objective.inverse += 1e-3 * objective.inverse.abs().max() * (wrong + wrong.mT)
+    truth = abs(float((objective.inverse * information(kept) / 20).sum()) - exact.value) / exact.value
+    assert truth / 30 < objective.error(kept) < 30 * truth

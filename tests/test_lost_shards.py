@@ -9,8 +9,10 @@ import ray
 import torch
 from queries import choose
 
+from fishermask.pool.pool import Engine
 from fishermask.pool.ray_shards import RayShards
 from fishermask.pool.shards import LocalShards
+from fishermask.tensors.precision import Precision
 
 
 def kill(shards, index):
@@ -113,11 +115,11 @@ def test_a_shard_that_is_lost_again_and_again_ends_the_run_with_its_own_message(
 
 def test_an_error_of_the_shards_own_is_not_tried_again(trained, ray_session):
     setup, model = trained
-    broken = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, 10))
+    large = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, 10), torch.nn.Linear(10, 10))
     with torch.no_grad():
-        broken[1].weight.fill_(torch.nan)
+        large[1].weight.mul_(1e8)
     shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        choose("bait", shards, setup, broken)
+    with pytest.raises(FloatingPointError, match="float16 cannot hold the embeddings"):
+        choose("bait", shards, setup, large, engine=Engine(Precision(storage=torch.float16)))
     assert shards.rebuilt == 0
     shards.close()

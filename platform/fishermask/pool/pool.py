@@ -120,12 +120,12 @@ class Pool:
         for found in self.in_pieces("predict", "probabilities"):
             for parts, part in zip(shards, found, strict=True):
                 parts.append(part)
-        found = torch.cat([part for parts in shards for part in parts if len(part)])[self.candidates]
-        if not found.isfinite().all():
+        probabilities = torch.cat([part for parts in shards for part in parts if len(part)])[self.candidates]
+        if not probabilities.isfinite().all():
             raise FloatingPointError(
                 "the model predicts probabilities that are not finite; lower training.learning_rate"
             )
-        return found
+        return probabilities
 
     def layout(self) -> Layout:
         """How the model's parameters are differentiated."""

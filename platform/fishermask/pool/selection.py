@@ -31,8 +31,9 @@ SAMPLE_NUMBERS = 20_000_000
 class Criterion(Protocol):
     """What a greedy strategy knows of all picks so far; the shards' part of it is its ``Scorer``."""
 
-    dtype: torch.dtype
-    """Of the shards' scores: what they are told comes in it."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the shards' scores, and of all that they are told."""
 
     def scorer(self) -> Scorer:
         """What shards compute scores from that know of all picks so far."""
@@ -141,6 +142,7 @@ class DistanceCriterion:
 
     first: Scorer
     dtype: torch.dtype
+    """Type of the shards' scores."""
 
     def scorer(self) -> Scorer:
         return self.first
@@ -161,6 +163,7 @@ class TraceCriterion:
 
     objective: Objective
     dtype: torch.dtype
+    """Type of the shards' scores."""
     _asked: tuple[int, Update] | None = None
 
     def scorer(self) -> TraceScorer:

@@ -1,11 +1,13 @@
 """The command line. Everything that can be set is set in the YAML file or as key=value; there are few options."""
 
 import argparse
+import io
+import os
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,13 +15,17 @@ from rich.table import Table
 
 from fishermask import __version__
 from fishermask.errors import InputError
+from fishermask.guard import guarded, held_stderr, one_line, short, write_log
+from fishermask.paths import check_path
 from fishermask.results.tables import METRICS
 
 if TYPE_CHECKING:
     from fishermask.sweep.plan import Sweep
     from fishermask.sweep.recorder import Recorder
 
-EXIT_FAILED_RUNS, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED_RUNS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
+MAX_LINE = 2000
+"""Characters of an error that are shown."""
 
 EPILOG = """
 start here:
@@ -41,28 +47,79 @@ key=value settings:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, 1 (a run failed), 2 (bad input) or 130 (Ctrl-C)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may be unable to show a character
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    parser = _parser()
-    # argparse takes no settings after an option; what it leaves over are settings, or it is right to complain.
-    arguments, rest = parser.parse_known_args(argv)
-    if not hasattr(arguments, "settings") or any(word.startswith("-") for word in rest):
-        arguments = parser.parse_args(argv)
-    else:
-        arguments.settings += rest
     try:
+        arguments = _arguments(argv)
         return int(arguments.command(arguments, console))
     except InputError as error:
-        for line in str(error).splitlines():
-            print(f"fishermask: {line}", file=sys.stderr)
+        _complain(error)
         return EXIT_BAD_INPUT
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at its end
+        return EXIT_PIPE
     except KeyboardInterrupt:
         print("fishermask: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
+def _complain(error: InputError) -> None:
+    """Print a line for each mistake, and name the log file that holds the details."""
+    lines = [one_line(line, MAX_LINE) for line in str(error).split("\n")]
+    if error.details:
+        lines[-1] += f"; log: {write_log(error.details)}"
+    for line in lines:
+        print(f"fishermask: {line}", file=sys.stderr)
+
+
+@contextmanager
+def _checks(what: str) -> Iterator[None]:
+    """Check the user's input: any exception is an error of the input, and stderr is kept free of other lines.
+
+    What libraries and the user's code write to stderr goes to the log if the check fails, and else to stdout.
+    """
+    with held_stderr() as held:
+        try:
+            with guarded(what, "cannot be used"):
+                yield
+        except InputError as error:
+            if error.details and (text := held.text()):
+                error.details += f"\nwritten to stderr before:\n{text}"
+            raise
+        shown = held.text()
+    if shown:
+        print(shown, end="" if shown.endswith("\n") else "\n")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as any other mistake: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    # argparse takes no settings after an option; what it leaves over are settings, or it is right to complain.
+    arguments, rest = parser.parse_known_args(argv)
+    if not hasattr(arguments, "settings") or any(word.startswith("-") for word in rest):
+        return parser.parse_args(argv)
+    arguments.settings += rest
+    return arguments
+
+
+def _path(argument: str) -> Path:
+    """The type of a FILE or DIR on the command line."""
+    try:
+        return Path(check_path(argument))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{short(argument)} {error}") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fishermask",
         description="Distributed batch active learning with Fisher information: choose what to label, "
         "and measure honestly whether the choice was better than random.",
@@ -81,10 +138,10 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--dry-run", action="store_true", help="check everything and list the runs; run none")
     sweep.set_defaults(command=_sweep)
     for each in (run, sweep):
-        each.add_argument("file", type=Path, metavar="FILE", help="YAML file with name, base and grid")
+        each.add_argument("file", type=_path, metavar="FILE", help="YAML file with name, base and grid")
         each.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
     report = command("report", "Make tables, curves and summary.md again from a sweep's folder.")
-    report.add_argument("folder", type=Path, metavar="DIR", help="results/NAME")
+    report.add_argument("folder", type=_path, metavar="DIR", help="results/NAME")
     report.add_argument(
         "--metric", choices=METRICS, default="balanced_accuracy", help="metric of the curves (%(default)s)"
     )
@@ -97,9 +154,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     from fishermask.sweep import plan, runner
 
-    config = plan.single(plan.load(arguments.file, arguments.settings))
-    sweep = plan.expand(config)
-    runner.check(sweep, console, here=True)
+    with _checks(str(arguments.file)):
+        config = plan.single(plan.load(arguments.file, arguments.settings))
+        sweep = plan.expand(config)
+        runner.check(sweep, console, here=True)
     for key, values in config.grid.items():
         console.print(f"{key} = {values[0]}")
     with ExitStack() as stack:
@@ -113,8 +171,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
 def _sweep(arguments: argparse.Namespace, console: Console) -> int:
     from fishermask.sweep import plan, runner
 
-    sweep = plan.expand(plan.load(arguments.file, arguments.settings))
-    runner.check(sweep, console)
+    with _checks(str(arguments.file)):
+        sweep = plan.expand(plan.load(arguments.file, arguments.settings))
+        runner.check(sweep, console)
     todo = runner.missing(sweep)
     count = len(sweep.runs)
     rounds = sum(runner.rounds_of(run) - len(history) for run, history in todo)
@@ -164,7 +223,8 @@ def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) ->
 def _report(arguments: argparse.Namespace, console: Console) -> int:
     if not arguments.folder.is_dir():
         raise InputError(f"{arguments.folder}: no such folder")
-    return _show(arguments.folder, arguments.metric, console)
+    with _checks(str(arguments.folder)):
+        return _show(arguments.folder, arguments.metric, console)
 
 
 def _show(folder: Path, metric: str, console: Console) -> int:
@@ -193,11 +253,12 @@ def _show(folder: Path, metric: str, console: Console) -> int:
 def _strategies(arguments: argparse.Namespace, console: Console) -> int:
     from fishermask import strategies
 
-    for name in strategies.available():
-        summary, params = strategies.describe(name)
-        console.print(f"{name}: {summary}")
-        for key, field in params.model_fields.items():
-            console.print(f"    {key} = {field.default}")
+    with _checks("strategies"):
+        for name in strategies.available():
+            summary, params = strategies.describe(name)
+            console.print(f"{name}: {summary}")
+            for key, field in params.model_fields.items():
+                console.print(f"    {key} = {field.default}")
     return 0
 
 

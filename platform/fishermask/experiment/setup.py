@@ -13,7 +13,8 @@ from fishermask.data import dataset, imbalance
 from fishermask.data.dataset import Dataset
 from fishermask.errors import InputError
 from fishermask.experiment.streams import stream, stream_seed
-from fishermask.pool.plan import Plan, plan, plan_prediction
+from fishermask.guard import guarded
+from fishermask.pool.plan import Plan, free_memory, plan, plan_prediction
 from fishermask.pool.shard import BLOCK
 from fishermask.strategies import Strategy
 from fishermask.tensors import models
@@ -112,11 +113,28 @@ def prepare(config: ExperimentConfig) -> Setup:
     own = config.data.statistics == "pool" or data.published is None
     statistics = _pool_statistics(*pool) if own or data.published is None else data.published
     setup = Setup(config, data, drawn[: config.budget.initial].sort().values, statistics, strategy)
+    _check_size(config.model, data)
+    model, images = setup.model(0).eval().requires_grad_(False), setup.example(2)
+    models.check_logits(model, images, config.model.name)
     try:
-        return replace(setup, work=strategy.check(setup.model(0).eval().requires_grad_(False), setup.example(2)))
+        with guarded("strategy.name", f"{strategy.file} cannot work with the model {config.model.name}"):
+            work = strategy.check(model, images)
     except InputError as error:
         message = str(error)
-        raise InputError(message if message.startswith("model") else f"strategy.params.{message}") from None
+        if message.startswith(("model", "strategy")):
+            raise
+        raise InputError(f"strategy.params.{message}", error.details) from error.__cause__
+    return replace(setup, work=work)
+
+
+def _check_size(model: NamedConfig, data: Dataset) -> None:
+    """Raise ``InputError`` for a model that this machine cannot hold: to make it would end the process."""
+    needed = models.parameter_bytes(model.name, model.params, data.image_shape, len(data.classes))
+    if needed > (free := free_memory(gpu=False)):
+        raise InputError(
+            f"model.params: the parameters of {model.name} take {needed / 1e9:,.3g} GB, and {free / 1e9:,.3g} GB of "
+            "memory are free; choose a smaller model"
+        )
 
 
 def precision(engine: EngineConfig) -> Precision:
@@ -132,6 +150,11 @@ def _probe(
 ) -> Probe | PredictionProbe:
     network = models.build(model.name, model.params, shape, num_classes, seed=0).eval().requires_grad_(False)
     image = torch.zeros(1, *shape)
+    with guarded("model.name", f"the queries of {model.name} cannot be measured"):
+        return _measure(network, image, work)
+
+
+def _measure(network: nn.Module, image: torch.Tensor, work: Workload | Prediction) -> Probe | PredictionProbe:
     return Probe(network, image, work) if isinstance(work, Workload) else PredictionProbe(network, image, work)
 
 

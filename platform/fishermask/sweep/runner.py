@@ -146,7 +146,8 @@ def run_here(sweep: Sweep, console: Console) -> Recorder:
                     run.folder.journal,
                     functools.partial(recorder.stage, run.name),
                 )
-            except Exception:  # shown at the end, with its traceback in the run's folder; other runs go on
+            # Shown at the end, with its traceback in the run's folder; other runs go on. A model may try to exit.
+            except (Exception, SystemExit):
                 recorder.fail(run.name, traceback.format_exc())
     return recorder
 

@@ -148,6 +148,7 @@ def trial(
         rounds(config, place, history, lambda result: tune.report({"round": json.dumps(result)}), journal, stage)
     except LOST:
         raise
-    except Exception:
+    except (Exception, SystemExit) as error:
         tune.report({"error": traceback.format_exc()})
-        raise  # so that no other run is given this process, whose device may be in disorder
+        # So that no other run is given this process, whose device may be in disorder. Ray takes an exit for a loss.
+        raise RuntimeError("the run failed") from error

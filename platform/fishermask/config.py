@@ -37,25 +37,23 @@ class Config(BaseModel):
         return hash(self.model_dump_json())
 
 
+def _finite(value: Any) -> Any:
+    # NaN is unequal to itself: such a run would never be taken for the one that its folder holds.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"should be a finite number, got {value}")
+    return value
+
+
 class NamedConfig(Config):
     """Something chosen by name, with parameters of its own. ``margin`` is short for ``{name: margin}``."""
 
     name: Word
-    params: dict[str, Any] = {}
+    params: dict[str, Annotated[Any, AfterValidator(_finite)]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
-
-    @field_validator("params", mode="after")
-    @classmethod
-    def _finite(cls, params: dict[str, Any]) -> dict[str, Any]:
-        # Not a number is unequal to itself: such a run would never be taken for the one that its folder holds.
-        for key, value in params.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{key} should be a finite number, got {value}")
-        return params
 
 
 class Balanced(Config):

@@ -143,7 +143,10 @@ def _slice(rows: np.ndarray, start: int, stop: int) -> slice:
 
 def _image_column(schema: pa.Schema, file: Path, config: DataConfig) -> str:
     structs = [field.name for field in schema if _holds_images(field.type)]
-    wanted = config.image_column or (structs[0] if len(structs) == 1 else None)
+    wanted = config.image_column or (structs[0] if len(set(structs)) == 1 else None)
+    for setting, name in (("image_column", wanted), ("label_column", config.label_column)):
+        if (count := schema.names.count(name)) > 1:
+            raise InputError(f"data.{setting}: {file} has {count} columns {name!r}; give each column a name of its own")
     if wanted not in structs:
         raise InputError(
             f"data.image_column: {file} has {f'no image column {wanted!r}' if wanted else 'no single image column'}; "
@@ -155,9 +158,6 @@ def _image_column(schema: pa.Schema, file: Path, config: DataConfig) -> str:
             f"data.label_column: {file} has no integer column {config.label_column!r}; "
             f"integer columns there: {', '.join(integers) or 'none'}"
         )
-    for setting, name in (("image_column", wanted), ("label_column", config.label_column)):
-        if (count := schema.names.count(name)) > 1:
-            raise InputError(f"data.{setting}: {file} has {count} columns {name!r}; give each column a name of its own")
     return str(wanted)
 
 

@@ -132,7 +132,7 @@ def _check_size(model: NamedConfig, data: Dataset) -> None:
     needed = models.parameter_bytes(model.name, model.params, data.image_shape, len(data.classes))
     if needed > (free := free_memory(gpu=False)):
         raise InputError(
-            f"model.params: the parameters of {model.name} take {needed / 1e9:,.3g} GB, and {free / 1e9:,.3g} GB of "
+            f"model.params: the parameters of {model.name} take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of "
             "memory are free; choose a smaller model"
         )
 

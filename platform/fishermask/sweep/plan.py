@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,10 +184,15 @@ def check_folder(sweep: Sweep) -> None:
 def _check_folder(sweep: Sweep) -> None:
     remedy = "choose another name=NAME, or move it away"
     path = sweep.folder / "config.yaml"
-    there_is = next(place for place in (sweep.folder, *sweep.folder.parents) if place.exists())
-    if not there_is.is_dir() or not os.access(there_is, os.W_OK):
-        raise InputError(f"output: cannot write to {there_is}; choose another with output=DIR")
-    if not path.exists():
+    there_is = next(place for place in (sweep.folder, *sweep.folder.parents) if os.path.lexists(place))
+    try:
+        # To try is the only way to know: root may write anywhere, but for read-only file systems and such.
+        Path(tempfile.mkdtemp(prefix=".writable.", dir=there_is)).rmdir()
+    except OSError as error:
+        raise InputError(
+            f"output: cannot write to {there_is} ({error.strerror}); choose another with output=DIR"
+        ) from None
+    if not os.path.lexists(path):
         if sweep.folder.exists() and any(file.name != ".lock" for file in sweep.folder.iterdir()):
             raise InputError(f"name: {sweep.folder} exists and is no sweep's results; {remedy}")
         return

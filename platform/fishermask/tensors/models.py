@@ -15,6 +15,8 @@ from fishermask.guard import guarded, short
 
 MAX_DEPTH = 1000
 """Layers of an MLP."""
+MAX_WIDTH = 10**9
+"""Units of a layer: more than any memory holds, less than a tensor's size can count."""
 
 
 class BasicBlock(nn.Module):
@@ -48,10 +50,9 @@ def thin_resnet18(channels: int, size: int, num_classes: int) -> nn.Module:
 
 def small_cnn(channels: int, size: int, num_classes: int, width: int = 16) -> nn.Module:
     """Three 3x3 convolutions, each followed by a 2x2 maximum, and one hidden layer of ``4 * width`` units."""
-    if size < 8 or width < 1:
-        raise InputError(
-            f"model.params: small_cnn needs images of 8 pixels or more and width >= 1, got {size} and {width}"
-        )
+    if size < 8:
+        raise InputError(f"model.name: small_cnn needs images of 8 pixels or more, got {size}; set data.image_size")
+    _require("width", width, MAX_WIDTH)
     side = size // 8
     return nn.Sequential(
         *(nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -64,14 +65,19 @@ def small_cnn(channels: int, size: int, num_classes: int, width: int = 16) -> nn
 
 def mlp(channels: int, size: int, num_classes: int, width: int = 128, depth: int = 2) -> nn.Module:
     """``depth`` hidden layers of ``width`` rectified units."""
-    if width < 1 or not 1 <= depth <= MAX_DEPTH:
-        raise InputError(f"model.params: mlp needs width >= 1 and depth from 1 to {MAX_DEPTH}, got {width} and {depth}")
+    _require("width", width, MAX_WIDTH)
+    _require("depth", depth, MAX_DEPTH)
     layers: list[nn.Module] = [nn.Flatten()]
     inputs = channels * size * size
     for _ in range(depth):
         layers += [nn.Linear(inputs, width), nn.ReLU()]
         inputs = width
     return nn.Sequential(*layers, nn.Linear(inputs, num_classes))
+
+
+def _require(key: str, value: int, largest: int) -> None:
+    if not 1 <= value <= largest:
+        raise InputError(f"model.params.{key}: should be from 1 to {largest:,}, got {short(value)}")
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -105,7 +111,7 @@ def _own(name: str, params: dict[str, Any], image_shape: tuple[int, int, int], n
         ours = ", ".join(MODELS)
         raise InputError(f"model.name: unknown model {short(name)}; there are {ours}, and package.module:factory")
     if height != width:
-        raise InputError(f"model: {name} needs square images, got {height} x {width}")
+        raise InputError(f"model.name: {name} needs square images, got {height} x {width}")
     allowed = list(inspect.signature(MODELS[name]).parameters)[3:]
     for key, value in params.items():
         if key not in allowed:

@@ -1,7 +1,7 @@
 """Runs many commands in this one process, so that importing torch is paid once; started by ``test_bad_input``.
 
-Usage: python bad_input_batch.py JOBS ANSWERS, two JSON files. What a command prints is captured at the file descriptors,
-so that lines which libraries print from C are seen.
+Usage: python bad_input_batch.py JOBS ANSWERS, two JSON files. What a command prints is captured at the file
+descriptors, so that lines which libraries print from C are seen.
 """
 
 import hashlib
@@ -84,7 +84,7 @@ def main() -> None:
     strategies.__path__.append(jobs["strategies"])
     signal.signal(signal.SIGALRM, too_long)
     answers = {}
-    with open(os.memfd_create("out"), "r+b") as out, open(os.memfd_create("err"), "r+b") as err:
+    with os.fdopen(os.memfd_create("out"), "r+b") as out, os.fdopen(os.memfd_create("err"), "r+b") as err:
         for job in jobs["cases"]:
             answers[job["id"]] = run(job, (out, err))
     Path(sys.argv[2]).write_text(json.dumps(answers))

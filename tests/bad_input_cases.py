@@ -405,7 +405,7 @@ MODULES = {
 }
 for number, name in enumerate(FACTORIES):
     case(f"a model {name}", dry(f"model=their_models:f{number}"), "model.name", f"their_models:f{number}")
-for name, signature in SIGNATURES.items():
+for name in SIGNATURES:
     case(f"a factory {name}", dry(f"model=their_models:g_{name.replace(' ', '_')}"), "model.name")
 for number, name in enumerate(MODULES):
     case(f"a module {name}", dry(f"model=their_module_{number}:make"), "model.name", f"their_module_{number}")
@@ -466,7 +466,9 @@ TEXT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 def parquet(path, images=(GOOD, GOOD), labels=(0, 1), paths=None, kind=TEXT, notes=None, columns=None, **write):
     paths = paths or [None] * len(images)
-    structs = [i if i is None or isinstance(i, dict) else {"bytes": i, "path": p} for i, p in zip(images, paths, strict=True)]
+    structs = [
+        i if i is None or isinstance(i, dict) else {"bytes": i, "path": p} for i, p in zip(images, paths, strict=True)
+    ]
     table = pa.table(columns or {"image": pa.array(structs, kind), "label": pa.array(labels)})
     pq.write_table(table.replace_schema_metadata(notes), path, **write)
     return path
@@ -638,7 +640,9 @@ def idx(folder, change):
         content = {f"{prefix}-images-idx3-ubyte": images, f"{prefix}-labels-idx1-ubyte": labels}
         for name, value in content.items():
             changed = change.get(name, value)
-            (changed if callable(changed) else (raw / name).write_bytes)(*([raw / name] if callable(changed) else [changed]))
+            (changed if callable(changed) else (raw / name).write_bytes)(
+                *([raw / name] if callable(changed) else [changed])
+            )
 
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
@@ -721,7 +725,11 @@ RESULTS = {
     "results.parquet is a folder": ({"results.parquet/x": b""}, "results.parquet"),
 }  # fmt: skip
 for name, (changes, words) in RESULTS.items():
-    content = {"config.yaml": b"name: x\ngrid: {seed: [0]}\n", "runs/a/config.yaml": SETTINGS, "runs/a/rounds.jsonl": line()}
+    content = {
+        "config.yaml": b"name: x\ngrid: {seed: [0]}\n",
+        "runs/a/config.yaml": SETTINGS,
+        "runs/a/rounds.jsonl": line(),
+    }
     content |= changes
     files = {f"results/{path}": value for path, value in content.items() if value is not None}
     case(f"a report where {name}", ["report", "results"], words, files=files)
@@ -786,5 +794,3 @@ def write_models(folder):
     (folder / "their_models.py").write_text("\n\n".join(source))
     for number, content in enumerate(MODULES.values()):
         (folder / f"their_module_{number}.py").write_bytes(content)
-
-

@@ -1,6 +1,6 @@
 """Bad input of every kind: exit status 2, one line on stderr that names the setting, and no trace left behind.
 
-The catalogue is ``bad_input_cases``. Each case is a command; the commands run in a few processes, see ``bad_input_batch``.
+The catalogue is ``bad_input_cases``. Each case is a command; ``bad_input_batch`` runs them in a few processes.
 """
 
 import json
@@ -34,7 +34,12 @@ def answers(tmp_path_factory):
     for batch in range(BATCHES):
         work = {"models": str(root / "models"), "strategies": str(root / "strategies"), "cases": jobs[batch::BATCHES]}
         (root / f"jobs{batch}").write_text(json.dumps(work))
-        command = [sys.executable, Path(__file__).with_name("bad_input_batch.py"), root / f"jobs{batch}", root / f"answers{batch}"]
+        command = [
+            sys.executable,
+            Path(__file__).with_name("bad_input_batch.py"),
+            root / f"jobs{batch}",
+            root / f"answers{batch}",
+        ]
         settings = os.environ | {"TMPDIR": str(root / "logs"), "OMP_NUM_THREADS": "1"}
         processes.append(subprocess.Popen(command, cwd=root, env=settings, stderr=subprocess.PIPE, text=True))
     found = {}

@@ -1,6 +1,7 @@
 """The command line. Everything that can be set is set in the YAML file or as key=value; there are few options."""
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fishermask.sweep.recorder import Recorder
 
 EXIT_FAILED_RUNS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
+STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
 MAX_LINE = 2000
 """Characters of an error that are shown."""
 
@@ -49,16 +51,28 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, 1 (a run failed), 2 (bad input) or 130 (Ctrl-C)."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may be unable to show a character
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = _Console(markup=False, highlight=False, soft_wrap=True)
     try:
         arguments = _arguments(argv)
-        return int(arguments.command(arguments, console))
+        try:
+            Path.cwd()  # without one, PyTorch's libraries end the process
+        except OSError as error:
+            raise InputError(f"the working folder: {error.strerror}; change to another") from None
+        status = int(arguments.command(arguments, console))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a full disk can still be reported
+        return status
     except InputError as error:
         _complain(error)
         return EXIT_BAD_INPUT
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except OSError as error:
+        if error.errno not in STDOUT_ERRORS or error.filename is not None:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at its end
-        return EXIT_PIPE
+        if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+            return EXIT_PIPE
+        _complain(InputError(f"stdout: cannot be written to ({error.strerror})"))
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("fishermask: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -90,6 +104,13 @@ def _checks(what: str) -> Iterator[None]:
         shown = held.text()
     if shown:
         print(shown, end="" if shown.endswith("\n") else "\n")
+
+
+class _Console(Console):
+    """Leaves a reader that is gone to ``main``, where rich would exit."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -157,14 +178,17 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     with _checks(str(arguments.file)):
         config = plan.single(plan.load(arguments.file, arguments.settings))
         sweep = plan.expand(config)
-        runner.check(sweep, console, here=True)
+        plans = runner.check(sweep, console, here=True)
+    for line in plans:
+        console.print(line)
     for key, values in config.grid.items():
         console.print(f"{key} = {values[0]}")
     with ExitStack() as stack:
         if sweep.runs[0].config.resources.workers == "ray":
             from fishermask.sweep import cluster
 
-            stack.enter_context(cluster.connected())
+            with guarded("RAY_ADDRESS", "Ray cannot be used"):
+                stack.enter_context(cluster.connected())
         return _finish(sweep, lambda: runner.run_here(sweep, console), console)
 
 
@@ -173,8 +197,9 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
 
     with _checks(str(arguments.file)):
         sweep = plan.expand(plan.load(arguments.file, arguments.settings))
-        runner.check(sweep, console)
-    todo = runner.missing(sweep)
+        plans, todo = runner.check(sweep, console), runner.missing(sweep)
+    for line in plans:
+        console.print(line)
     count = len(sweep.runs)
     rounds = sum(runner.rounds_of(run) - len(history) for run, history in todo)
     state = f"{count} runs, {count - len(todo)} finished, {rounds} rounds to go"
@@ -188,7 +213,9 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
         return _show(sweep.folder, "balanced_accuracy", console)
     from fishermask.sweep import cluster, tune_runner
 
-    with cluster.connected():
+    with ExitStack() as stack:
+        with guarded("RAY_ADDRESS", "Ray cannot be used"):
+            stack.enter_context(cluster.connected())
         return _finish(sweep, lambda: tune_runner.run_on_ray(sweep, console), console)
 
 
@@ -223,16 +250,16 @@ def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) ->
 def _report(arguments: argparse.Namespace, console: Console) -> int:
     if not arguments.folder.is_dir():
         raise InputError(f"{arguments.folder}: no such folder")
-    with _checks(str(arguments.folder)):
-        return _show(arguments.folder, arguments.metric, console)
+    return _show(arguments.folder, arguments.metric, console)
 
 
 def _show(folder: Path, metric: str, console: Console) -> int:
     """Write the report of a sweep's folder and print its summary and where to look next."""
     from fishermask.results import report
 
-    summary = report.write(folder, metric)
-    header, rows = report.cells(summary, brief=True)
+    with _checks(str(folder)):
+        summary = report.write(folder, metric)
+        header, rows = report.cells(summary, brief=True)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, *cells in zip(header, *rows, strict=True):
         table.add_column(name, min_width=max(map(len, cells)))  # headers may break over lines, numbers may not
@@ -254,11 +281,11 @@ def _strategies(arguments: argparse.Namespace, console: Console) -> int:
     from fishermask import strategies
 
     with _checks("strategies"):
-        for name in strategies.available():
-            summary, params = strategies.describe(name)
-            console.print(f"{name}: {summary}")
-            for key, field in params.model_fields.items():
-                console.print(f"    {key} = {field.default}")
+        described = {name: strategies.describe(name) for name in strategies.available()}
+    for name, (summary, params) in described.items():
+        console.print(f"{name}: {summary}")
+        for key, field in params.model_fields.items():
+            console.print(f"    {key} = {field.default}")
     return 0
 
 

@@ -274,6 +274,8 @@ def _resolve(kind: type[Config], location: tuple[Any, ...]) -> tuple[type[Config
     """The settings class that holds the last key of pydantic's ``location``, and the path as the user wrote it."""
     path: list[str] = []
     for part in location:
+        if part == "[key]":  # a key of the wrong type, which stands before
+            continue
         if path == ["imbalance"] and part in IMBALANCES and kind not in IMBALANCES.values():
             kind = IMBALANCES[part]  # pydantic names the union's member; the user's file has no such key
             continue

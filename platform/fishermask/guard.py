@@ -44,7 +44,7 @@ def reason(error: BaseException) -> str:
         if isinstance(error, SystemExit):
             text = f"it exits with status {error.code}"
         elif isinstance(error, OSError) and error.strerror:
-            text = error.strerror
+            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         else:
             text = str(error)
     except BaseException:  # a user's exception may be unable to describe itself

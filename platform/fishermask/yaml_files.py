@@ -148,9 +148,14 @@ def parse_yaml(content: str | bytes, where: str, problem: str = "is not YAML") -
         try:
             return yaml.load(content, StrictLoader)
         except (yaml.YAMLError, UnicodeError) as error:
-            raise InputError(f"{where}: {problem} ({one_line(str(error))})") from None
+            raise InputError(f"{where}: {problem} ({_reason(error)})") from None
         except RecursionError:
             raise InputError(f"{where}: {problem} (keys and lists are nested too deep)") from None
+
+
+def _reason(error: Exception) -> str:
+    """What PyYAML says, without its names for text that comes from no file."""
+    return one_line(re.sub(r'in "<(byte|unicode) string>", ', "in ", str(error)))
 
 
 def _line(node: yaml.Node) -> str:

@@ -129,7 +129,7 @@ class ParquetSource:
     def _open(self, path: Path) -> pq.ParquetFile:
         require_file(path, f"data.{self.split}")
         with self._reading(path):
-            return pq.ParquetFile(path)
+            return pq.ParquetFile(path, page_checksum_verification=True)
 
     def _reading(self, path: Path) -> AbstractContextManager[None]:
         return guarded(f"data.{self.split}", f"{path} cannot be read as Parquet")

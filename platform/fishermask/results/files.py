@@ -14,7 +14,7 @@ import filecmp
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +162,13 @@ class RunFolder:
         make_folder(self.path)
         index = self.path / "pool.csv"
         partial = _partial(index)
-        with writing(index), partial.open("w", encoding="utf-8", newline="") as table:
-            writer = csv.writer(table, lineterminator="\n")
-            writer.writerow(["id", "class", "initial"])
-            writer.writerows((name, label, int(initial)) for name, label, initial in pool)
+        with writing(index), ExitStack() as stack:
+            stack.callback(partial.unlink, missing_ok=True)
+            with partial.open("w", encoding="utf-8", newline="") as table:
+                writer = csv.writer(table, lineterminator="\n")
+                writer.writerow(["id", "class", "initial"])
+                writer.writerows((name, label, int(initial)) for name, label, initial in pool)
+            stack.pop_all()
         if self.rounds.exists() and index.exists() and not filecmp.cmp(index, partial, shallow=False):
             partial.unlink()
             raise InputError(

@@ -151,6 +151,7 @@ for strategy, params in {
 case("strategy.params=5", dry("strategy={name: margin, params: 5}"), "strategy.params")
 case("strategy.params=[1]", dry("strategy={name: margin, params: [1]}"), "strategy.params")
 case("model.params=text", dry("model={name: mlp, params: wide}"), "model.params")
+case("NaN deep in model.params", dry("model={name: a:b, params: {x: [{y: .nan}]}}"), "model.params.x")
 case("model.params with numbers as keys", dry("model={name: mlp, params: {1: 2}}"), "model.params")
 case("two mistakes are two lines", dry("seed=-1", "budget.query=0"), "seed", "budget.query", lines=2)
 case("a grid of 10^10 runs", dry(*(f"grid.{key}=[{','.join(f'{n}.{d}' for d in range(10))}]" for n, key in enumerate(
@@ -334,6 +335,7 @@ FACTORIES = {
     "raises a group": "raise ExceptionGroup('several', [ValueError('a'), TypeError('b')])",
     "raises BaseException": "raise BaseException('boom')",
     "raises StopIteration": "raise StopIteration",
+    "raises GeneratorExit": "raise GeneratorExit",
     "raises MemoryError": "raise MemoryError",
     "raises UnicodeDecodeError": "b'\\xff'.decode()",
     "exits": "sys.exit()",

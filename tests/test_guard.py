@@ -84,6 +84,7 @@ def folder(tmp_path, monkeypatch):
         (Unprintable(), "Unprintable"),
         (FileNotFoundError(2, "No such file", "x"), "FileNotFoundError: No such file: x"),
         (StopIteration(), "StopIteration"),
+        (GeneratorExit(), "GeneratorExit"),
         (BaseException("rare"), "BaseException: rare"),
     ],
 )
@@ -105,7 +106,7 @@ def test_input_errors_and_interrupts_pass_unchanged(error):
 
 def test_a_guarded_generator_can_be_closed():
     def numbers():
-        with guarded("data", "cannot be read"):
+        with guarded("data", "cannot be read", passing=(GeneratorExit,)):
             yield from range(3)
 
     generator = numbers()

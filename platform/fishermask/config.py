@@ -41,6 +41,9 @@ def _finite(value: Any) -> Any:
     # NaN is unequal to itself: such a run would never be taken for the one that its folder holds.
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"should be a finite number, got {value}")
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _finite(inner)
     return value
 
 

@@ -16,7 +16,7 @@ MAX_REASON = 240
 
 
 @contextmanager
-def guarded(setting: str, problem: str) -> Iterator[None]:
+def guarded(setting: str, problem: str, passing: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
     """Turn every exception of the block into an ``InputError``: ``setting: problem (type: message)``.
 
     ``SystemExit``, ``RecursionError`` and ``MemoryError`` are no exception to that. ``InputError`` and
@@ -25,13 +25,15 @@ def guarded(setting: str, problem: str) -> Iterator[None]:
     Args:
         setting: the dotted path of the setting, or the file, that the user must correct.
         problem: what does not work, as a clause: "my.models:make does not make a model".
+        passing: exceptions that pass too. A generator that yields inside the block needs ``GeneratorExit``.
 
     Raises:
         InputError: the block raised; ``details`` holds the traceback.
     """
+    unchanged: tuple[type[BaseException], ...] = (InputError, KeyboardInterrupt, *passing)
     try:
         yield
-    except (InputError, KeyboardInterrupt, GeneratorExit):
+    except unchanged:
         raise
     except BaseException as error:
         raise InputError(f"{setting}: {problem} ({reason(error)})", _traceback(error)) from error

@@ -132,7 +132,7 @@ class ParquetSource:
             return pq.ParquetFile(path, page_checksum_verification=True)
 
     def _reading(self, path: Path) -> AbstractContextManager[None]:
-        return guarded(f"data.{self.split}", f"{path} cannot be read as Parquet")
+        return guarded(f"data.{self.split}", f"{path} cannot be read as Parquet", passing=(GeneratorExit,))
 
 
 def _slice(rows: np.ndarray, start: int, stop: int) -> slice:

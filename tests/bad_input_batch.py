@@ -17,7 +17,7 @@ from pathlib import Path
 from fishermask import cli, strategies
 from fishermask.experiment import setup
 
-SECONDS = 30
+SECONDS = 20
 """A command that takes longer waits for something that never comes."""
 
 

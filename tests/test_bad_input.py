@@ -43,10 +43,14 @@ def answers(tmp_path_factory):
         settings = os.environ | {"TMPDIR": str(root / "logs"), "OMP_NUM_THREADS": "1"}
         processes.append(subprocess.Popen(command, cwd=root, env=settings, stderr=subprocess.PIPE, text=True))
     found = {}
-    for batch, process in enumerate(processes):
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        found |= json.loads((root / f"answers{batch}").read_text())
+    try:
+        for batch, process in enumerate(processes):
+            _, err = process.communicate(timeout=300)
+            assert process.returncode == 0, err
+            found |= json.loads((root / f"answers{batch}").read_text())
+    finally:
+        for process in processes:
+            process.kill()
     return found
 
 

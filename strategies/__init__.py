@@ -92,5 +92,5 @@ def _module(name: str) -> ModuleType:
         module = import_module(f"{__name__}.{name}")
     params = getattr(module, "Params", Config)
     if not callable(getattr(module, "query", None)) or not (isinstance(params, type) and issubclass(params, Config)):
-        raise InputError(f"strategy.name: {file} needs a function query(pool, budget, params), and Params a Config")
+        raise InputError(f"strategy.name: {file}: needs a function query(pool, budget, params), and Params a Config")
     return module

@@ -190,7 +190,7 @@ def _check_folder(sweep: Sweep) -> None:
         Path(tempfile.mkdtemp(prefix=".writable.", dir=there_is)).rmdir()
     except OSError as error:
         raise InputError(
-            f"output: cannot write to {there_is} ({error.strerror}); choose another with output=DIR"
+            f"output: cannot write to {sweep.folder} ({there_is}: {error.strerror}); choose another with output=DIR"
         ) from None
     if not os.path.lexists(path):
         if sweep.folder.exists() and any(file.name != ".lock" for file in sweep.folder.iterdir()):

@@ -19,8 +19,9 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from fishermask.config import Config, StrategyConfig, parse
+from fishermask.config import Config, StrategyConfig, parse, short
 from fishermask.errors import InputError
+from fishermask.guard import guarded
 from fishermask.pool.pool import Pool
 from fishermask.tensors.memory import Prediction, Workload, prediction
 
@@ -33,8 +34,15 @@ class Strategy:
     params: Config
 
     def query(self, pool: Pool, budget: int) -> Tensor:
-        """Positions of ``budget`` candidates, in the order of choice."""
-        return self.module.query(pool, budget, self.params)
+        """Positions of ``budget`` candidates, in the order of choice.
+
+        Raises:
+            RuntimeError: the strategy tried to exit, which would take the process of the run with it.
+        """
+        try:
+            return self.module.query(pool, budget, self.params)
+        except SystemExit as error:
+            raise RuntimeError(f"the strategy raises SystemExit (status {error.code})") from error
 
     def check(self, model: nn.Module, images: Tensor) -> Workload | Prediction | None:
         """What a query computes with ``model``, which takes ``images`` [n, ...]; None if it looks at no image.
@@ -44,7 +52,15 @@ class Strategy:
         """
         check: Callable[[Config, nn.Module, Tensor], Workload | Prediction | None] | None
         check = getattr(self.module, "check", None)
-        return prediction(model, images) if check is None else check(self.params, model, images)
+        work = prediction(model, images) if check is None else check(self.params, model, images)
+        if not isinstance(work, Workload | Prediction | None):
+            raise InputError(f"strategy.name: {self.file} check returns {short(work)}, no Workload, Prediction or None")
+        return work
+
+    @property
+    def file(self) -> str:
+        """The file as messages name it."""
+        return f"strategies/{self.module.__name__.rpartition('.')[2]}.py"
 
 
 def available() -> list[str]:
@@ -65,16 +81,16 @@ def load(config: StrategyConfig) -> Strategy:
         InputError: there is no such strategy, or it has no such parameters.
     """
     if config.name not in available():
-        raise InputError(f"strategy.name: unknown strategy {config.name!r}; there are {', '.join(available())}")
+        raise InputError(f"strategy.name: unknown strategy {short(config.name)}; there are {', '.join(available())}")
     module = _module(config.name)
     return Strategy(module, parse(getattr(module, "Params", Config), config.params, "strategy.params"))
 
 
 def _module(name: str) -> ModuleType:
-    try:
+    file = f"strategies/{name}.py"
+    with guarded(f"strategy.name: {file}", "cannot be imported"):
         module = import_module(f"{__name__}.{name}")
-    except Exception as error:  # whatever a user's file raises: it is theirs to mend
-        raise InputError(f"strategies/{name}.py: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, "query", None)) or not issubclass(getattr(module, "Params", Config), Config):
-        raise InputError(f"strategies/{name}.py: needs a function query(pool, budget, params), and Params a Config")
+    params = getattr(module, "Params", Config)
+    if not callable(getattr(module, "query", None)) or not (isinstance(params, type) and issubclass(params, Config)):
+        raise InputError(f"strategy.name: {file}: needs a function query(pool, budget, params), and Params a Config")
     return module

@@ -49,7 +49,8 @@ class Params(Config):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, given: dict[str, Any]) -> dict[str, Any]:
-        return PRESETS.get(given.get("preset") or "", {}) | given
+        preset = given.get("preset")
+        return (PRESETS.get(preset, {}) if isinstance(preset, str) else {}) | given
 
 
 def check(params: Params, model: nn.Module, images: Tensor) -> Workload:

@@ -141,6 +141,53 @@ def test_a_bad_parquet_file_is_one_line_that_names_it(tmp_path, make, message):
     assert "bad.parquet" in str(caught.value)
 
 
+def decoded(tmp_path: Path, *images: bytes) -> torch.Tensor:
+    names = [f"{i}" for i in range(len(images))]
+    return load_parquet(
+        write_parquet(tmp_path / "a.parquet", list(images), [0] * len(images), paths=names)
+    ).train.images[:]
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2")])
+def test_images_of_16_bits_are_scaled_to_8(tmp_path, suffix, dtype):
+    """PIL clips them: everything above 255, which is nearly black, would be white."""
+    values = np.array([0, 1, 128, 129, 255, 256, 257, 385, 386, 30_000, 32_767, 32_768, 65_406, 65_407, 65_535], dtype)
+    values = np.resize(values, (8, 8)).astype(dtype)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, suffix)
+    expected = np.rint(values.astype(np.float64) * 255 / 65_535).astype(np.uint8)
+    assert np.array_equal(decoded(tmp_path, buffer.getvalue())[0, 0].numpy(), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_that_a_camera_wrote_is_applied(tmp_path, orientation):
+    upright = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    # What the camera's sensor saw, by the definition in EXIF 2.3: where the row 0 and the column 0 of the file lie.
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.T, 6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(stored)).save(buffer, "PNG", exif=exif)
+    assert np.array_equal(decoded(tmp_path, buffer.getvalue())[0, 0].numpy(), upright)
+
+
+def test_a_file_whose_name_is_a_pattern_is_read_and_not_searched_for(tmp_path):
+    file = write_parquet(tmp_path / "train[1]*.parquet", [png(value=7)], [0])
+    write_parquet(tmp_path / "train1.parquet", [png(value=8)], [0])
+    assert load_parquet(file).train.images[:].unique().tolist() == [7]
+
+
+def test_paths_that_are_all_missing_have_no_type_and_are_no_mistake(tmp_path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.null())])
+    images = pa.array([{"bytes": png(value=v), "path": None} for v in (5, 6)], kind)
+    pq.write_table(pa.table({"image": images, "label": [0, 1]}), tmp_path / "a.parquet")
+    data = load_parquet(tmp_path / "a.parquet")
+    assert data.train.images[:][:, 0, 0, 0].tolist() == [5, 6]
+
+
 def test_train_and_test_must_name_their_classes_alike(tmp_path):
     files = []
     for name, classes in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):

@@ -55,7 +55,7 @@ def test_a_models_weights_depend_on_its_seed_alone():
         ("torch.nn:Identity", {}, (1, 28, 28), "has no parameters"),
         ("mlp", {"widht": 3}, (1, 28, 28), "model.params.widht: unknown; mlp has width, depth"),
         ("mlp", {"width": "3"}, (1, 28, 28), "model.params.width: expected a whole number, got '3'"),
-        ("mlp", {"depth": 0}, (1, 28, 28), "depth >= 1"),
+        ("mlp", {"depth": 0}, (1, 28, 28), "model.params.depth: should be from 1 to 1,000, got 0"),
         ("small_cnn", {}, (1, 4, 4), "images of 8 pixels or more"),
         ("mlp", {}, (1, 28, 20), "square images, got 28 x 20"),
     ],

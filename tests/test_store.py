@@ -1,5 +1,6 @@
 """Decoded images on disk: what is kept, and who may write it."""
 
+import json
 import os
 import resource
 import signal
@@ -192,3 +193,55 @@ def test_preparing_a_run_takes_no_memory_for_the_pools_pixels(tmp_path):
         grown = private_bytes() - before
     assert setup.data.train.images.shape == (3000, 3, 128, 128)
     assert grown < 50e6
+
+
+def _replace_array(name, change):
+    def spoil(folder):
+        path = folder / "train" / name
+        np.save(path, change(np.load(path)))
+
+    return spoil
+
+
+def _replace_note(change):
+    def spoil(folder):
+        note = json.loads((folder / "store.json").read_text())
+        (folder / "store.json").write_text(json.dumps(change(note)))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "store.json").write_text("{"),
+        lambda folder: (folder / "store.json").write_bytes(b"\xff"),
+        _replace_note(lambda note: []),
+        _replace_note(lambda note: {}),
+        _replace_note(lambda note: note | {"classes": 5}),
+        _replace_note(lambda note: note | {"shape": [1, 8]}),
+        _replace_note(lambda note: note | {"shape": ["1", 8, 8]}),
+        _replace_note(lambda note: note | {"files": {}}),
+        lambda folder: (folder / "train/labels.npy").unlink(),
+        lambda folder: (folder / "train/labels.npy").write_bytes(b""),
+        lambda folder: (folder / "train/ids.npy").write_bytes(b"noise"),
+        lambda folder: (folder / "train/images.npy").unlink() or os.mkfifo(folder / "train/images.npy"),
+        lambda folder: np.save(folder / "train/labels.npy", np.array([{}] * 120, dtype=object)),
+        _replace_array("labels.npy", lambda labels: labels[:-1]),
+        _replace_array("labels.npy", lambda labels: labels.astype(np.float64)),
+        _replace_array("labels.npy", lambda labels: labels + 1),
+        _replace_array("labels.npy", lambda labels: labels - 1),
+        _replace_array("ids.npy", lambda names: np.arange(len(names))),
+        _replace_array("images.npy", lambda images: images[:, :, :4]),
+        _replace_array("images.npy", lambda images: images.astype(np.float32)),
+        _replace_array("source_rows.npy", lambda rows: rows[:5]),
+    ],
+)
+def test_a_damaged_store_is_one_line_that_names_its_folder(tmp_path, spoil):
+    file = write(tmp_path / "a.parquet")
+    load(file)
+    (folder,) = stores(tmp_path)
+    spoil(folder)
+    with pytest.raises(InputError, match=f"^FISHERMASK_CACHE: {folder} is damaged .*; remove it") as caught:
+        load(file)
+    assert "\n" not in str(caught.value)

@@ -1,11 +1,14 @@
 """The command line. Everything that can be set is set in the YAML file or as key=value; there are few options."""
 
 import argparse
+import errno
+import io
+import os
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,13 +16,18 @@ from rich.table import Table
 
 from fishermask import __version__
 from fishermask.errors import InputError
+from fishermask.guard import guarded, held_stderr, one_line, short, write_log
+from fishermask.paths import check_path
 from fishermask.results.tables import METRICS
 
 if TYPE_CHECKING:
     from fishermask.sweep.plan import Sweep
     from fishermask.sweep.recorder import Recorder
 
-EXIT_FAILED_RUNS, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED_RUNS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
+STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
+MAX_LINE = 2000
+"""Characters of an error that are shown."""
 
 EPILOG = """
 start here:
@@ -41,28 +49,98 @@ key=value settings:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, 1 (a run failed), 2 (bad input) or 130 (Ctrl-C)."""
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    parser = _parser()
-    # argparse takes no settings after an option; what it leaves over are settings, or it is right to complain.
-    arguments, rest = parser.parse_known_args(argv)
-    if not hasattr(arguments, "settings") or any(word.startswith("-") for word in rest):
-        arguments = parser.parse_args(argv)
-    else:
-        arguments.settings += rest
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may be unable to show a character
+    console = _Console(markup=False, highlight=False, soft_wrap=True)
     try:
-        return int(arguments.command(arguments, console))
+        arguments = _arguments(argv)
+        try:
+            Path.cwd()  # without one, PyTorch's libraries end the process
+        except OSError as error:
+            raise InputError(f"the working folder: {error.strerror}; change to another") from None
+        status = int(arguments.command(arguments, console))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a full disk can still be reported
+        return status
     except InputError as error:
-        for line in str(error).splitlines():
-            print(f"fishermask: {line}", file=sys.stderr)
+        _complain(error)
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        if error.errno not in STDOUT_ERRORS or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at its end
+        if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+            return EXIT_PIPE
+        _complain(InputError(f"stdout: cannot be written to ({error.strerror})"))
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("fishermask: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
+def _complain(error: InputError) -> None:
+    """Print a line for each mistake, and name the log file that holds the details."""
+    lines = [one_line(line, MAX_LINE) for line in str(error).split("\n")]
+    if error.details:
+        lines[-1] += f"; log: {write_log(error.details)}"
+    for line in lines:
+        print(f"fishermask: {line}", file=sys.stderr)
+
+
+@contextmanager
+def _checks(what: str) -> Iterator[None]:
+    """Check the user's input: any exception is an error of the input, and stderr is kept free of other lines.
+
+    What libraries and the user's code write to stderr goes to the log if the check fails, and else to stdout.
+    """
+    with held_stderr() as held:
+        try:
+            with guarded(what, "cannot be used"):
+                yield
+        except InputError as error:
+            if error.details and (text := held.text()):
+                error.details += f"\nwritten to stderr before:\n{text}"
+            raise
+        shown = held.text()
+    if shown:
+        print(shown, end="" if shown.endswith("\n") else "\n")
+
+
+class _Console(Console):
+    """Leaves a reader that is gone to ``main``, where rich would exit."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as any other mistake: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    # argparse takes no settings after an option; what it leaves over are settings, or it is right to complain.
+    arguments, rest = parser.parse_known_args(argv)
+    if not hasattr(arguments, "settings") or any(word.startswith("-") for word in rest):
+        return parser.parse_args(argv)
+    arguments.settings += rest
+    return arguments
+
+
+def _path(argument: str) -> Path:
+    """The type of a FILE or DIR on the command line."""
+    try:
+        return Path(check_path(argument))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{short(argument)} {error}") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fishermask",
         description="Distributed batch active learning with Fisher information: choose what to label, "
         "and measure honestly whether the choice was better than random.",
@@ -81,10 +159,10 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--dry-run", action="store_true", help="check everything and list the runs; run none")
     sweep.set_defaults(command=_sweep)
     for each in (run, sweep):
-        each.add_argument("file", type=Path, metavar="FILE", help="YAML file with name, base and grid")
+        each.add_argument("file", type=_path, metavar="FILE", help="YAML file with name, base and grid")
         each.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
     report = command("report", "Make tables, curves and summary.md again from a sweep's folder.")
-    report.add_argument("folder", type=Path, metavar="DIR", help="results/NAME")
+    report.add_argument("folder", type=_path, metavar="DIR", help="results/NAME")
     report.add_argument(
         "--metric", choices=METRICS, default="balanced_accuracy", help="metric of the curves (%(default)s)"
     )
@@ -97,25 +175,31 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     from fishermask.sweep import plan, runner
 
-    config = plan.single(plan.load(arguments.file, arguments.settings))
-    sweep = plan.expand(config)
-    runner.check(sweep, console, here=True)
+    with _checks(str(arguments.file)):
+        config = plan.single(plan.load(arguments.file, arguments.settings))
+        sweep = plan.expand(config)
+        plans = runner.check(sweep, console, here=True)
+    for line in plans:
+        console.print(line)
     for key, values in config.grid.items():
         console.print(f"{key} = {values[0]}")
     with ExitStack() as stack:
         if sweep.runs[0].config.resources.workers == "ray":
             from fishermask.sweep import cluster
 
-            stack.enter_context(cluster.connected())
+            with guarded("RAY_ADDRESS", "Ray cannot be used"):
+                stack.enter_context(cluster.connected())
         return _finish(sweep, lambda: runner.run_here(sweep, console), console)
 
 
 def _sweep(arguments: argparse.Namespace, console: Console) -> int:
     from fishermask.sweep import plan, runner
 
-    sweep = plan.expand(plan.load(arguments.file, arguments.settings))
-    runner.check(sweep, console)
-    todo = runner.missing(sweep)
+    with _checks(str(arguments.file)):
+        sweep = plan.expand(plan.load(arguments.file, arguments.settings))
+        plans, todo = runner.check(sweep, console), runner.missing(sweep)
+    for line in plans:
+        console.print(line)
     count = len(sweep.runs)
     rounds = sum(runner.rounds_of(run) - len(history) for run, history in todo)
     state = f"{count} runs, {count - len(todo)} finished, {rounds} rounds to go"
@@ -129,7 +213,9 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
         return _show(sweep.folder, "balanced_accuracy", console)
     from fishermask.sweep import cluster, tune_runner
 
-    with cluster.connected():
+    with ExitStack() as stack:
+        with guarded("RAY_ADDRESS", "Ray cannot be used"):
+            stack.enter_context(cluster.connected())
         return _finish(sweep, lambda: tune_runner.run_on_ray(sweep, console), console)
 
 
@@ -171,8 +257,9 @@ def _show(folder: Path, metric: str, console: Console) -> int:
     """Write the report of a sweep's folder and print its summary and where to look next."""
     from fishermask.results import report
 
-    summary = report.write(folder, metric)
-    header, rows = report.cells(summary, brief=True)
+    with _checks(str(folder)):
+        summary = report.write(folder, metric)
+        header, rows = report.cells(summary, brief=True)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, *cells in zip(header, *rows, strict=True):
         table.add_column(name, min_width=max(map(len, cells)))  # headers may break over lines, numbers may not
@@ -193,8 +280,9 @@ def _show(folder: Path, metric: str, console: Console) -> int:
 def _strategies(arguments: argparse.Namespace, console: Console) -> int:
     from fishermask import strategies
 
-    for name in strategies.available():
-        summary, params = strategies.describe(name)
+    with _checks("strategies"):
+        described = {name: strategies.describe(name) for name in strategies.available()}
+    for name, (summary, params) in described.items():
         console.print(f"{name}: {summary}")
         for key, field in params.model_fields.items():
             console.print(f"    {key} = {field.default}")

@@ -5,14 +5,27 @@ A run is named by its resolved settings: ``fingerprint`` is equal for two runs e
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fishermask.errors import InputError
+from fishermask.guard import guarded, one_line, short
+from fishermask.paths import check_path, check_word
 
 MAX_SHARDS = 10_000
+MAX_COUNT = 10**9
+"""Of images, epochs and labels."""
+MAX_CORES = 1024
+"""CPUs or GPUs of one process."""
+MAX_SEED = 2**63 - 1
+"""What tables and TensorBoard hold."""
+
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Word = Annotated[str, AfterValidator(check_word)]
+PathText = Annotated[str, AfterValidator(check_path)]
 
 
 class Config(BaseModel):
@@ -24,11 +37,21 @@ class Config(BaseModel):
         return hash(self.model_dump_json())
 
 
+def _finite(value: Any) -> Any:
+    # NaN is unequal to itself: such a run would never be taken for the one that its folder holds.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"should be a finite number, got {value}")
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _finite(inner)
+    return value
+
+
 class NamedConfig(Config):
     """Something chosen by name, with parameters of its own. ``margin`` is short for ``{name: margin}``."""
 
-    name: str
-    params: dict[str, Any] = {}
+    name: Word
+    params: dict[str, Annotated[Any, AfterValidator(_finite)]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -38,7 +61,7 @@ class NamedConfig(Config):
 
 class Balanced(Config):
     kind: Literal["balanced"] = "balanced"
-    per_class: int | None = Field(None, ge=1)
+    per_class: Count | None = None
     """Training images kept of every class; all classes' smallest count when not given."""
 
 
@@ -46,11 +69,11 @@ class Step(Config):
     kind: Literal["step"]
     ratio: float = Field(ge=1)
     """A common class is this many times as large as a rare one."""
-    rare: int | None = Field(None, ge=1)
+    rare: Count | None = None
     """How many classes are rare; half of them when not given."""
     rare_classes: list[int] | None = None
     """Which classes are rare; drawn by the seed when not given."""
-    per_class: int | None = Field(None, ge=1)
+    per_class: Count | None = None
     """Images kept of a common class."""
 
 
@@ -60,13 +83,13 @@ class LongTail(Config):
     """The largest class is this many times as large as the smallest; the sizes between fall exponentially."""
     order: list[int] | None = None
     """Classes from the most common to the rarest; drawn by the seed when not given."""
-    per_class: int | None = Field(None, ge=1)
+    per_class: Count | None = None
     """Images kept of the largest class."""
 
 
 class Counts(Config):
     kind: Literal["counts"]
-    counts: dict[int, Annotated[int, Field(ge=1)]] = Field(min_length=2)
+    counts: dict[int, Count] = Field(min_length=2)
     """Class -> training images kept. Classes that are not named leave the training and the test data."""
     permute: bool = False
     """Whether the seed deals the counts out to the named classes anew."""
@@ -82,20 +105,20 @@ Imbalance = Annotated[Balanced | Step | LongTail | Counts, Field(discriminator="
 
 
 class DataConfig(Config):
-    name: str = "fashion_mnist_small"
+    name: Word = "fashion_mnist_small"
     """One of the data sets that ``fishermask run --help`` lists."""
-    root: str | None = None
+    root: PathText | None = None
     """Folder of a torchvision data set."""
     download: bool = False
     """Whether torchvision may fetch what is missing in ``root``."""
-    train: str | None = None
+    train: PathText | None = None
     """Parquet file, folder or glob of the training images (data set ``parquet``)."""
-    test: str | None = None
+    test: PathText | None = None
     """The same for the test images."""
-    image_column: str | None = None
+    image_column: Word | None = None
     """Column with Hugging Face's image struct; the only such column when not given."""
-    label_column: str = "label"
-    image_size: int | None = Field(None, ge=4)
+    label_column: Word = "label"
+    image_size: int | None = Field(None, ge=4, le=4096)
     """Resize images to squares of this many pixels (data set ``parquet``)."""
     statistics: Literal["auto", "published", "pool"] = "auto"
     """Normalise with published channel statistics or with those of this run's training pool; auto: published if any."""
@@ -105,21 +128,21 @@ class DataConfig(Config):
 
 class TrainingConfig(Config):
     learning_rate: float = Field(1e-3, gt=0)
-    batch_size: int = Field(64, ge=1)
+    batch_size: Count = 64
     target_accuracy: float = Field(0.99, gt=0, le=1)
     """Training ends with the first epoch whose training accuracy reaches this."""
-    max_epochs: int = Field(100, ge=1)
+    max_epochs: Count = 100
     """... or after this many epochs; each round records which of the two it was."""
     clip: float | None = Field(0.1, gt=0)
     """Gradients are clamped to +- this."""
 
 
 class BudgetConfig(Config):
-    initial: int = Field(100, ge=1)
+    initial: Count = 100
     """Labels at the start, drawn at random."""
-    query: int = Field(100, ge=1)
+    query: Count = 100
     """Labels bought in each round; the last round buys what is left."""
-    total: int = Field(500, ge=1)
+    total: Count = 500
     """Labels at the end."""
 
     @model_validator(mode="after")
@@ -155,19 +178,19 @@ SMALLEST = 1e-4
 
 
 class ResourcesConfig(Config):
-    cpus: float = Field(1, ge=SMALLEST)
+    cpus: float = Field(1, ge=SMALLEST, le=MAX_CORES)
     """CPUs of the run's own process: training and evaluation use as many threads, and in-process shards live here."""
-    gpus: float = Field(0, ge=0)
+    gpus: float = Field(0, ge=0, le=MAX_CORES)
     shards: int | Literal["auto"] = 1
     """Parts that the pool is cut into, or ``auto``: by its size and the cluster. The batch does not depend on it."""
     workers: Literal["in_process", "ray"] = "in_process"
     """Whether the shards live in the run's own process or as Ray actors of their own."""
-    cpus_per_shard: float = Field(1, ge=SMALLEST)
+    cpus_per_shard: float = Field(1, ge=SMALLEST, le=MAX_CORES)
     """CPUs reserved for each Ray shard. A shard computes on one thread: use more shards for more cores."""
-    gpus_per_shard: float = Field(0, ge=0)
-    memory: float | None = Field(None, gt=0)
+    gpus_per_shard: float = Field(0, ge=0, le=MAX_CORES)
+    memory: float | None = Field(None, gt=0, le=1e6)
     """GB that a query may use in the run's own process, and in each Ray shard; what is free when not given."""
-    restarts: int = Field(3, ge=0)
+    restarts: int = Field(3, ge=0, le=1_000_000)
     """How often a run whose process is lost goes on from its last finished round; the most of a sweep's runs counts."""
 
     @field_validator("shards", mode="before")
@@ -193,7 +216,7 @@ class ExperimentConfig(Config):
     training: TrainingConfig = TrainingConfig()
     budget: BudgetConfig = BudgetConfig()
     strategy: StrategyConfig = StrategyConfig(name="fisher_mask")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     engine: EngineConfig = EngineConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -207,6 +230,8 @@ class ExperimentConfig(Config):
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+MAX_MISTAKES = 20
+"""Lines that one wrong file is worth."""
 
 
 def parse(kind: type[ConfigT], value: Any, where: str = "") -> ConfigT:
@@ -217,10 +242,14 @@ def parse(kind: type[ConfigT], value: Any, where: str = "") -> ConfigT:
     """
     if not isinstance(value, Mapping | str):
         raise InputError(f"{where or 'the file'}: expected keys and values, got {short(value)}")
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        raise InputError("\n".join(_mistake(kind, detail, where) for detail in error.errors())) from None
+    # The validators of a strategy's parameters are the user's code.
+    with guarded(where or "the file", "cannot be checked"):
+        try:
+            return kind.model_validate(value)
+        except ValidationError as error:
+            mistakes = error.errors()[:MAX_MISTAKES]
+        lines = [_mistake(kind, detail, where) for detail in mistakes]
+        raise InputError("\n".join(lines))
 
 
 def _mistake(kind: type[Config], detail: Any, where: str) -> str:
@@ -236,9 +265,11 @@ def _mistake(kind: type[Config], detail: Any, where: str) -> str:
         case "string_pattern_mismatch":
             expected = "letters, digits and . _ -, a letter or digit first"
             return f"{field}: expected {expected}, got {short(detail['input'])}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{field}: expected keys and values, got {short(detail['input'])}"
         case "value_error":
-            return f"{field}: {detail['msg'].removeprefix('Value error, ')}"
-    message = detail["msg"].removeprefix("Input ")
+            return f"{field}: {one_line(detail['msg'].removeprefix('Value error, '))}"
+    message = one_line(detail["msg"].removeprefix("Input "))
     return f"{field}: {message}, got {short(detail['input'])}"
 
 
@@ -246,17 +277,13 @@ def _resolve(kind: type[Config], location: tuple[Any, ...]) -> tuple[type[Config
     """The settings class that holds the last key of pydantic's ``location``, and the path as the user wrote it."""
     path: list[str] = []
     for part in location:
-        if path == ["imbalance"] and part in IMBALANCES:
+        if part == "[key]":  # a key of the wrong type, which stands before
+            continue
+        if path == ["imbalance"] and part in IMBALANCES and kind not in IMBALANCES.values():
             kind = IMBALANCES[part]  # pydantic names the union's member; the user's file has no such key
             continue
-        path.append(str(part))
+        path.append(one_line(str(part), 80) or "''")
         annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
         if isinstance(annotation, type) and issubclass(annotation, Config):
             kind = annotation
     return kind, path
-
-
-def short(value: Any) -> str:
-    """``repr``, cut to what fits in a one-line message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -22,6 +22,8 @@ from typing import Literal
 import numpy as np
 
 from fishermask.errors import InputError
+from fishermask.guard import guarded, reason
+from fishermask.paths import check_path, require_file
 
 VARIABLE = "FISHERMASK_CACHE"
 NOTE, IMAGES, LABELS, IDS, SOURCE_ROWS = "store.json", "images.npy", "labels.npy", "ids.npy", "source_rows.npy"
@@ -29,12 +31,14 @@ NOTE, IMAGES, LABELS, IDS, SOURCE_ROWS = "store.json", "images.npy", "labels.npy
 
 def root() -> Path:
     """``$FISHERMASK_CACHE``, else ``$XDG_CACHE_HOME/fishermask``, else ``~/.cache/fishermask``."""
-    if own := os.environ.get(VARIABLE):
-        try:
-            return Path(own).expanduser().absolute()
-        except RuntimeError as error:
-            raise InputError(f"{VARIABLE}: {own} is no folder ({error}); set it to one") from None
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "fishermask"
+    for variable, folder in ((VARIABLE, ""), ("XDG_CACHE_HOME", "fishermask")):
+        if place := os.environ.get(variable):
+            try:
+                return Path(check_path(place)).expanduser().absolute() / folder
+            except ValueError as error:
+                raise InputError(f"{variable}: {error}") from None
+    with guarded(VARIABLE, "is not set, and there is no home folder"):
+        return Path.home().absolute() / ".cache/fishermask"
 
 
 @contextmanager
@@ -49,7 +53,10 @@ def writing(key: str) -> Iterator[None]:
     folder = root()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / f"{key}.lock").open("w")
+        path = folder / f"{key}.lock"
+        if path.exists():
+            require_file(path, VARIABLE)  # to open a FIFO would block
+        lock = path.open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         raise InputError(
@@ -57,14 +64,15 @@ def writing(key: str) -> Iterator[None]:
         ) from None
     with lock:
         for abandoned in folder.glob(f"{key}.*.partial"):
-            shutil.rmtree(abandoned)
+            shutil.rmtree(abandoned, ignore_errors=True)
         yield
 
 
 @contextmanager
 def partial(key: str) -> Iterator[Path]:
     """A new folder that becomes the store ``key`` when the block ends, and vanishes when it raises."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".partial", dir=root()))
+    with guarded(VARIABLE, f"cannot make a folder in {root()}"):
+        folder = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".partial", dir=root()))
     try:
         folder.chmod(0o755)
         yield folder
@@ -75,7 +83,7 @@ def partial(key: str) -> Iterator[Path]:
                 raise
             # Where locks do not hold (some network file systems) another may have been faster, with the same content.
             if not (root() / key / NOTE).exists():
-                raise InputError(f"{VARIABLE}: {root() / key} is damaged; remove it, it will be made again") from None
+                raise damaged(root() / key, f"it has no {NOTE}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -109,8 +117,14 @@ def mapped(path: Path, mode: Literal["r", "c"] = "r") -> np.ndarray:
     Raises:
         InputError: the file is missing or cut short.
     """
+    store = path.parent.parent
     try:
+        require_file(path, VARIABLE)
         return np.asarray(np.load(path, mmap_mode=mode))
-    except (OSError, ValueError) as error:
-        store = path.parent.parent
-        raise InputError(f"{VARIABLE}: {store} is damaged ({error}); remove it, it will be made again") from None
+    except Exception as error:  # numpy raises nearly anything for a file that is no array
+        raise damaged(store, reason(error)) from error
+
+
+def damaged(store: Path, reason: str) -> InputError:
+    """Return the error of a store whose content is not what was written there."""
+    return InputError(f"{VARIABLE}: {store} is damaged ({reason}); remove it, it will be made again")

@@ -1,18 +1,19 @@
 """What every data set becomes, and finding one by its name."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fishermask.config import DataConfig
+from fishermask.config import DataConfig, short
 from fishermask.data import cache, sources, store
 from fishermask.data.ids import Ids
 from fishermask.data.images import Origin, StoredImages
 from fishermask.data.split import Split
+from fishermask.guard import guarded
 from fishermask.tensors.images import Statistics
 
 
@@ -50,16 +51,27 @@ def load(config: DataConfig) -> Dataset:
         InputError: unknown name, a missing file or column, an image that does not decode (with its row), train and
             test that do not match, a cache that cannot be written to.
     """
-    folder = store.ensure(config)
-    note = json.loads((folder / cache.NOTE).read_text())
+    with guarded("data", f"the data set {short(config.name)} cannot be read"):
+        folder = store.ensure(config)
+        note = store.read_note(folder)
     train, test = (_split(folder, note, split, sources.absolute(config)) for split in sources.SPLITS)
     return Dataset(train, test, note["classes"], sources.published(config))
 
 
 def _split(folder: Path, note: dict[str, Any], split: str, config: DataConfig) -> Split:
     # Copy on write: a tensor that somebody writes to by mistake must not change the store, nor end the process.
-    labels = torch.from_numpy(cache.mapped(folder / split / cache.LABELS, "c"))
+    array, names = cache.mapped(folder / split / cache.LABELS, "c"), cache.mapped(folder / split / cache.IDS)
+    images, order = cache.mapped(folder / split / cache.IMAGES), cache.mapped(folder / split / cache.SOURCE_ROWS)
+    shape = tuple(note["shape"])
+    found = [array.shape, names.shape, images.shape, order.shape]
+    if found != [(len(array),), (len(array),), (len(array), *shape), (len(array),)] or names.dtype.kind != "S":
+        raise cache.damaged(folder, f"the arrays of {split} do not match")
+    if array.dtype != np.int64 or images.dtype != np.uint8 or order.dtype != np.int64:
+        raise cache.damaged(folder, f"the arrays of {split} have other types")
+    if len(array) and not 0 <= array.min() <= array.max() < len(note["classes"]):
+        raise cache.damaged(folder, f"the labels of {split} are not those of its classes")
+    labels = torch.from_numpy(array)
     files = tuple((path, size) for path, size, _ in note["files"][split])
-    origin = Origin(folder, split, config, files, len(labels), tuple(note["shape"]))
+    origin = Origin(folder, split, config, files, len(labels), shape)
     rows = range(len(labels))
-    return Split(StoredImages(origin, rows), labels, Ids(cache.mapped(folder / split / cache.IDS), rows))
+    return Split(StoredImages(origin, rows), labels, Ids(names, rows))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fishermask.config import Balanced, Counts, Imbalance, LongTail, Step
 from fishermask.errors import InputError
+from fishermask.guard import short
 
 
 def choose(labels: Tensor, num_classes: int, rule: Imbalance, generator: torch.Generator) -> tuple[Tensor, list[int]]:
@@ -64,6 +65,12 @@ def _rare_classes(rule: Step, num_classes: int, generator: torch.Generator) -> l
     drawn = torch.randperm(num_classes, generator=generator).tolist()
     if rule.rare_classes is not None:
         _check_classes("imbalance.rare_classes", rule.rare_classes, num_classes)
+        count = len(rule.rare_classes)
+        if len(set(rule.rare_classes)) < count or not 1 <= count < num_classes:
+            raise InputError(
+                f"imbalance.rare_classes: must name 1 to {num_classes - 1} classes, each once, got "
+                + short(rule.rare_classes)
+            )
         return rule.rare_classes
     rare = rule.rare if rule.rare is not None else num_classes // 2
     if rare >= num_classes:
@@ -76,7 +83,7 @@ def _order(rule: LongTail, num_classes: int, generator: torch.Generator) -> list
     if rule.order is None:
         return drawn
     if sorted(rule.order) != list(range(num_classes)):
-        raise InputError(f"imbalance.order: must name each of the {num_classes} classes once, got {rule.order}")
+        raise InputError(f"imbalance.order: must name each of the {num_classes} classes once, got {short(rule.order)}")
     return rule.order
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fishermask.config import DataConfig
+from fishermask.config import DataConfig, short
 from fishermask.data import parquet, torchvision_sets
 from fishermask.errors import InputError
 from fishermask.tensors.images import Statistics
@@ -55,7 +55,12 @@ def files(config: DataConfig, split: str) -> list[Path]:
         return parquet.files(getattr(config, split), split)
     if config.name in torchvision_sets.SETS:
         return torchvision_sets.files(config)
-    raise InputError(f"data.name: unknown data set {config.name!r}; there are {', '.join(available())}")
+    raise InputError(f"data.name: unknown data set {short(config.name)}; there are {', '.join(available())}")
+
+
+def setting(config: DataConfig, split: str) -> str:
+    """Return the setting that says where the files of a split are."""
+    return {PARQUET: f"data.{split}", EMBEDDED: "data.name"}.get(config.name, "data.root")
 
 
 def open_split(config: DataConfig, split: str, paths: Sequence[Path] | None = None) -> Source:
@@ -80,7 +85,7 @@ def reopen(config: DataConfig, split: str, recorded: Sequence[tuple[str, int]]) 
     # The package may be installed elsewhere on another machine.
     paths = files(config, split) if config.name == EMBEDDED else [Path(path) for path, _ in recorded]
     for path, (_, size) in zip(paths, recorded, strict=True):
-        if not path.exists():
+        if not path.is_file():
             raise InputError(
                 f"data.{split}: {path} is not on {socket.gethostname()}, which has no decoded copy of it either; "
                 "bring the file to every machine"

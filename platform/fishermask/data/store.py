@@ -15,8 +15,10 @@ from fishermask.config import DataConfig
 from fishermask.data import cache, sources
 from fishermask.data.sources import SPLITS, Source
 from fishermask.errors import InputError
+from fishermask.guard import reason
+from fishermask.paths import require_file
 
-FORMAT = 1
+FORMAT = 2
 """To be raised when the same source would be decoded into something else."""
 BATCH = 65_536
 """Ids and labels handled at once."""
@@ -50,13 +52,41 @@ def ensure(config: DataConfig) -> Path:
         return cache.root() / key(about)
 
 
+def read_note(folder: Path) -> dict[str, Any]:
+    """Return what the note of a store says.
+
+    Raises:
+        InputError: the note is not one that ``ensure`` wrote.
+    """
+    path = folder / cache.NOTE
+    try:
+        require_file(path, cache.VARIABLE)
+        note = json.loads(path.read_text())
+        whole = all(isinstance(name, str) for name in note["classes"]) and len(note["shape"]) == 3
+        whole = whole and all(isinstance(size, int) for size in note["shape"])
+        whole = whole and all(len(file) == 3 for split in SPLITS for file in note["files"][split])
+    except Exception as error:  # any content is possible
+        raise cache.damaged(folder, reason(error)) from error
+    if not whole:
+        raise cache.damaged(folder, f"{cache.NOTE} has other content")
+    return dict(note)
+
+
 def describe(config: DataConfig) -> dict[str, Any]:
-    """All that decides what the store holds: the files by path, size and time, and the settings that decoding reads."""
-    stats = {split: [(str(f.absolute()), f.stat()) for f in sources.files(config, split)] for split in SPLITS}
+    """All that decides what the store holds: the files by path, size and time, and the settings that decoding reads.
+
+    Raises:
+        InputError: a file is not there, or is no regular file.
+    """
+    stats = {
+        split: [(str(f.absolute()), require_file(f, sources.setting(config, split))) for f in found]
+        for split in SPLITS
+        for found in [sources.files(config, split)]
+    }
     return {
         "format": FORMAT,
         "settings": config.model_dump(include={"name", "image_column", "label_column", "image_size"}),
-        "files": {split: [[path, s.st_size, s.st_mtime_ns] for path, s in found] for split, found in stats.items()},
+        "files": {split: [[path, s.st_size, s.st_mtime_ns] for path, s in rows] for split, rows in stats.items()},
     }
 
 
@@ -101,6 +131,8 @@ def _index(source: Source, split: str, folder: Path) -> tuple[np.ndarray, list[s
         row += len(batch)
         named = named and None not in paths
         width = max(width, *(len((path or "").encode()) for path in paths))
+    if row != source.count:
+        raise InputError(f"data.{split}: its files hold {row} images, but say that they hold {source.count}")
     order = _sort_by_path(source, width, folder / cache.IDS) if named else None
     if order is None:
         order = np.arange(source.count)

@@ -9,6 +9,7 @@ import torchvision.datasets
 
 from fishermask.config import DataConfig
 from fishermask.errors import InputError
+from fishermask.guard import guarded
 from fishermask.tensors.images import Statistics
 
 BATCH = 4096
@@ -48,7 +49,7 @@ def files(config: DataConfig) -> list[Path]:
     Raises:
         InputError: no root given.
     """
-    return sorted(_root(config).glob(SETS[config.name].files))
+    return sorted(path for path in _root(config).glob(SETS[config.name].files) if not path.is_dir())
 
 
 class TorchvisionSource:
@@ -61,11 +62,21 @@ class TorchvisionSource:
     def __init__(self, config: DataConfig, split: str) -> None:
         root = _root(config)
         which = SETS[config.name].train if split == "train" else SETS[config.name].test
-        try:
+        remedy = "check the network" if config.download else "set data.download to true, or data.root to a whole copy"
+        with guarded("data.root", f"{config.name} cannot be read from {root}; {remedy}"):
             source = getattr(torchvision.datasets, config.name)(root, download=config.download, **which)
-        except (RuntimeError, OSError) as error:
-            remedy = "check the network" if config.download else "set data.download to true, or data.root to its folder"
-            raise InputError(f"data.root: {config.name} cannot be read from {root} ({error}); {remedy}") from None
+            self._unpack(config, source)
+        if not self.count or self.images.shape[0] != len(self.labels) or self.images.dtype != np.uint8:
+            raise InputError(
+                f"data.root: {config.name} in {root} holds {self.images.shape[0]} images of {self.images.dtype} and "
+                f"{len(self.labels)} labels for {split}; the files must be whole and belong together"
+            )
+        if not all(isinstance(label, int) and 0 <= label < len(self.classes) for label in self.labels):
+            raise InputError(
+                f"data.root: {config.name} in {root} has labels that are none of its {len(self.classes)} classes"
+            )
+
+    def _unpack(self, config: DataConfig, source: Any) -> None:
         # SVHN keeps [n, channels, height, width], CIFAR [n, height, width, channels], MNIST [n, height, width].
         images = np.asarray(source.data)
         if images.ndim == 3:

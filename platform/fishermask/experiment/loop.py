@@ -14,6 +14,7 @@ from fishermask.errors import InputError
 from fishermask.experiment.journal import Journal, NoJournal
 from fishermask.experiment.setup import Setup, precision
 from fishermask.experiment.streams import stream
+from fishermask.guard import short
 from fishermask.pool.plan import Plan
 from fishermask.pool.pool import Engine, Freshness, Pool, Progress
 from fishermask.pool.shards import Shards
@@ -22,6 +23,7 @@ from fishermask.tensors.kernels import repeatable_gpu
 from fishermask.tensors.metrics import evaluate
 from fishermask.tensors.training import fit, predict
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 JOURNAL_SECONDS = 1.0
 """Between two times that picks are written down."""
 
@@ -219,8 +221,9 @@ def checked(batch: Tensor, candidates: Tensor, size: int) -> Tensor:
     Raises:
         RuntimeError: the strategy returned something else. Nothing is filled in or cut off in silence.
     """
-    if not isinstance(batch, Tensor) or batch.dim() != 1 or batch.is_floating_point():
-        raise RuntimeError(f"the strategy returned {type(batch).__name__} {batch!r}; a 1-d integer tensor was due")
+    if not isinstance(batch, Tensor) or batch.dim() != 1 or batch.dtype not in INTEGERS:
+        kind = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else short(batch)
+        raise RuntimeError(f"the strategy returned {type(batch).__name__} {kind}; expected a 1-D integer tensor")
     batch = batch.cpu().long()
     if len(batch) != size or len(batch.unique()) != size or not torch.isin(batch, candidates).all():
         raise RuntimeError(

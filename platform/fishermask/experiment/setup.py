@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +14,13 @@ from fishermask.data import dataset, imbalance
 from fishermask.data.dataset import Dataset
 from fishermask.errors import InputError
 from fishermask.experiment.streams import stream, stream_seed
-from fishermask.pool.plan import Plan, plan, plan_prediction
+from fishermask.guard import guarded
+from fishermask.pool.plan import Plan, free_memory, plan, plan_prediction
 from fishermask.pool.shard import BLOCK
 from fishermask.strategies import Strategy
 from fishermask.tensors import models
 from fishermask.tensors.images import Statistics, channel_statistics, normalise
+from fishermask.tensors.layout import SIZES
 from fishermask.tensors.memory import Prediction, PredictionProbe, Probe, Workload
 from fishermask.tensors.precision import Precision
 
@@ -51,8 +54,9 @@ class Setup:
         return models.build(config.model.name, config.model.params, self.data.image_shape, len(self.data.classes), seed)
 
     def example(self, count: int = 1) -> torch.Tensor:
-        """The first images of the pool, normalised."""
-        return normalise(self.data.train.images[:count], self.statistics)
+        """Images spread over the pool, normalized: ``count`` of them, or all of a smaller pool."""
+        some = torch.linspace(0, len(self.data.train.labels) - 1, count).long().unique()
+        return normalise(self.data.train.images[some], self.statistics)
 
     def wanted_shards(self) -> int:
         """As many shards as give each some seconds of a query's work and fit, each, into the memory it may use."""
@@ -112,11 +116,46 @@ def prepare(config: ExperimentConfig) -> Setup:
     own = config.data.statistics == "pool" or data.published is None
     statistics = _pool_statistics(*pool) if own or data.published is None else data.published
     setup = Setup(config, data, drawn[: config.budget.initial].sort().values, statistics, strategy)
+    _check_size(config.model, data)
+    # Looking at a model takes as long as some training steps, and does not depend on the seed: once a model is enough.
+    strategy_alone = config.strategy.model_copy(update={"label": None})
+    key = config.model, strategy_alone, config.data, data.image_shape, len(data.classes)
+    if key not in _work:
+        _work[key] = _checked_work(setup)
+    return replace(setup, work=_work[key])
+
+
+_work: dict[tuple[Any, ...], Workload | Prediction | None] = {}
+"""What a query computes, by all that it depends on."""
+
+
+def _checked_work(setup: Setup) -> Workload | Prediction | None:
+    """What a query of ``setup`` computes.
+
+    Raises:
+        InputError: the model does not work on the pool's images, or the strategy does not go with it.
+    """
+    name = setup.config.model.name
+    model, images = setup.model(0).eval(), setup.example(sum(SIZES))
+    models.check_logits(model, images, name)
     try:
-        return replace(setup, work=strategy.check(setup.model(0).eval(), setup.example(2)))
+        with guarded("strategy.name", f"{setup.strategy.file} cannot work with the model {name}"):
+            return setup.strategy.check(model, images)
     except InputError as error:
         message = str(error)
-        raise InputError(message if message.startswith("model") else f"strategy.params.{message}") from None
+        if message.startswith(("model", "strategy")):
+            raise
+        raise InputError(f"strategy.params.{message}", error.details) from error.__cause__
+
+
+def _check_size(model: NamedConfig, data: Dataset) -> None:
+    """Raise ``InputError`` for a model that this machine cannot hold: to make it would end the process."""
+    needed = models.parameter_bytes(model.name, model.params, data.image_shape, len(data.classes))
+    if needed > (free := free_memory(gpu=False)):
+        raise InputError(
+            f"model.params: the parameters of {model.name} take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of "
+            "memory are free; choose a smaller model"
+        )
 
 
 def precision(engine: EngineConfig) -> Precision:
@@ -132,6 +171,11 @@ def _probe(
 ) -> Probe | PredictionProbe:
     network = models.build(model.name, model.params, shape, num_classes, seed=0).eval().requires_grad_(False)
     image = torch.zeros(1, *shape)
+    with guarded("model.name", f"the queries of {model.name} cannot be measured"):
+        return _measure(network, image, work)
+
+
+def _measure(network: nn.Module, image: torch.Tensor, work: Workload | Prediction) -> Probe | PredictionProbe:
     return Probe(network, image, work) if isinstance(work, Workload) else PredictionProbe(network, image, work)
 
 

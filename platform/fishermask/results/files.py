@@ -13,9 +13,8 @@ import fcntl
 import filecmp
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +22,13 @@ import yaml
 
 from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
+from fishermask.paths import require_file
+from fishermask.yaml_files import read_yaml
 
 ROUND_KEYS = {"round", "labels", "accuracy", "balanced_accuracy", "macro_f1", "recall", "batch", "batch_classes"}
 ROUND_KEYS |= {"seconds", "ended_by", "epochs", "train_accuracy"}
-
-
-class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would keep the last in silence; reads 1e-3 as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key} stands twice, line {node.start_mark.line + 1} and after")
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 wants a point in a number with an exponent; nobody else does.
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+ROUND_NUMBERS = ("round", "labels", "accuracy", "balanced_accuracy", "macro_f1", "epochs", "train_accuracy")
+ROUND_TABLES = ("recall", "batch_classes", "seconds")
 
 
 @contextmanager
@@ -52,21 +38,66 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it.
     """
-    with (folder / ".lock").open("w") as file:
+    lock = folder / ".lock"
+    if lock.exists():
+        require_file(lock, "output")  # to open a FIFO would block
+    with writing(lock):
+        file = lock.open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
                 f"name: another process is writing to {folder}; wait for it, or choose name=NAME"
             ) from None
+        except OSError as error:
+            raise InputError(f"output: cannot lock {lock} ({error.strerror}); choose another folder") from None
         yield
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into one line.
+
+    Raises:
+        InputError: the disk is full, the folder cannot be written to, or a folder has the file's name.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"output: cannot write {path} ({error.strerror}); make room, or choose another folder with output=DIR"
+        ) from error
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write to a temporary name, then rename: a reader sees the old file or the whole new one."""
+    """Write to a temporary name, then rename: a reader sees the old file or the whole new one.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     partial = _partial(path)
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
+    with writing(path):
+        try:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the whole lines of a text file; what a kill left of a last line is left out.
+
+    Raises:
+        InputError: it is no regular file, or cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    require_file(path)
+    try:
+        return path.read_text(encoding="utf-8").split("\n")[:-1]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _partial(path: Path) -> Path:
@@ -74,8 +105,12 @@ def _partial(path: Path) -> Path:
 
 
 def append_line(path: Path, content: Any) -> None:
-    """Add a line of JSON, over what a kill left of a line before it; it is on disk when this returns."""
-    with path.open("r+b" if path.exists() else "w+b") as file:
+    """Add a line of JSON, over what a kill left of a line before it; it is on disk when this returns.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    with writing(path), path.open("r+b" if path.exists() else "w+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read() != b"\n":
@@ -100,20 +135,6 @@ def make_folder(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"output: cannot write to {path} ({error.strerror}); choose another with output=DIR") from None
-
-
-def read_yaml(path: Path) -> Any:
-    """Contents of a YAML file.
-
-    Raises:
-        InputError: it is not there, or not YAML.
-    """
-    try:
-        return yaml.load(path.read_text(), StrictLoader)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
 
 
 class RunFolder:
@@ -141,16 +162,20 @@ class RunFolder:
         make_folder(self.path)
         index = self.path / "pool.csv"
         partial = _partial(index)
-        with partial.open("w", encoding="utf-8", newline="") as table:
-            writer = csv.writer(table, lineterminator="\n")
-            writer.writerow(["id", "class", "initial"])
-            writer.writerows((name, label, int(initial)) for name, label, initial in pool)
+        with writing(index), ExitStack() as stack:
+            stack.callback(partial.unlink, missing_ok=True)
+            with partial.open("w", encoding="utf-8", newline="") as table:
+                writer = csv.writer(table, lineterminator="\n")
+                writer.writerow(["id", "class", "initial"])
+                writer.writerows((name, label, int(initial)) for name, label, initial in pool)
+            stack.pop_all()
         if self.rounds.exists() and index.exists() and not filecmp.cmp(index, partial, shallow=False):
             partial.unlink()
             raise InputError(
                 f"data: its images are not those that {self.path} was begun with; choose another name=NAME"
             )
-        partial.replace(index)
+        with writing(index):
+            partial.replace(index)
         settings = config.model_dump()
         write_atomically(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
@@ -160,14 +185,16 @@ class RunFolder:
         Raises:
             InputError: a line in the middle is not what we wrote.
         """
-        if not self.rounds.exists():
+        if not self.rounds.exists() and not self.rounds.is_symlink():
             return []
         try:
-            rounds = [json.loads(line) for line in self.rounds.read_text().split("\n")[:-1]]
-            if [(r["round"], r.keys() >= ROUND_KEYS) for r in rounds] == [(i, True) for i in range(len(rounds))]:
+            rounds = [json.loads(line) for line in read_lines(self.rounds)]
+            if all(_is_round(value, index) for index, value in enumerate(rounds)):
                 return rounds
-        except (ValueError, KeyError, TypeError, AttributeError):
-            pass  # not JSON, not UTF-8, or JSON of another shape: the same to whoever must mend it
+        except InputError:
+            raise
+        except (ValueError, RecursionError):
+            pass  # not JSON, not UTF-8, or nested without end: the same to whoever must mend it
         raise InputError(f"{self.rounds}: is damaged, its lines are not rounds 0, 1, 2, ...; remove it to run again")
 
     def append(self, result: dict[str, Any]) -> None:
@@ -195,12 +222,14 @@ class JournalFile:
         """
         entries: list[list[Any]] = []
         try:
-            lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
+            lines = read_lines(self.path) if self.path.exists() else []
             for line in map(json.loads, lines):
                 first, picks = line["first"], line["picks"]
                 if line["query"] == query and first <= len(entries):
                     entries[first : first + len(picks)] = picks
-        except (ValueError, KeyError, TypeError):
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f"{self.path}: is damaged; remove it, the round's picks are made again") from None
         self._next = (query, len(entries))
         return entries
@@ -213,6 +242,22 @@ class JournalFile:
             first = self._next[1]
         append_line(self.path, {"query": query, "first": first, "picks": entries})
         self._next = (query, first + len(entries))
+
+
+def _is_round(value: Any, index: int) -> bool:
+    """Whether ``value`` is the record of round ``index``, with numbers where a report computes with them."""
+    if not isinstance(value, dict) or not value.keys() >= ROUND_KEYS or value["round"] != index:
+        return False
+    if not all(_is_number(value[key]) for key in ROUND_NUMBERS):
+        return False
+    tables = [value[key] for key in ROUND_TABLES]
+    if not all(isinstance(table, dict) and all(map(_is_number, table.values())) for table in tables):
+        return False
+    return isinstance(value["batch"], list) and all(isinstance(name, str) for name in value["batch"])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def run_folders(sweep: Path) -> list[RunFolder]:

@@ -8,7 +8,8 @@ import pandas as pd
 
 from fishermask.config import ExperimentConfig, StrategyConfig
 from fishermask.errors import InputError
-from fishermask.results.files import read_yaml, run_folders
+from fishermask.results.files import run_folders
+from fishermask.yaml_files import read_yaml
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
 BASELINE = "random"
@@ -44,12 +45,13 @@ def short_labels(strategies: Iterable[StrategyConfig]) -> dict[str, str]:
 def varied_settings(sweep: Path) -> list[str]:
     """Dotted paths that a sweep varies, but for strategy and seed, which have columns of their own."""
     path = sweep / "config.yaml"
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         raise InputError(f"{sweep}: holds no results of a sweep (no config.yaml)")
     content = read_yaml(path)
-    if not isinstance(content, dict) or not isinstance(content.get("grid"), dict):
+    grid = content.get("grid") if isinstance(content, dict) else None
+    if not isinstance(grid, dict) or not all(isinstance(key, str) for key in grid):
         raise InputError(f"{path}: is damaged, it has no grid; run the sweep again to write it anew")
-    return [key for key in content["grid"] if key not in ("strategy", "strategy.name", "seed")]
+    return [key for key in grid if key not in ("strategy", "strategy.name", "seed")]
 
 
 def collect(sweep: Path) -> pd.DataFrame:

@@ -9,33 +9,42 @@ grid:                                     # every combination of these; keys are
 
 import copy
 import itertools
+import math
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from fishermask.config import SHARDING, Config, ExperimentConfig, ResourcesConfig, parse, short
+from fishermask.config import SHARDING, Config, ExperimentConfig, PathText, ResourcesConfig, parse, short
 from fishermask.errors import InputError
-from fishermask.results.files import RunFolder, StrictLoader, read_yaml
+from fishermask.guard import guarded
+from fishermask.paths import check_text, improper_character
+from fishermask.results.files import RunFolder
 from fishermask.results.tables import strategy_label
+from fishermask.yaml_files import parse_yaml, read_yaml
+
+MAX_RUNS = 10_000
+"""Of a sweep: each is checked before the first starts."""
+MAX_KEY = 500
+"""Characters of a dotted path."""
 
 
 class SweepConfig(Config):
     """A sweep file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Results lie in ``<output>/<name>``."""
-    description: str = ""
+    description: Annotated[str, AfterValidator(check_text)] = ""
     base: dict[str, Any] = {}
     """Settings of every run."""
     grid: dict[str, list[Any]] = {}
     """Dotted path into ``base`` -> the values it takes."""
-    output: str = "results"
+    output: PathText = "results"
 
 
 @dataclass(frozen=True)
@@ -76,14 +85,18 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     for setting in overrides:
         key, equals, text = setting.partition("=")
         if not equals or not key:
-            raise InputError(f"{setting!r}: expected key=value")
-        try:
-            value = yaml.load(text, StrictLoader)
-        except yaml.YAMLError:
-            raise InputError(f"{key}: {text!r} is not YAML") from None
+            raise InputError(f"{short(setting)}: expected key=value")
+        if (improper := improper_character(key)) or len(key) > MAX_KEY:
+            raise InputError(f"{short(key)}: {f'holds {improper}' if improper else 'is too long'}; expected key=value")
         if key in ("name", "output", "description"):
             content[key] = text
-        elif key.startswith("grid."):
+            continue
+        value = parse_yaml(text, key, f"{short(text)} is not YAML")
+        if key in ("base", "grid"):
+            raise InputError(
+                f"{key}: cannot be replaced as a whole; set a path in it, such as seed=3 or grid.seed=[1,2]"
+            )
+        if key.startswith("grid."):
             content["grid"][key.removeprefix("grid.")] = value
         elif key in content["grid"]:
             content["grid"][key] = value if isinstance(value, list) else [value]
@@ -108,6 +121,9 @@ def expand(config: SweepConfig) -> Sweep:
     """
     # Seeds outermost: a sweep that is cut short has compared all strategies on the seeds it reached.
     keys = sorted(config.grid, key=lambda key: (key.startswith("strategy"), key != "seed"))
+    count = math.prod(len(config.grid[key]) for key in keys)
+    if count > MAX_RUNS:
+        raise InputError(f"grid: means {count:,} runs, and a sweep has at most {MAX_RUNS:,}; vary fewer values")
     configs, values_of = [], []
     for values in itertools.product(*(config.grid[key] for key in keys)):
         settings = copy.deepcopy(config.base)
@@ -161,12 +177,22 @@ def check_folder(sweep: Sweep) -> None:
 
     The same base and the same varied paths make it the same sweep: values may be added to a path at any time.
     """
+    with guarded("output", f"{sweep.folder} cannot be used"):
+        _check_folder(sweep)
+
+
+def _check_folder(sweep: Sweep) -> None:
     remedy = "choose another name=NAME, or move it away"
     path = sweep.folder / "config.yaml"
-    there_is = next(place for place in (sweep.folder, *sweep.folder.parents) if place.exists())
-    if not there_is.is_dir() or not os.access(there_is, os.W_OK):
-        raise InputError(f"output: cannot write to {there_is}; choose another with output=DIR")
-    if not path.exists():
+    there_is = next(place for place in (sweep.folder, *sweep.folder.parents) if os.path.lexists(place))
+    try:
+        # To try is the only way to know: root may write anywhere, but for read-only file systems and such.
+        Path(tempfile.mkdtemp(prefix=".writable.", dir=there_is)).rmdir()
+    except OSError as error:
+        raise InputError(
+            f"output: cannot write to {sweep.folder} ({there_is}: {error.strerror}); choose another with output=DIR"
+        ) from None
+    if not os.path.lexists(path):
         if sweep.folder.exists() and any(file.name != ".lock" for file in sweep.folder.iterdir()):
             raise InputError(f"name: {sweep.folder} exists and is no sweep's results; {remedy}")
         return

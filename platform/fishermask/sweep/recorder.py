@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fishermask.experiment.loop import num_rounds
+from fishermask.results.files import writing
 from fishermask.sweep.pace import Pace, clock, time_left
 from fishermask.sweep.plan import Run
 from fishermask.sweep.tensorboard import RunEvents
@@ -133,7 +134,8 @@ class Recorder:
     def fail(self, name: str, error: str) -> None:
         """Keep what made a run fail in its folder."""
         run = self.runs[name]
-        run.folder.error.write_text(error)
+        with writing(run.folder.error):
+            run.folder.error.write_text(error, encoding="utf-8", errors="backslashreplace")
         lines = error.strip().splitlines()
         self.failed[name] = lines[-1] if lines else "unknown error"
         self.console.print(f"failed: {name}: {self.failed[name]}")

@@ -18,6 +18,7 @@ from fishermask.experiment import loop
 from fishermask.experiment.journal import Journal
 from fishermask.experiment.loop import MakeShards
 from fishermask.experiment.setup import prepare
+from fishermask.guard import reason
 from fishermask.pool.plan import Plan
 from fishermask.pool.shards import LocalShards, Shards
 from fishermask.results import files
@@ -29,8 +30,10 @@ from fishermask.tensors.images import Images
 History = list[dict[str, Any]]
 
 
-def check(sweep: Sweep, console: Console, here: bool = False) -> None:
+def check(sweep: Sweep, console: Console, here: bool = False) -> list[str]:
     """Check every run against its data and model, and the folder against what is there, before anything starts.
+
+    Returns a line for each kind of query: what it takes of time and memory.
 
     Args:
         here: the runs' own processes are this one, whatever cluster may hold their shards.
@@ -62,8 +65,7 @@ def check(sweep: Sweep, console: Console, here: bool = False) -> None:
         for field in (field for field, on_this_machine in needed.items() if on_this_machine):
             if getattr(resources, field) and not torch.cuda.is_available():
                 raise InputError(f"resources.{field}: this machine has no GPU that PyTorch can use; set it to 0")
-    for kind, plan in plans.items():
-        console.print(f"{kind}: {plan}")  # the one that needs the most, where several are alike
+    return [f"{kind}: {plan}" for kind, plan in plans.items()]  # the one that needs the most, where several are alike
 
 
 def missing(sweep: Sweep) -> list[tuple[Run, History]]:
@@ -146,9 +148,16 @@ def run_here(sweep: Sweep, console: Console) -> Recorder:
                     run.folder.journal,
                     functools.partial(recorder.stage, run.name),
                 )
-            except Exception:  # shown at the end, with its traceback in the run's folder; other runs go on
-                recorder.fail(run.name, traceback.format_exc())
+            # Shown at the end, with its traceback in the run's folder; other runs go on. A model may try to exit.
+            except (Exception, SystemExit) as error:
+                recorder.fail(run.name, describe_failure(error))
     return recorder
+
+
+def describe_failure(error: BaseException) -> str:
+    """Return the traceback of ``error``; its last line is the error in one line, however many its message has."""
+    text, line = "".join(traceback.format_exception(error)), reason(error)
+    return text if text.rstrip().endswith(line) else f"{text}{line}\n"
 
 
 def rounds(

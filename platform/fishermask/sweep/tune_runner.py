@@ -2,27 +2,32 @@
 
 import functools
 import json
+import logging
 import os
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
+from ray.tune.error import TuneError
 from rich.console import Console
 
 from fishermask.config import ExperimentConfig
+from fishermask.errors import InputError
 from fishermask.results.tables import varied_settings
 from fishermask.sweep import ledger, package, room
 from fishermask.sweep.plan import Sweep
 from fishermask.sweep.recorder import Recorder
-from fishermask.sweep.runner import Placed, create_folders, missing, placed, rounds
+from fishermask.sweep.runner import Placed, create_folders, describe_failure, missing, placed, rounds
 
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 """A process or a node is gone: nothing that the run did, and it may go well on another."""
+
+# Tune names its trials where we name runs, and logs each failure that the recorder reports.
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 STAGE_SECONDS = 2.0
 """Between two looks at how far the runs are."""
@@ -69,14 +74,25 @@ def run_on_ray(sweep: Sweep, console: Console) -> Recorder:
             callbacks=[_Listener(recorder, restarts, books)],
             failure_config=tune.FailureConfig(max_failures=restarts),
         )
-        tune.Tuner(
+        tuner = tune.Tuner(
             trainable,
             param_space={"run": tune.grid_search(list(configs))},
             tune_config=tune.TuneConfig(trial_dirname_creator=lambda trial: trial.trial_id, reuse_actors=True),
             run_config=run_config,
-        ).fit()
+        )
+        try:
+            tuner.fit()
+        except TuneError as error:  # what the recorder raises, such as a full disk, wrapped by Tune
+            raise (_input_error(error) or error) from None
     ray.kill(books)
     return recorder
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """Return the input error that ``error`` was raised for; None if there is none."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class _Listener(tune.Callback):
@@ -148,6 +164,7 @@ def trial(
         rounds(config, place, history, lambda result: tune.report({"round": json.dumps(result)}), journal, stage)
     except LOST:
         raise
-    except Exception:
-        tune.report({"error": traceback.format_exc()})
-        raise  # so that no other run is given this process, whose device may be in disorder
+    except (Exception, SystemExit) as error:
+        tune.report({"error": describe_failure(error)})
+        # So that no other run is given this process, whose device may be in disorder. Ray takes an exit for a loss.
+        raise RuntimeError("the run failed") from error

@@ -1,0 +1,299 @@
+"""The guard around the user's code, and what lies on its other side: input that is unusual and right."""
+
+import os
+import resource
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+from bad_input_cases import TINY
+
+from fishermask import cli, guard, strategies
+from fishermask.errors import InputError
+from fishermask.guard import guarded, held_stderr, one_line, reason, short, write_log
+from fishermask.paths import check_path
+
+MODELS = """
+import os, sys
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes, during_training=None):
+        super().__init__()
+        self.linear = nn.Linear(784, num_classes)
+        self.during_training = during_training
+    def forward(self, images):
+        if self.training and self.during_training:
+            self.during_training()
+        return self.linear(images.flatten(1))
+
+def throw():
+    raise ValueError("first line\\nsecond line")
+
+def raises(num_classes):
+    return Net(num_classes, throw)
+
+def exits(num_classes):
+    return Net(num_classes, lambda: sys.exit(3))
+
+def talks(num_classes):
+    print("to stdout")
+    print("to stderr", file=sys.stderr)
+    os.write(2, b"from C\\n")
+    return Net(num_classes)
+
+SHARED = Net(10)
+
+def shared(num_classes):
+    return SHARED
+"""
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise KeyError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder, with a sweep file and a module of models that this process and its children can import."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/guard_test_models.py").write_text(MODELS)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'modules'}:{os.environ.get('PYTHONPATH', '')}")
+    yield tmp_path
+    sys.modules.pop("guard_test_models", None)
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ValueError("boom"), "ValueError: boom"),
+        (ValueError("a\n  b\x1b[31m"), "ValueError: a b [31m"),
+        (ValueError(), "ValueError"),
+        (KeyError("key"), "KeyError: 'key'"),
+        (SystemExit(3), "SystemExit: it exits with status 3"),
+        (RecursionError("too deep"), "RecursionError: too deep"),
+        (MemoryError(), "MemoryError"),
+        (Unprintable(), "Unprintable"),
+        (FileNotFoundError(2, "No such file", "x"), "FileNotFoundError: No such file: x"),
+        (StopIteration(), "StopIteration"),
+        (GeneratorExit(), "GeneratorExit"),
+        (BaseException("rare"), "BaseException: rare"),
+    ],
+)
+def test_any_exception_becomes_an_input_error_with_its_traceback(error, shown):
+    with pytest.raises(InputError) as caught, guarded("model.name", "it does not work"):
+        raise error
+    assert str(caught.value) == f"model.name: it does not work ({shown})"
+    assert caught.value.__cause__ is error
+    assert "Traceback (most recent call last)" in caught.value.details
+    assert "in test_any_exception" in caught.value.details
+
+
+@pytest.mark.parametrize("error", [InputError("seed: wrong"), KeyboardInterrupt()])
+def test_input_errors_and_interrupts_pass_unchanged(error):
+    with pytest.raises(type(error)) as caught, guarded("model.name", "it does not work"):
+        raise error
+    assert caught.value is error
+
+
+def test_a_guarded_generator_can_be_closed():
+    def numbers():
+        with guarded("data", "cannot be read", passing=(GeneratorExit,)):
+            yield from range(3)
+
+    generator = numbers()
+    assert next(generator) == 0
+    generator.close()
+
+
+def test_text_for_messages_is_short_and_of_one_line():
+    assert one_line("a\n\n b\tc\u2028d\0") == "a b c d"
+    assert len(one_line("x" * 10**6)) == guard.MAX_REASON
+    assert len(short([0] * 10**5)) == 60
+    assert short(int("f" * 5000, 16)) == "a value of type int"
+    assert "\n" not in reason(ValueError("x\n" * 10))
+
+
+def test_stderr_is_held_at_the_descriptor_and_given_back(capfd):
+    print("before", file=sys.stderr)
+    with held_stderr() as held:
+        print("from Python", file=sys.stderr)
+        os.write(2, b"from C\n")
+        subprocess.run("echo from a process >&2", shell=True, check=True)
+        assert held.text().splitlines() == ["from Python", "from C", "from a process"]
+        print("later", file=sys.stderr)
+        assert held.text() == "later\n"
+    print("after", file=sys.stderr)
+    os.write(2, b"from C again\n")
+    assert capfd.readouterr().err == "before\nafter\nfrom C again\n"
+
+
+def test_a_log_handler_that_is_made_while_stderr_is_held_goes_on_working():
+    code = (
+        "import logging, sys\nfrom fishermask.guard import held_stderr\n"
+        "with held_stderr():\n    handler = logging.StreamHandler()\n    logging.getLogger().addHandler(handler)\n"
+        "    logging.error('held')\nlogging.error('shown')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "shown\n"
+
+
+def test_a_log_is_a_new_file_that_only_the_user_can_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first, second = Path(write_log("one")), Path(write_log("tw\udcff"))
+    assert first.parent == tmp_path
+    assert first != second
+    assert first.read_text() == "one"
+    assert stat.S_IMODE(first.stat().st_mode) == 0o600
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null")
+    assert write_log("x") == "none, Not a directory"
+
+
+def test_paths_that_are_right_pass():
+    for path in (".", "a b/ü ☃.parquet", "/", "~/data", "x" * 255, "data[1].parquet", "C:\\data"):
+        assert check_path(path) == path
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_sweep_files_of_other_editors_are_read(folder, capsys, encoding, newline):
+    text = yaml.safe_dump(TINY | {"description": "grün\nund mehr"}, allow_unicode=True)
+    Path("swéep ☃.yaml").write_bytes(text.replace("\n", newline).encode(encoding))
+    assert cli.main(["sweep", "swéep ☃.yaml", "--dry-run"]) == 0
+    assert "1 runs, 0 finished" in capsys.readouterr().out
+
+
+def test_anchors_and_merges_of_a_sensible_size_are_expanded(folder, capsys):
+    Path("merged.yaml").write_text("""
+name: merged
+base:
+  budget: &budget {initial: 5, query: 5, total: 10}
+  imbalance: {kind: balanced, per_class: 10}
+  model: {name: mlp, params: {width: 4}}
+grid:
+  strategy: [random, margin]
+  budget: [*budget, {<<: *budget, total: 15}]
+""")
+    assert cli.main(["sweep", "merged.yaml", "--dry-run"]) == 0
+    assert "4 runs, 0 finished, 10 rounds to go" in capsys.readouterr().out
+
+
+def test_a_factory_that_prints_works_and_leaves_stderr_empty(folder, capfd):
+    assert cli.main(["sweep", "tiny.yaml", "--dry-run", "model=guard_test_models:talks"]) == 0
+    shown = capfd.readouterr()
+    assert shown.err == ""
+    for text in ("to stdout", "to stderr", "from C", "1 runs, 0 finished"):
+        assert text in shown.out
+    assert cli.main(["sweep", "tiny.yaml", "--dry-run", "model=guard_test_models:talks", "budget.query=500"]) == 2
+    shown = capfd.readouterr()
+    assert shown.err.startswith("fishermask: budget.query: 500 exceeds")
+    assert shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "last"),
+    [("raises", "ValueError: first line second line"), ("exits", "SystemExit: it exits with status 3")],
+)
+def test_a_model_that_fails_in_training_is_a_failed_run(folder, capfd, model, last):
+    assert cli.main(["run", "tiny.yaml", f"model=guard_test_models:{model}"]) == 1
+    lines = capfd.readouterr().err.splitlines()
+    (log,) = folder.glob("results/*/runs/*/error.txt")
+    assert lines == [f"fishermask: random-seed=0 failed: {last}", f"  log: {log}"]
+    assert "Traceback (most recent call last)" in log.read_text()
+
+
+QUERIES = {
+    "raise KeyError('boom')": "KeyError: 'boom'",
+    "raise SystemExit(7)": "RuntimeError: the strategy raises SystemExit (status 7)",
+    "return None": "RuntimeError: the strategy returned NoneType None; expected a 1-D integer tensor",
+    "return list(range(10))": "RuntimeError: the strategy returned list [0, 1, ",
+    "return pool.candidates[:budget].double()": "RuntimeError: the strategy returned Tensor torch.float64 (10,); ",
+    "return pool.candidates[:budget] > 0": "RuntimeError: the strategy returned Tensor torch.bool (10,); ",
+    "return pool.candidates[:budget][None]": "RuntimeError: the strategy returned Tensor torch.int64 (1, 10); ",
+    "return pool.candidates[:budget - 1]": "RuntimeError: the strategy returned 9 positions, 9 distinct, 9 of them",
+    "return pool.candidates[:1].expand(budget)": "RuntimeError: the strategy returned 10 positions, 1 distinct",
+    "return pool.candidates[:budget] + 10**6": "RuntimeError: the strategy returned 10 positions, 10 distinct, 0 of",
+}
+
+
+@pytest.mark.parametrize("body", QUERIES)
+def test_a_query_that_raises_or_returns_junk_is_a_failed_run(folder, capfd, monkeypatch, body):
+    name = f"junk_{list(QUERIES).index(body)}"  # a module is imported once
+    (folder / f"modules/{name}.py").write_text(f"def query(pool, budget, params):\n    {body}\n")
+    monkeypatch.setattr(strategies, "__path__", [*strategies.__path__, str(folder / "modules")])
+    assert cli.main(["run", "tiny.yaml", f"strategy={name}"]) == 1
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith(f"fishermask: {name}-seed=0 failed: {QUERIES[body]}")
+    assert second.startswith("  log: ")
+
+
+def test_a_factory_that_returns_one_model_again_is_refused(folder, capfd):
+    """Its second round would begin with the weights that the first has trained."""
+    assert cli.main(["run", "tiny.yaml", "model=guard_test_models:shared"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("fishermask: model.name: guard_test_models:shared returns a model that it returned before")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("limit", [1_000, 8_000, 20_000])
+def test_a_full_disk_is_one_line(folder, capfd, limit):
+    cli.main(["sweep", "tiny.yaml", "--dry-run"])  # which decodes the data
+    capfd.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        status = cli.main(["run", "tiny.yaml"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capfd.readouterr().err
+    assert status == 2
+    assert error.startswith(f"fishermask: output: cannot write {folder}/results/tiny-")
+    assert error.count("\n") == 1
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_an_output_that_takes_nothing_is_one_line():
+    command = [sys.executable, "-m", "fishermask.cli", "strategies"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "fishermask: stdout: cannot be written to (No space left on device)\n"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_sweep_of_failing_runs_prints_two_lines_for_each(folder):
+    command = [sys.executable, "-m", "fishermask.cli", "sweep", "tiny.yaml", "model=guard_test_models:exits"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    log = folder / "results/tiny/runs/random-seed=0/error.txt"
+    last = "SystemExit: it exits with status 3"
+    assert done.stderr.splitlines() == [f"fishermask: random-seed=0 failed: {last}", f"  log: {log}"]
+    assert "SystemExit: 3" in log.read_text()
+
+
+def test_an_error_of_the_disk_is_found_in_what_tune_makes_of_it():
+    from ray.tune.error import TuneError
+
+    from fishermask.sweep.tune_runner import _input_error
+
+    full = InputError("output: cannot write rounds.jsonl")
+    try:
+        try:
+            raise full from OSError(28, "No space left on device")
+        except InputError:
+            raise TuneError("Traceback: ...") from None
+    except TuneError as wrapped:
+        assert _input_error(wrapped) is full
+    assert _input_error(TuneError("another")) is None

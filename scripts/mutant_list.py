@@ -163,8 +163,11 @@ MUTANTS = [
         "fisher",
     ),
     Mutant(
-        "tensors/trace.py", "        if self._count:\n            past_u", "        if False:\n            past_u",
-        "the exact gain ignores the picks that are not yet gathered", "fisher engine",
+        "tensors/trace.py",
+        "        if self._count:\n            past_u",
+        "        if False:\n            past_u",
+        "the exact gain ignores the picks that are not yet gathered",
+        "fisher engine",
     ),  # fmt: skip
     Mutant(
         "tensors/distances.py",
@@ -222,8 +225,16 @@ MUTANTS = [
     ),
     Mutant("tensors/images.py", "CROP_PADDING = 4", "CROP_PADDING = 2", "augmentation shifts by 2 pixels", "replay"),
     Mutant("tensors/images.py", "< 0.5)", "< 0.0)", "augmentation never flips", "learning replay"),
-    Mutant("tensors/images.py", "(images.to(dtype) / 255 - mean) / std", "images.to(dtype) / 255 - mean", "images are not divided by std", "learning"),
-    Mutant("tensors/images.py", "clamp_min(1.0).sqrt()", "clamp_min(0.0).sqrt()", "a constant channel has std 0", "replay"),
+    Mutant(
+        "tensors/images.py",
+        "(images.to(dtype) / 255 - mean) / std",
+        "images.to(dtype) / 255 - mean",
+        "images are not divided by std",
+        "learning",
+    ),
+    Mutant(
+        "tensors/images.py", "clamp_min(1.0).sqrt()", "clamp_min(0.0).sqrt()", "a constant channel has std 0", "numbers"
+    ),
     Mutant(
         "tensors/metrics.py",
         "counts.diagonal(), counts.sum(1), counts.sum(0)",
@@ -236,9 +247,11 @@ MUTANTS = [
         "recall[present].mean()",
         "recall.nan_to_num().mean()",
         "classes that the test set lacks count 0 in balanced accuracy",
-        "replay",
+        "numbers",
     ),
-    Mutant("tensors/models.py", "torch.manual_seed(seed)", "torch.manual_seed(0)", "weights ignore the seed", "learning"),
+    Mutant(
+        "tensors/models.py", "torch.manual_seed(seed)", "torch.manual_seed(0)", "weights ignore the seed", "learning"
+    ),
     Mutant(
         "tensors/models.py",
         "with torch.random.fork_rng(devices=[]):",
@@ -251,7 +264,7 @@ MUTANTS = [
         "query = round(query * work.oversample)",
         "query = round(query)",
         "the estimated time ignores oversample",
-        "replay engine",
+        "numbers",
     ),
     # pool
     Mutant("pool/pool.py", "unlabeled[labeled] = False", "pass", "labeled images are candidates", "selection"),
@@ -362,7 +375,13 @@ MUTANTS = [
         "replay engine",
     ),
     Mutant("pool/shard.py", "-len(images) % ALIGNMENT", "0", "few images are differentiated without padding", "engine"),
-    Mutant("pool/shards.py", "                total += part", "                pass", "one shard's information", "selection"),
+    Mutant(
+        "pool/shards.py",
+        "                total += part",
+        "                pass",
+        "one shard's information",
+        "selection",
+    ),
     Mutant(
         "pool/ray_shards.py",
         "        self._remember(method, shared)\n",
@@ -468,7 +487,9 @@ MUTANTS = [
         "a class keeps its first images, whatever the seed",
         "replay data",
     ),
-    Mutant("data/imbalance.py", "return drawn[:rare]", "return list(range(rare))", "rare classes ignore the seed", "data"),
+    Mutant(
+        "data/imbalance.py", "return drawn[:rare]", "return list(range(rare))", "rare classes ignore the seed", "data"
+    ),
     Mutant(
         "data/imbalance.py",
         "        return drawn\n",
@@ -490,9 +511,15 @@ MUTANTS = [
         "labels of the pool are not renamed",
         "data",
     ),
-    Mutant("data/store.py", "place[order] = np.arange(len(order))", "place = order", "images lose their labels", "store"),
     Mutant(
-        "data/ids.py", "here &= self._rows[found] == rows", "pass", "ids that are not in a view are found in it", "views"
+        "data/store.py", "place[order] = np.arange(len(order))", "place = order", "images lose their labels", "store"
+    ),
+    Mutant(
+        "data/ids.py",
+        "here &= self._rows[found] == rows",
+        "pass",
+        "ids that are not in a view are found in it",
+        "views",
     ),
     Mutant(
         "data/rows.py",
@@ -624,7 +651,9 @@ MUTANTS = [
         "results",
     ),
     Mutant("results/tables.py", "(gain > 0).sum()", "(gain >= 0).sum()", "ties count as wins", "records results"),
-    Mutant("results/tables.py", "runs.last()", "runs.first()", "the final metrics are those of the first round", "results"),
+    Mutant(
+        "results/tables.py", "runs.last()", "runs.first()", "the final metrics are those of the first round", "results"
+    ),
     Mutant(
         "results/tables.py",
         'on=[*settings, "seed", "labels"])',

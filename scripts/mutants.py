@@ -40,6 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path("platform/fishermask")
 TIME_LIMIT = 900.0
 """Seconds for one test file, or for the whole suite: far more than either takes."""
+ALL_TESTS = ["tests", "--ignore=tests/test_mutants.py"]
+"""The test left out says that the text to replace is in the source, which is no merit of a test suite."""
 PASSED, FAILED, INTERRUPTED = 0, 1, 2
 """Exit statuses of pytest; the last includes a test file that cannot be imported."""
 
@@ -67,6 +69,8 @@ def copied_tree(root: Path) -> Iterator[Path]:
             if source.is_symlink() or source.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target, follow_symlinks=False)
+        for command in (["git", "init", "-q"], ["git", "add", "."]):  # some tests ask git for the tracked files
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
         yield Path(folder)
 
 
@@ -94,9 +98,11 @@ def run_tests(tree: Path, paths: Sequence[str], limit: float = TIME_LIMIT) -> tu
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             return None, f"no end within {limit:g} s"
+        finally:
+            if process.poll() is None:  # the time limit, or this process was interrupted
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         output.seek(0)
         text = output.read()
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
@@ -120,9 +126,9 @@ def run_mutant(tree: Path, mutant: Mutant, whole_suite: bool) -> dict[str, Any]:
     original = target.read_text()
     target.write_text(mutated(original, mutant))
     try:
-        require_copy(tree) if mutant.file != "__init__.py" else None
-        for paths in [*([f"tests/test_{name}.py"] for name in mutant.tests.split()), *([["tests"]] * whole_suite)]:
-            killed, line = (lambda found: (verdict(*found), found[1]))(run_tests(tree, paths))
+        for paths in [*([f"tests/test_{name}.py"] for name in mutant.tests.split()), *([ALL_TESTS] * whole_suite)]:
+            status, line = run_tests(tree, paths)
+            killed = verdict(status, line)
             if killed:
                 break
     finally:
@@ -185,14 +191,14 @@ def run(root: Path, mutants: Sequence[Mutant], chosen: list[int], store: Path, w
     with copied_tree(root) as tree:
         require_copy(tree)
         for name in dict.fromkeys(name for i in todo for name in mutants[i].tests.split()):
-            if baseline_key(root, name) not in results:
+            if baseline_key(tree, name) not in results:
                 status, line = run_tests(tree, [f"tests/test_{name}.py"])
                 if status != PASSED:
                     raise RuntimeError(f"tests/test_{name}.py does not pass without a mutant: {line}")
-                keep(baseline_key(root, name), "passed")
+                keep(baseline_key(tree, name), "passed")
         for i in todo:
             result = run_mutant(tree, mutants[i], whole_suite)
-            keep(key(root, mutants[i]), result)
+            keep(key(tree, mutants[i]), result)  # of the copy: the working tree may have changed meanwhile
             print(row(i, mutants[i], result), flush=True)
     return results
 
@@ -235,6 +241,7 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT, mutants: Sequence
         for i in chosen:
             print(f"{i + 1:4} {mutants[i].file:28} {mutants[i].breaks}  [{mutants[i].tests}]")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # end the tests that run, and remove the copy
     if arguments.again:
         store.unlink(missing_ok=True)
     return int(report(root, mutants, chosen, run(root, mutants, chosen, store, arguments.whole_suite)) > 0)

@@ -267,5 +267,7 @@ def pool_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def recalls(predictions: list[int], labels: list[int], num_classes: int) -> list[float]:
     """Return the recall of each class that ``labels`` hold."""
-    hits = [[p == label for p, label in zip(predictions, labels, strict=True) if label == c] for c in range(num_classes)]
+    hits = [
+        [p == label for p, label in zip(predictions, labels, strict=True) if label == c] for c in range(num_classes)
+    ]
     return [sum(own) / len(own) for own in hits if own]

@@ -608,6 +608,13 @@ MUTANTS = [
     ),
     Mutant(
         "experiment/loop.py",
+        'torch.manual_seed(stream_seed(seed, "dropout", index))',
+        "pass",
+        "dropout is not seeded",
+        "replay",
+    ),
+    Mutant(
+        "experiment/loop.py",
         'stream(seed, "fisher sample", index)',
         'stream(seed, "fisher sample")',
         "the same Fisher sample in every round",

@@ -63,10 +63,10 @@ TRAINING = {"learning_rate": 0.01, "batch_size": 16, "target_accuracy": 1.0, "ma
 BUDGET = {"initial": 20, "query": 8, "total": 42}
 
 
-def prepared(files, channels=3, *, training=None, data=None, strategy="random", **settings) -> Setup:
+def prepared(files, channels=3, *, training=None, data=None, strategy="random", dropout=0.0, **settings) -> Setup:
     base: dict[str, Any] = {
         "data": files[channels] | (data or {}),
-        "model": {"name": "tiny_network:build", "params": {"channels": channels}},
+        "model": {"name": "tiny_network:build", "params": {"channels": channels, "dropout": dropout}},
         "training": TRAINING | (training or {}),
         "budget": BUDGET,
         "strategy": strategy,
@@ -102,7 +102,9 @@ def observed(setup: Setup, **options) -> tuple[list[dict[str, Any]], list[dict[s
     return results, observer.seen
 
 
-def replayed(channels=3, *, training=None, rule=None, seed=0, augment, strategy="random") -> list[dict[str, Any]]:
+def replayed(
+    channels=3, *, training=None, rule=None, seed=0, augment, strategy="random", dropout=0.0
+) -> list[dict[str, Any]]:
     """What the documents promise for each round."""
     images, labels = pictures(TRAIN, channels, 0)
     test_images, test_labels = pictures(TEST, channels, 1)
@@ -114,7 +116,8 @@ def replayed(channels=3, *, training=None, rule=None, seed=0, augment, strategy=
     while True:
         index = len(rounds)
         torch.manual_seed(oracle.stream_seed(seed, "model", index))
-        model = tiny_network.build(CLASSES, channels)
+        model = tiny_network.build(CLASSES, channels, dropout)
+        torch.manual_seed(oracle.stream_seed(seed, "dropout", index))
         settings = TRAINING | (training or {})
         epochs, accuracy, ended_by = oracle.train(
             model, images[labeled], labels[labeled], statistics, seed, index, augment, **settings
@@ -172,6 +175,7 @@ CASES = {
     "epochs": {"training": {"max_epochs": 1}},
     "narrow clip": {"training": {"clip": 0.01}},
     "no clip": {"training": {"clip": None}},
+    "dropout": {"dropout": 0.5},
     "few images of a class": {"rule": {"kind": "step", "ratio": 4}},
 }
 
@@ -181,7 +185,10 @@ def test_a_run_is_what_its_replay_predicts(files, case):
     settings = {key: value for key, value in case.items() if key != "rule"}
     if "rule" in case:
         settings["imbalance"] = case["rule"]
-    assert_replayed(prepared(files, **settings), replayed(**case, augment=True))
+    expected = replayed(**case, augment=True)
+    state = torch.get_rng_state()
+    assert_replayed(prepared(files, **settings), expected)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn from it, nor is it seeded anew
 
 
 def test_each_of_these_settings_changes_the_trained_model():

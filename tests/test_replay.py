@@ -17,6 +17,7 @@ import tiny_network
 import torch
 from PIL import Image
 
+from fishermask import strategies
 from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
 from fishermask.experiment.loop import run
@@ -236,6 +237,25 @@ def test_a_round_trains_other_initial_weights_in_another_order_than_the_round_be
         torch.manual_seed(oracle.stream_seed(0, "model", index))
         torch.testing.assert_close(weight, tiny_network.build(CLASSES)[0].weight)
     assert not any(torch.equal(one, other) for i, one in enumerate(made) for other in made[:i])
+
+
+STRATEGIES = [
+    *(name for name in strategies.available() if name != "fisher_mask"),
+    {"name": "fisher_mask", "params": {"fraction": 0.7, "fisher_samples": 9}},
+    {"name": "fisher_mask", "params": {"fraction": 0.7, "mask": "random", "oversample": 1.5}},
+]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_a_resumed_run_gives_the_rounds_of_an_uninterrupted_one(files, strategy):
+    def rounds(history):
+        setup = prepared(files, strategy=strategy, dropout=0.2, training={"max_epochs": 2})
+        return [r.as_dict() | {"seconds": None} for r in run(setup, LocalShards, history)]
+
+    whole = rounds(())
+    assert len(whole) == 4
+    for finished in (1, 3):
+        assert rounds(whole[:finished]) == whole[finished:]
 
 
 RULES = [

@@ -116,7 +116,7 @@ MUTANTS = [
         "fisher",
     ),
     Mutant(
-        "tensors/mask.py", "RELATIVE_THRESHOLD = 2.0", "RELATIVE_THRESHOLD = 1.0", "relative threshold of 1", "fisher"
+        "tensors/mask.py", "RELATIVE_THRESHOLD = 2.0", "RELATIVE_THRESHOLD = 1.0", "relative threshold of 1", "parameters"
     ),
     Mutant(
         "tensors/mask.py",

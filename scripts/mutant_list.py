@@ -70,7 +70,7 @@ MUTANTS = [
         "sub_(weight / num_classes)",
         "sub_(0 * weight)",
         "the prior ignores the last class",
-        "fisher parameters",
+        "parameters fisher",
     ),
     Mutant("tensors/embedding.py", "alpha=0.5", "alpha=1.0", "the body counts twice in V M V^T", "fisher"),
     Mutant(
@@ -123,7 +123,7 @@ MUTANTS = [
         "torch.sort(values, descending=True",
         "torch.sort(values, descending=False",
         "masks hold the parameters with the least information",
-        "fisher parameters",
+        "parameters fisher",
     ),
     Mutant(
         "tensors/mask.py",
@@ -137,14 +137,14 @@ MUTANTS = [
         "counts[layer] - exact[layer]",
         "exact[layer] - counts[layer]",
         "a layerwise mask gives what is left to the smallest remainder",
-        "fisher",
+        "parameters fisher",
     ),
     Mutant(
         "tensors/mask.py",
         "torch.randperm(total, generator=generator)[:body_size]",
         "torch.arange(total)[:body_size]",
         "a random mask is the first parameters",
-        "fisher parameters",
+        "parameters fisher",
     ),
     Mutant(
         "tensors/mask.py",
@@ -153,28 +153,28 @@ MUTANTS = [
         "the Fisher diagonal counts all classes alike",
         "fisher",
     ),
-    Mutant("tensors/trace.py", "self.value -= update.gain", "self.value += update.gain", "wrong objective", "fisher"),
-    Mutant("tensors/trace.py", "beta=2)", "beta=1)", "scores drift from the exact gains", "fisher"),
+    Mutant("tensors/trace.py", "self.value -= update.gain", "self.value += update.gain", "wrong objective", "parameters fisher"),
+    Mutant("tensors/trace.py", "beta=2)", "beta=1)", "scores drift from the exact gains", "parameters fisher"),
     Mutant(
         "tensors/trace.py",
         "self.sandwich.to(dtype) * self.scale**2",
         "self.sandwich.to(dtype) * self.scale",
         "scores weigh candidates wrongly",
-        "fisher",
+        "parameters fisher",
     ),
     Mutant(
         "tensors/trace.py",
         "        if self._count:\n            past_u",
         "        if False:\n            past_u",
         "the exact gain ignores the picks that are not yet gathered",
-        "fisher engine",
+        "parameters fisher engine",
     ),  # fmt: skip
     Mutant(
         "tensors/distances.py",
         "_nearer(state, (embedding.hidden - update.hidden).square().sum(0))",
         "state.copy_((embedding.hidden - update.hidden).square().sum(0))",
         "k-center looks at the last pick alone",
-        "selection",
+        "parameters selection",
     ),
     Mutant(
         "tensors/distances.py",
@@ -267,7 +267,7 @@ MUTANTS = [
         "numbers",
     ),
     # pool
-    Mutant("pool/pool.py", "unlabeled[labeled] = False", "pass", "labeled images are candidates", "selection"),
+    Mutant("pool/pool.py", "unlabeled[labeled] = False", "pass", "labeled images are candidates", "parameters selection"),
     Mutant(
         "pool/pool.py",
         "torch.randperm(self.size, generator=self._sample_generator)",
@@ -468,10 +468,10 @@ MUTANTS = [
         "parameters selection",
     ),
     Mutant(
-        "strategies/entropy.py", "descending=True", "descending=False", "entropy takes the certain images", "selection"
+        "strategies/entropy.py", "descending=True", "descending=False", "entropy takes the certain images", "parameters"
     ),
-    Mutant("strategies/margin.py", "top[:, 0] - top[:, 1]", "top[:, 0]", "margin is least confidence", "selection"),
-    Mutant("strategies/least_confidence.py", "amax(-1)", "amin(-1)", "looks at the least probable class", "selection"),
+    Mutant("strategies/margin.py", "top[:, 0] - top[:, 1]", "top[:, 0]", "margin is least confidence", "parameters"),
+    Mutant("strategies/least_confidence.py", "amax(-1)", "amin(-1)", "looks at the least probable class", "parameters"),
     Mutant(
         "strategies/random.py",
         ", generator=pool.generator",

@@ -52,9 +52,9 @@ def tree(tmp_path):
 
 
 def test_mutants_are_killed_by_a_failing_test_and_survive_otherwise(tree, capsys):
-    assert mutants.main([], tree, [KILLED, SURVIVOR]) == 1
+    assert mutants.main([], tree, [KILLED, SURVIVOR, KILLED._replace(tests="sums other")]) == 1
     out = capsys.readouterr().out
-    assert "1 of 2 mutants killed" in out
+    assert "2 of 3 mutants killed" in out
     assert "killed    sums.py                      double is not double  [test_sums.py::test_double" in out
     assert "survived: 2 sums.py: zero is one; NO REASON GIVEN" in out
     assert (tree / "platform/fishermask/sums.py").read_text() == SOURCE

@@ -190,13 +190,13 @@ def run(root: Path, mutants: Sequence[Mutant], chosen: list[int], store: Path, w
         return results
     with copied_tree(root) as tree:
         require_copy(tree)
-        for name in dict.fromkeys(name for i in todo for name in mutants[i].tests.split()):
-            if baseline_key(tree, name) not in results:
-                status, line = run_tests(tree, [f"tests/test_{name}.py"])
-                if status != PASSED:
-                    raise RuntimeError(f"tests/test_{name}.py does not pass without a mutant: {line}")
-                keep(baseline_key(tree, name), "passed")
         for i in todo:
+            for name in mutants[i].tests.split():
+                if baseline_key(tree, name) not in results:
+                    status, line = run_tests(tree, [f"tests/test_{name}.py"])
+                    if status != PASSED:
+                        raise RuntimeError(f"tests/test_{name}.py does not pass without a mutant: {line}")
+                    keep(baseline_key(tree, name), "passed")
             result = run_mutant(tree, mutants[i], whole_suite)
             keep(key(tree, mutants[i]), result)  # of the copy: the working tree may have changed meanwhile
             print(row(i, mutants[i], result), flush=True)
@@ -241,7 +241,9 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT, mutants: Sequence
         for i in chosen:
             print(f"{i + 1:4} {mutants[i].file:28} {mutants[i].breaks}  [{mutants[i].tests}]")
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # end the tests that run, and remove the copy
+    # End the tests that run and remove the copy. A job in the background ignores Ctrl-C, and so would its tests.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if arguments.again:
         store.unlink(missing_ok=True)
     return int(report(root, mutants, chosen, run(root, mutants, chosen, store, arguments.whole_suite)) > 0)

@@ -26,14 +26,16 @@ class Mutant(NamedTuple):
 MUTANTS = [
     # config
     Mutant("config.py", 'extra="forbid"', 'extra="ignore"', "unknown keys are accepted", "plan"),
-    Mutant("config.py", "strict=True, allow_inf_nan", "strict=False, allow_inf_nan", "text counts as a number", "plan"),
+    Mutant(
+        "config.py", "strict=True, allow_inf_nan", "strict=False, allow_inf_nan", "text counts as a number", "settings"
+    ),
     Mutant("config.py", "if self.total < self.initial:", "if False:", "total may be below initial", "plan"),
     Mutant(
         "config.py",
         '"strategy": {"label"}}',
         '"strategy": {"label", "params"}}',
         "runs with different strategy parameters have the same fingerprint",
-        "plan",
+        "settings",
     ),
     Mutant("config.py", "Field(0.1, gt=0)", "Field(1.0, gt=0)", "default clip is 10 times the paper's", "replay"),
     # tensors
@@ -116,7 +118,11 @@ MUTANTS = [
         "fisher",
     ),
     Mutant(
-        "tensors/mask.py", "RELATIVE_THRESHOLD = 2.0", "RELATIVE_THRESHOLD = 1.0", "relative threshold of 1", "parameters"
+        "tensors/mask.py",
+        "RELATIVE_THRESHOLD = 2.0",
+        "RELATIVE_THRESHOLD = 1.0",
+        "relative threshold of 1",
+        "parameters",
     ),
     Mutant(
         "tensors/mask.py",
@@ -153,7 +159,13 @@ MUTANTS = [
         "the Fisher diagonal counts all classes alike",
         "fisher",
     ),
-    Mutant("tensors/trace.py", "self.value -= update.gain", "self.value += update.gain", "wrong objective", "parameters fisher"),
+    Mutant(
+        "tensors/trace.py",
+        "self.value -= update.gain",
+        "self.value += update.gain",
+        "wrong objective",
+        "parameters fisher",
+    ),
     Mutant("tensors/trace.py", "beta=2)", "beta=1)", "scores drift from the exact gains", "parameters fisher"),
     Mutant(
         "tensors/trace.py",
@@ -267,7 +279,9 @@ MUTANTS = [
         "numbers",
     ),
     # pool
-    Mutant("pool/pool.py", "unlabeled[labeled] = False", "pass", "labeled images are candidates", "parameters selection"),
+    Mutant(
+        "pool/pool.py", "unlabeled[labeled] = False", "pass", "labeled images are candidates", "parameters selection"
+    ),
     Mutant(
         "pool/pool.py",
         "torch.randperm(self.size, generator=self._sample_generator)",

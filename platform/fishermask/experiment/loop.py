@@ -13,7 +13,7 @@ from fishermask.data.ids import Ids
 from fishermask.errors import InputError
 from fishermask.experiment.journal import Journal, NoJournal
 from fishermask.experiment.setup import Setup, precision
-from fishermask.experiment.streams import stream
+from fishermask.experiment.streams import stream, stream_seed
 from fishermask.guard import short
 from fishermask.pool.plan import Plan
 from fishermask.pool.pool import Engine, Freshness, Pool, Progress
@@ -98,15 +98,18 @@ def run(
             started = time.perf_counter()
             progress("train", 0, 1)
             model = setup.model(index).to(device)
-            report = fit(
-                model,
-                pool_data.images[labeled].to(device),
-                pool_data.labels[labeled].to(device),
-                setup.statistics,
-                stream(seed, "order", index),
-                **training.model_dump(),
-                augmentation=stream(seed, "augmentation", index) if augment else None,
-            )
+            # Layers such as dropout draw from torch's global generators: seeded here, and left as they were.
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(stream_seed(seed, "dropout", index))
+                report = fit(
+                    model,
+                    pool_data.images[labeled].to(device),
+                    pool_data.labels[labeled].to(device),
+                    setup.statistics,
+                    stream(seed, "order", index),
+                    **training.model_dump(),
+                    augmentation=stream(seed, "augmentation", index) if augment else None,
+                )
             # Evaluate it on the test set.
             trained = time.perf_counter()
             progress("evaluate", 0, 1)

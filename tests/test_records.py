@@ -1,0 +1,228 @@
+"""What is written of a run and read off it, against numbers computed by hand from the rounds."""
+
+import math
+import random
+from pathlib import Path
+from statistics import mean, stdev
+
+import oracle
+import pandas as pd
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fishermask import cli
+from fishermask.config import ExperimentConfig, parse
+from fishermask.errors import InputError
+from fishermask.results import curves, report
+from fishermask.results.files import RunFolder
+from fishermask.results.tables import METRICS, collect, summarise
+from fishermask.sweep import plan
+from fishermask.sweep.tensorboard import RunEvents
+
+STRATEGIES, RATIOS, SEEDS, LABELS = ("bait", "margin", "random"), (1.0, 20.0), (0, 1, 2), (10, 20, 30)
+
+
+def rounds(draws: random.Random) -> list[dict]:
+    """Three rounds with numbers at random."""
+    return [
+        {
+            "round": index,
+            "labels": labels,
+            **{metric: round(draws.random(), 4) for metric in METRICS},
+            "recall": {"cat": round(draws.random(), 4), "dog": math.nan},
+            "epochs": draws.randrange(3, 90),
+            "train_accuracy": round(draws.random(), 4),
+            "ended_by": draws.choice(["cap", "target"]),
+            "seconds": {"train": draws.random(), "evaluate": draws.random(), "query": 0.5, "query: pick": 0.25},
+            "batch": [f"{index}-{i}" for i in range(10)] if index < 2 else [],
+            "batch_classes": {"cat": 7 - index, "dog": 3 + index} if index < 2 else {"cat": 0, "dog": 0},
+            "notes": {"objective": draws.random()} if index < 2 else {},
+        }
+        for index, labels in enumerate(LABELS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A sweep's folder, and its rounds by strategy, ratio and seed; bait ties with random for one seed."""
+    folder, draws = tmp_path_factory.mktemp("records") / "sweep", random.Random(4)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "s", "grid": {"imbalance.ratio": [], "seed": []}}))
+    all_rounds = {(s, r, seed): rounds(draws) for s in STRATEGIES for r in RATIOS for seed in SEEDS}
+    for one, tied in zip(all_rounds["bait", 1.0, 1], all_rounds["random", 1.0, 1], strict=True):
+        one["balanced_accuracy"] = tied["balanced_accuracy"]
+    for (strategy, ratio, seed), found in all_rounds.items():
+        settings = {"strategy": strategy, "imbalance": {"kind": "step", "ratio": ratio}, "seed": seed}
+        run = RunFolder(folder / "runs" / f"{strategy}-{ratio}-{seed}")
+        run.create(parse(ExperimentConfig, settings), [("a", "cat", True)])
+        for result in found:
+            run.append(result)
+    report.write(folder)
+    return folder, all_rounds
+
+
+def test_the_summary_holds_means_deviations_gains_and_wins_over_seeds(written):
+    folder, all_rounds = written
+    summary = summarise(collect(folder))
+    by_key = summary.set_index(["imbalance.ratio", "strategy"])
+    for ratio in RATIOS:
+        for strategy in STRATEGIES:
+            found = by_key.loc[(ratio, strategy)]
+            runs = [all_rounds[strategy, ratio, seed] for seed in SEEDS]
+            for metric in METRICS:
+                over_rounds = [mean(r[metric] for r in run) for run in runs]
+                final = [run[-1][metric] for run in runs]
+                for name, values in ((f"{metric}_curve", over_rounds), (f"{metric}_final", final)):
+                    assert found[name] == pytest.approx(mean(values))
+                    assert found[f"{name}_sd"] == pytest.approx(stdev(values))
+            gains = []
+            for seed in SEEDS:
+                pair = (all_rounds[name, ratio, seed] for name in (strategy, "random"))
+                own, baseline = (mean(r["balanced_accuracy"] for r in run) for run in pair)
+                gains.append(own - baseline)
+            assert found["gain"] == pytest.approx(mean(gains))
+            assert found["gain_sd"] == pytest.approx(stdev(gains))
+            assert (found["wins"], found["pairs"], found["runs"]) == (sum(gain > 0 for gain in gains), 3, 3)
+            assert found["labels"] == 30
+    for _, panel in summary.groupby("imbalance.ratio", sort=False):
+        assert panel["balanced_accuracy_curve"].is_monotonic_decreasing
+    assert summary["imbalance.ratio"].is_monotonic_increasing
+
+
+def test_the_page_shows_the_numbers_of_the_summary_and_of_each_number_of_labels(written):
+    folder, all_rounds = written
+    page = (folder / "summary.md").read_text()
+    final = [all_rounds["margin", 20.0, seed][-1]["accuracy"] for seed in SEEDS]
+    row = next(line for line in page.splitlines() if line.startswith("| 20 | margin |"))
+    assert row.startswith(f"| 20 | margin | 3 | 30 | {mean(final):.3f}±{stdev(final):.3f} |")
+    section = page.split("### ratio = 20")[1]
+    row = next(line for line in section.splitlines() if line.startswith("| margin |"))
+    cells = []
+    for index in range(3):
+        values = [all_rounds["margin", 20.0, seed][index]["balanced_accuracy"] for seed in SEEDS]
+        cells.append(f"{mean(values):.3f}±{stdev(values):.3f}")
+    assert row == f"| margin | {' | '.join(cells)} |"
+    capped = sum(r["ended_by"] == "cap" for run in all_rounds.values() for r in run)
+    assert f"in {capped} of 54 rounds" in page
+    assert capped != 27  # or both endings would have the same number
+
+
+def test_the_table_holds_every_number_of_every_round(written):
+    folder, all_rounds = written
+    table = pd.read_csv(folder / "results.csv").set_index(["strategy", "imbalance.ratio", "seed", "round"])
+    assert len(table) == 54
+    for (strategy, ratio, seed), found in all_rounds.items():
+        for result in found:
+            row = table.loc[(strategy, ratio, seed, result["round"])]
+            for key in ("labels", *METRICS, "epochs", "train_accuracy", "ended_by"):
+                assert row[key] == result[key]
+            for group in ("recall", "batch_classes", "seconds"):
+                for name, value in result[group].items():
+                    assert row[f"{group}.{name}"] == pytest.approx(value, nan_ok=True)
+
+
+def test_curves_are_means_with_a_band_of_one_deviation_to_each_side(written):
+    folder, all_rounds = written
+    figure = curves.draw(collect(folder), "macro_f1", "sweep")
+    for axis, ratio in zip(figure.axes, RATIOS, strict=True):
+        for line, band, strategy in zip(axis.lines, axis.collections, STRATEGIES, strict=True):
+            columns = [[all_rounds[strategy, ratio, seed][i]["macro_f1"] for seed in SEEDS] for i in range(3)]
+            assert list(line.get_xdata()) == list(LABELS)
+            assert list(line.get_ydata()) == pytest.approx([mean(values) for values in columns])
+            corners = band.get_paths()[0].vertices
+            for labels, values in zip(LABELS, columns, strict=True):
+                heights = [y for x, y in corners.tolist() if x == labels]
+                assert min(heights) == pytest.approx(mean(values) - stdev(values))
+                assert max(heights) == pytest.approx(mean(values) + stdev(values))
+
+
+def test_the_report_command_draws_the_metric_that_is_asked_for(written, capsys):
+    folder, _ = written
+    drawn = {}
+    for metric in METRICS:
+        assert cli.main(["report", str(folder), "--metric", metric]) == 0
+        drawn[metric] = (folder / "curves.png").read_bytes()
+        curves.save(curves.draw(collect(folder), metric, folder.name), folder / "expected.png")
+        assert drawn[metric] == (folder / "expected.png").read_bytes()
+    assert len(set(drawn.values())) == 3
+
+
+def test_tensorboard_holds_every_number_of_every_round_by_labels(tmp_path):
+    found = rounds(random.Random(1))
+    config = parse(ExperimentConfig, {"strategy": "margin", "imbalance": {"kind": "step", "ratio": 4}})
+    events = RunEvents(RunFolder(tmp_path), config, ["imbalance.ratio"], found[:1])
+    for result in found[1:]:
+        events.add(result)
+    events.finish()
+    stored = EventAccumulator(str(tmp_path)).Reload()
+    expected: dict[str, list[tuple[int, float]]] = {}
+    for result in found:
+        values = {f"metrics/{metric}": result[metric] for metric in METRICS}
+        values |= {"recall/cat": result["recall"]["cat"]}  # a class that the test set lacks has no recall
+        values |= {f"seconds/{stage}": value for stage, value in result["seconds"].items()}
+        values |= {f"notes/{name}": value for name, value in result["notes"].items()}
+        values |= {"training/epochs": result["epochs"], "training/accuracy": result["train_accuracy"]}
+        if result["batch"]:
+            values |= {f"batch/{name}": count for name, count in result["batch_classes"].items()}
+        for tag, value in values.items():
+            expected.setdefault(tag, []).append((result["labels"], value))
+    for metric in METRICS:
+        expected[f"final/{metric}"] = [(30, found[-1][metric])]
+        expected[f"mean/{metric}"] = [(30, mean(r[metric] for r in found))]
+    assert set(stored.Tags()["scalars"]) == set(expected)
+    for tag, values in expected.items():
+        assert [(event.step, event.value) for event in stored.Scalars(tag)] == [
+            (step, pytest.approx(value, rel=1e-6)) for step, value in values
+        ]
+
+
+TINY = {
+    "name": "tiny",
+    "base": {
+        "imbalance": {"kind": "balanced", "per_class": 30},
+        "model": {"name": "mlp", "params": {"width": 8, "depth": 1}},
+        "budget": {"initial": 10, "query": 10, "total": 20},
+        "training": {"max_epochs": 2},
+        "strategy": "random",
+    },
+    "grid": {"seed": [3]},
+}
+
+
+@pytest.fixture
+def sweep_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return "tiny.yaml"
+
+
+def test_the_pool_of_a_run_marks_the_images_that_are_labeled_first(sweep_file):
+    assert cli.main(["run", sweep_file]) == 0
+    (folder,) = Path("results").glob("*/runs/*")
+    table = pd.read_csv(folder / "pool.csv")
+    permutation = torch.randperm(300, generator=oracle.stream(3, "initial")).tolist()
+    assert table.index[table["initial"] == 1].tolist() == sorted(permutation[:10])
+    batch = RunFolder(folder).history()[0]["batch"]
+    assert set(batch) <= set(table["id"][table["initial"] == 0])
+    assert table["class"].value_counts().tolist() == [30] * 10
+
+
+def test_a_failed_run_ends_the_command_with_status_1_and_names_its_log(sweep_file, capsys):
+    assert cli.main(["run", sweep_file, "training.learning_rate=1e30"]) == 1
+    message = capsys.readouterr().err
+    assert "seed=3 failed: " in message
+    log = message.split("log: ")[1].strip()
+    assert "lower training.learning_rate" in Path(log).read_text()
+
+
+def test_a_run_that_was_begun_with_other_settings_is_not_continued(sweep_file):
+    sweep = plan.expand(plan.load(Path(sweep_file)))
+    sweep.folder.mkdir(parents=True)
+    resolved = sweep.config.model_dump(exclude={"output"})
+    (sweep.folder / "config.yaml").write_text(yaml.safe_dump(resolved))
+    other = parse(ExperimentConfig, TINY["base"] | {"seed": 3, "training": {"max_epochs": 7}})
+    sweep.runs[0].folder.create(other, [])
+    with pytest.raises(InputError, match="training.max_epochs is 7 there, 2 here; choose another name=NAME"):
+        plan.check_folder(sweep)

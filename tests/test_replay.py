@@ -1,0 +1,360 @@
+"""The loop against a replay of it by ``oracle``: labels, seeds, modes, and what each setting does to the weights.
+
+A query strategy that only looks around sees the trained model, the labeled set and the random streams of each round.
+"""
+
+import copy
+import dataclasses
+import io
+from typing import Any
+
+import numpy as np
+import oracle
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny_network
+import torch
+from PIL import Image
+
+from fishermask import strategies
+from fishermask.config import ExperimentConfig, parse
+from fishermask.errors import InputError
+from fishermask.experiment.loop import run
+from fishermask.experiment.setup import Setup, prepare
+from fishermask.pool.plan import Plan
+from fishermask.pool.shards import LocalShards
+from fishermask.tensors.distances import KCenterScorer
+from fishermask.tensors.mask import last_layer_mask
+from fishermask.tensors.memory import Estimate
+
+CLASSES, TRAIN, TEST = 3, 40, 20
+"""Classes, and training and test images of each."""
+
+
+def pictures(per_class: int, channels: int, seed: int) -> tuple[torch.Tensor, list[int]]:
+    """Noise, uint8 [n, channels, 8, 8], brighter on the left, right or in the middle by class; the labels in turn."""
+    labels = [i % CLASSES for i in range(per_class * CLASSES)]
+    images = np.random.default_rng(seed).integers(0, 156, (len(labels), channels, 8, 8), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[label % channels, :, 2 * label : 2 * label + 4] += 60
+    return torch.from_numpy(images), labels
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Channels -> Parquet files of the two splits, whose ids follow the order of ``pictures``."""
+    folder, found = tmp_path_factory.mktemp("pictures"), {}
+    for channels in (1, 3):
+        found[channels] = {"name": "parquet"}
+        for split, count, seed in (("train", TRAIN, 0), ("test", TEST, 1)):
+            structs, (images, labels) = [], pictures(count, channels, seed)
+            for i, image in enumerate(images):
+                pixels = image.permute(1, 2, 0).numpy() if channels == 3 else image[0].numpy()
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG")
+                structs.append({"bytes": buffer.getvalue(), "path": f"{i:04}"})
+            path = folder / f"{split}{channels}.parquet"
+            pq.write_table(pa.table({"image": structs, "label": labels}), path)
+            found[channels][split] = str(path)
+    return found
+
+
+TRAINING = {"learning_rate": 0.01, "batch_size": 16, "target_accuracy": 1.0, "max_epochs": 3, "clip": 0.1}
+BUDGET = {"initial": 20, "query": 8, "total": 42}
+
+
+def prepared(files, channels=3, *, training=None, data=None, strategy="random", dropout=0.0, **settings) -> Setup:
+    base: dict[str, Any] = {
+        "data": files[channels] | (data or {}),
+        "model": {"name": "tiny_network:build", "params": {"channels": channels, "dropout": dropout}},
+        "training": TRAINING | (training or {}),
+        "budget": BUDGET,
+        "strategy": strategy,
+    }
+    return prepare(parse(ExperimentConfig, base | settings))
+
+
+class Observer:
+    """A query strategy that queries at random and keeps what it sees in each round."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def query(self, pool, budget):
+        order = torch.randperm(len(pool.candidates), generator=pool.generator)
+        seen = {"model": copy.deepcopy(pool.model), "labeled": pool.labeled.tolist(), "labels": pool.labels.tolist()}
+        shard = pool.shards.shards[0]
+        seen |= {"sample": pool.sample(5).tolist(), "engine": pool.engine}
+        seen |= {"statistics": shard.statistics, "shard model": shard.model, "candidates": pool.candidates.tolist()}
+        layout = pool.layout()
+        pool.embed(last_layer_mask(layout))
+        shard.start_selection(KCenterScorer(torch.empty(37, 0)), pool.candidates, 0)
+        seen |= {"hidden": shard.embeddings[0].hidden, "scores": shard.scores[0]}
+        pool.shards.call("clear")
+        self.seen.append(seen)
+        return pool.candidates[order[:budget]]
+
+
+def observed(setup: Setup, **options) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The results of all rounds, and what the observer saw in those with a query."""
+    observer = Observer()
+    results = [r.as_dict() for r in run(dataclasses.replace(setup, strategy=observer), LocalShards, **options)]
+    return results, observer.seen
+
+
+def replayed(
+    channels=3, *, training=None, rule=None, seed=0, augment, strategy="random", dropout=0.0
+) -> list[dict[str, Any]]:
+    """What the documents promise for each round."""
+    images, labels = pictures(TRAIN, channels, 0)
+    test_images, test_labels = pictures(TEST, channels, 1)
+    kept = oracle.kept_images(labels, rule or {"kind": "balanced"}, seed)
+    images, labels, names = images[kept], torch.tensor(labels)[kept], [f"{row:04}" for row in kept]
+    statistics = oracle.pool_statistics(images)
+    permutation = torch.randperm(len(images), generator=oracle.stream(seed, "initial")).tolist()
+    labeled, rounds = sorted(permutation[: BUDGET["initial"]]), []
+    while True:
+        index = len(rounds)
+        torch.manual_seed(oracle.stream_seed(seed, "model", index))
+        model = tiny_network.build(CLASSES, channels, dropout)
+        torch.manual_seed(oracle.stream_seed(seed, "dropout", index))
+        settings = TRAINING | (training or {})
+        epochs, accuracy, ended_by = oracle.train(
+            model, images[labeled], labels[labeled], statistics, seed, index, augment, **settings
+        )
+        model.eval()
+        with torch.no_grad():
+            predictions = model(oracle.standardized(test_images, statistics)).argmax(1).tolist()
+        candidates = [i for i in range(len(images)) if i not in labeled]
+        size = min(BUDGET["query"], BUDGET["total"] - len(labeled))
+        order = torch.randperm(len(candidates), generator=oracle.stream(seed, f"strategy {strategy}", index)).tolist()
+        sample = torch.randperm(len(images), generator=oracle.stream(seed, "fisher sample", index))[:5].sort().values
+        rounds.append(
+            {
+                "model": model,
+                "labeled": list(labeled),
+                "labels": labels[labeled].tolist(),
+                "recall": oracle.recalls(predictions, test_labels, CLASSES),
+                "accuracy": sum(p == t for p, t in zip(predictions, test_labels, strict=True)) / len(test_labels),
+                "epochs": (epochs, accuracy, ended_by),
+                "batch": [candidates[i] for i in order[:size]],
+                "sample": sample.tolist(),
+                "ids": [names[candidates[i]] for i in order[:size]],
+            }
+        )
+        if not size:
+            return rounds
+        labeled += rounds[-1]["batch"]
+
+
+def assert_replayed(setup: Setup, expected: list[dict[str, Any]]) -> None:
+    """That a run's rounds, and the models in them, are the ``expected`` ones."""
+    results, seen = observed(setup)
+    assert [r["batch"] for r in results] == [e["ids"] for e in expected]
+    for result, promised in zip(results, expected, strict=True):
+        assert (result["epochs"], result["ended_by"]) == promised["epochs"][::2]
+        assert result["train_accuracy"] == pytest.approx(promised["epochs"][1])
+        assert result["accuracy"] == pytest.approx(promised["accuracy"])
+        assert list(result["recall"].values()) == pytest.approx(promised["recall"])
+        assert result["balanced_accuracy"] == pytest.approx(np.mean(promised["recall"]))
+    for found, promised in zip(seen, expected, strict=False):
+        assert (found["labeled"], found["labels"]) == (promised["labeled"], promised["labels"])
+        assert found["sample"] == promised["sample"]
+        states = found["model"].state_dict(), promised["model"].state_dict()
+        torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
+        assert set(found["labeled"]).isdisjoint(found["candidates"])
+
+
+CASES = {
+    "base": {},
+    "another seed": {"seed": 1},
+    "another strategy": {"strategy": "margin"},
+    "learning rate": {"training": {"learning_rate": 0.002}},
+    "batch size": {"training": {"batch_size": 7}},
+    "target accuracy": {"training": {"target_accuracy": 0.5}},
+    "epochs": {"training": {"max_epochs": 1}},
+    "narrow clip": {"training": {"clip": 0.01}},
+    "no clip": {"training": {"clip": None}},
+    "dropout": {"dropout": 0.5},
+    "few images of a class": {"rule": {"kind": "step", "ratio": 4}},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_run_is_what_its_replay_predicts(files, case):
+    settings = {key: value for key, value in case.items() if key != "rule"}
+    if "rule" in case:
+        settings["imbalance"] = case["rule"]
+    expected = replayed(**case, augment=True)
+    state = torch.get_rng_state()
+    assert_replayed(prepared(files, **settings), expected)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn from it, nor is it seeded anew
+
+
+def test_each_of_these_settings_changes_the_trained_model():
+    """Without this, the test above would not notice a setting that is ignored."""
+    models = [replayed(**case, augment=True)[0]["model"] for name, case in CASES.items() if name != "another strategy"]
+    heads = [model[-1].weight for model in models]
+    for i, one in enumerate(heads):
+        for other in heads[:i]:
+            assert (one - other).abs().max() > 1e-2 * one.abs().max()
+
+
+@pytest.mark.parametrize(("channels", "augment"), [(3, None), (3, False), (1, None), (1, True)])
+def test_images_are_augmented_where_they_have_color_or_the_settings_say_so(files, channels, augment):
+    expected = replayed(channels, augment=channels == 3 if augment is None else augment)
+    assert_replayed(prepared(files, channels, data={"augment": augment}), expected)
+    other = replayed(channels, augment=not (channels == 3 if augment is None else augment))
+    assert (other[0]["model"][-1].weight - expected[0]["model"][-1].weight).abs().max() > 0.01
+
+
+def test_each_round_and_seed_has_streams_of_its_own_and_strategies_share_all_but_theirs(files):
+    """By what is seen, whatever the oracle says."""
+    runs = {
+        (name, seed): observed(prepared(files, strategy=name, seed=seed))
+        for name, seed in (("random", 0), ("margin", 0), ("random", 1))
+    }
+    (results, seen), (other_results, other_seen), (_, another_seed) = runs.values()
+    assert [r["labels"] for r in results] == [20, 28, 36, 42]
+
+    def weights(found):
+        return [torch.cat([p.flatten() for p in one["model"].parameters()]) for one in found]
+
+    assert torch.equal(weights(seen)[0], weights(other_seen)[0])  # the same labels, weights and order
+    assert seen[0]["labeled"] == other_seen[0]["labeled"] != another_seed[0]["labeled"]
+    assert [one["sample"] for one in seen] == [one["sample"] for one in other_seen]
+    assert results[0]["batch"] != other_results[0]["batch"]
+    samples = [tuple(one["sample"]) for one in (*seen, *another_seed)]
+    assert len(set(samples)) == len(samples)
+
+
+def test_a_round_trains_other_initial_weights_in_another_order_than_the_round_before(files):
+    """With a learning rate of next to nothing the weights stay as they were made."""
+    _, seen = observed(prepared(files, training={"learning_rate": 1e-12, "max_epochs": 1}))
+    made = [one["model"][0].weight for one in seen]
+    for index, weight in enumerate(made):
+        torch.manual_seed(oracle.stream_seed(0, "model", index))
+        torch.testing.assert_close(weight, tiny_network.build(CLASSES)[0].weight)
+    assert not any(torch.equal(one, other) for i, one in enumerate(made) for other in made[:i])
+
+
+STRATEGIES = [
+    *(name for name in strategies.available() if name != "fisher_mask"),
+    {"name": "fisher_mask", "params": {"fraction": 0.7, "fisher_samples": 9}},
+    {"name": "fisher_mask", "params": {"fraction": 0.7, "mask": "random", "oversample": 1.5}},
+]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_a_resumed_run_gives_the_rounds_of_an_uninterrupted_one(files, strategy):
+    def rounds(history):
+        setup = prepared(files, strategy=strategy, dropout=0.2, training={"max_epochs": 2})
+        return [r.as_dict() | {"seconds": None} for r in run(setup, LocalShards, history)]
+
+    whole = rounds(())
+    assert len(whole) == 4
+    for finished in (1, 3):
+        assert rounds(whole[:finished]) == whole[finished:]
+
+
+RULES = [
+    {"kind": "balanced", "per_class": 12},
+    {"kind": "step", "ratio": 4, "per_class": 32},
+    {"kind": "step", "ratio": 4, "rare": 2},
+    {"kind": "step", "ratio": 4, "rare_classes": [1]},
+    {"kind": "long_tail", "ratio": 9, "per_class": 36},
+    {"kind": "long_tail", "ratio": 4, "order": [1, 2, 0]},
+    {"kind": "counts", "counts": {0: 20, 1: 5, 2: 35}},
+    {"kind": "counts", "counts": {0: 20, 1: 5, 2: 35}, "permute": True},
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_the_seed_decides_which_images_an_imbalance_keeps_and_which_are_labeled_first(files, rule):
+    kept, initial = [], []
+    for seed in range(4):
+        setup = prepared(files, imbalance=rule, seed=seed, budget={"initial": 9, "query": 1, "total": 10})
+        _, labels = pictures(TRAIN, 3, 0)
+        rows = oracle.kept_images(labels, rule, seed)
+        assert [int(name) for name in setup.data.train.ids] == rows
+        assert setup.data.train.labels.tolist() == [labels[row] for row in rows]
+        permutation = torch.randperm(len(rows), generator=oracle.stream(seed, "initial")).tolist()
+        assert setup.initial.tolist() == sorted(permutation[:9])
+        assert len(setup.data.test.labels) == CLASSES * TEST
+        kept.append(tuple(rows))
+        initial.append(tuple(rows[i] for i in setup.initial))
+    assert len(set(kept)) == len(set(initial)) == 4
+    if not {"rare_classes", "order", "counts"} & rule.keys() and rule["kind"] != "balanced" or rule.get("permute"):
+        sizes = {tuple(sum(row % CLASSES == c for row in rows) for c in range(CLASSES)) for rows in kept}
+        assert len(sizes) > 1  # which classes are rare is drawn too
+
+
+def test_channel_statistics_are_the_published_ones_or_those_of_the_pool(files):
+    rule = {"kind": "step", "ratio": 4}
+    _, labels = pictures(TRAIN, 3, 0)
+    images = pictures(TRAIN, 3, 0)[0][oracle.kept_images(labels, rule, 0)]
+    mean, std = oracle.pool_statistics(images)
+    for name in ("auto", "pool"):
+        setup = prepared(files, data={"statistics": name}, imbalance=rule)
+        assert setup.statistics.mean == pytest.approx(mean)
+        assert setup.statistics.std == pytest.approx(std)
+        assert observed(setup)[1][0]["statistics"] == setup.statistics
+    with pytest.raises(InputError, match="data.statistics: there are no published ones for parquet; use pool"):
+        prepared(files, data={"statistics": "published"})
+
+    def bundled(name):
+        settings = {"data": {"statistics": name}, "strategy": "random", "imbalance": {"kind": "balanced"}}
+        return prepare(parse(ExperimentConfig, settings))
+
+    assert bundled("auto").statistics == bundled("published").statistics == ((0.2860,), (0.3530,))
+    own = bundled("pool")
+    expected = oracle.pool_statistics(own.data.train.images[:])
+    assert (own.statistics.mean, own.statistics.std) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
+    assert own.statistics != bundled("auto").statistics
+
+
+ENGINE = [
+    {"storage": "bfloat16"},
+    {"storage": "float16"},
+    {"scores": "float64"},
+    {"gradients": "bfloat16"},
+    {"channels_last": True},
+    {"drift": 0.25},
+    {},
+]
+
+
+@pytest.mark.parametrize("engine", ENGINE, ids=str)
+def test_engine_settings_reach_the_shards(files, engine):
+    found = observed(prepared(files, engine=engine))[1][0]
+    assert found["hidden"].dtype == getattr(torch, engine.get("storage", "float32"))
+    assert found["scores"].dtype == getattr(torch, engine.get("scores", "float32"))
+    numbers = found["hidden"].float()
+    has_few_bits = torch.equal(numbers, numbers.bfloat16().float())
+    assert has_few_bits == ("bfloat16" in (engine.get("storage"), engine.get("gradients")))
+    weight = found["shard model"][0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == engine.get("channels_last", False)
+    assert found["engine"].drift == engine.get("drift", 1e-3)
+
+
+def test_a_plan_decides_how_many_images_are_differentiated_at_once(files):
+    plan = Plan(32, 5, Estimate({}, "embeds the pool", 32), None, 1.0, 0.0)
+    engine = observed(prepared(files), plan=plan)[1][0]["engine"]
+    assert (engine.chunk, engine.diagonal_batch) == (32, 5)
+
+
+def test_shards_differentiate_in_evaluation_mode(files):
+    found = observed(prepared(files))[1][0]
+    assert not any(module.training for module in found["shard model"].modules())
+    images, statistics = pictures(TRAIN, 3, 0)[0], oracle.pool_statistics(pictures(TRAIN, 3, 0)[0])
+    with torch.no_grad():
+        hidden = found["model"].eval()[:-1](oracle.standardized(images, statistics))
+    torch.testing.assert_close(found["hidden"][:-1, : len(images)].mT, hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_the_settings_of_training_are_the_papers_unless_given():
+    """Adam with 1e-3, batches of 64, gradients clamped to +-0.1, until a training accuracy of 0.99."""
+    training = parse(ExperimentConfig, {}).training.model_dump()
+    paper = {"learning_rate": 1e-3, "batch_size": 64, "target_accuracy": 0.99, "clip": 0.1}
+    assert {key: training[key] for key in paper} == paper

@@ -20,7 +20,7 @@ from fishermask.tensors.images import Images, Statistics, normalise
 from fishermask.tensors.kernels import repeatable_gpu, return_memory
 from fishermask.tensors.layout import Layout
 from fishermask.tensors.mask import Mask, fisher_diagonal
-from fishermask.tensors.memory import ALIGNMENT
+from fishermask.tensors.memory import ALIGNMENT, PREDICTED
 from fishermask.tensors.precision import Precision
 
 BLOCK = 2048
@@ -115,15 +115,19 @@ class Shard:
     @torch.no_grad()
     def probabilities(self, piece: int, pieces: int) -> Tensor:
         """Predicted probabilities [rows, C] of the images in the ``piece``-th of ``pieces`` runs of blocks."""
-        found = [self.model(self._inputs(block)).softmax(-1).cpu() for block in self._run(piece, pieces)]
+        found = []
+        for block in self._run(piece, pieces):
+            for images in self.images[block].split(PREDICTED):
+                inputs = _aligned(self._normalized(images), self.layout)
+                found.append(self.model(inputs).softmax(-1)[: len(images)].cpu())
+            return_memory()
         return torch.cat(found) if found else torch.empty(0)
 
     def fisher_diagonals(self, batches: list[Tensor], layout: Layout) -> list[dict[str, Tensor]]:
         """Sum of the Fisher diagonal over each batch of uint8 images."""
         found = []
         for images in batches:
-            inputs = normalise(images.to(self.device), self.statistics, self._dtype())
-            diagonal = fisher_diagonal(self.model, inputs, layout)
+            diagonal = fisher_diagonal(self.model, self._normalized(images), layout)
             found.append({name: value.cpu() for name, value in diagonal.items()})
         return found
 
@@ -138,11 +142,12 @@ class Shard:
         mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
         rows = rows_together(mask.body_size)
         for block in self._run(piece, pieces):
-            for part in self._inputs(block).split(rows):
+            for part in self.images[block].split(rows):
+                # Only a chunk of the block is ever held as floats.
                 chunks = [
                     embed(
                         self.model,
-                        _aligned(batch, self.layout),
+                        _aligned(self._normalized(batch), self.layout),
                         mask,
                         weighting,
                         top_classes,
@@ -158,7 +163,7 @@ class Shard:
 
     def embed_images(self, images: Tensor, mask: Mask, weighting: Weighting) -> Embedding:
         """Exact embeddings of uint8 ``images``, with all classes, not kept here."""
-        inputs = normalise(images.to(self.device), self.statistics, self._dtype())
+        inputs = self._normalized(images)
         mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
         return concatenate([embed(self.model, part, mask, weighting) for part in inputs.split(ALIGNMENT)]).map(
             Tensor.cpu
@@ -263,8 +268,8 @@ class Shard:
         count = len(self.blocks)
         return self.blocks[count * piece // pieces : count * (piece + 1) // pieces]
 
-    def _inputs(self, block: slice) -> Tensor:
-        return normalise(self.images[block].to(self.device), self.statistics, self._dtype())
+    def _normalized(self, images: Tensor) -> Tensor:
+        return normalise(images.to(self.device), self.statistics, self._dtype())
 
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype

@@ -14,12 +14,13 @@ from rich.table import Table
 from fishermask import __version__
 from fishermask.errors import InputError
 from fishermask.results.tables import METRICS
+from fishermask.stopping import cause, stoppable
 
 if TYPE_CHECKING:
     from fishermask.sweep.plan import Sweep
     from fishermask.sweep.recorder import Recorder
 
-EXIT_FAILED_RUNS, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED_RUNS, EXIT_BAD_INPUT = 1, 2
 
 EPILOG = """
 start here:
@@ -40,7 +41,7 @@ key=value settings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 1 (a run failed), 2 (bad input) or 130 (Ctrl-C)."""
+    """Run a command; the exit status is 0, 1 (a run failed), 2 (bad input), 130 (Ctrl-C) or 143 (SIGTERM)."""
     console = Console(markup=False, highlight=False, soft_wrap=True)
     parser = _parser()
     # argparse takes no settings after an option; what it leaves over are settings, or it is right to complain.
@@ -50,14 +51,16 @@ def main(argv: list[str] | None = None) -> int:
     else:
         arguments.settings += rest
     try:
-        return int(arguments.command(arguments, console))
+        with stoppable():
+            return int(arguments.command(arguments, console))
     except InputError as error:
         for line in str(error).splitlines():
             print(f"fishermask: {line}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("fishermask: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        stop = cause(interrupt)
+        print(f"fishermask: {stop}", file=sys.stderr)
+        return stop.status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,7 +137,7 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) -> int:
-    """Do the work of a sweep and show what came of it; Ctrl-C and failed runs leave what is finished."""
+    """Do the work of a sweep and show what came of it; signals and failed runs leave what is finished."""
     from fishermask.results import files
     from fishermask.sweep import runner
 
@@ -142,15 +145,16 @@ def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) ->
         files.make_folder(sweep.folder)
         with files.locked(sweep.folder):
             recorder = work()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        stop = cause(interrupt)
         left = len(runner.missing(sweep))
         done = len(sweep.runs) - left
         print(
-            f"fishermask: interrupted; {done} of {len(sweep.runs)} runs are finished, and all finished rounds are in "
+            f"fishermask: {stop}; {done} of {len(sweep.runs)} runs are finished, and all finished rounds are in "
             f"{sweep.folder}; the same command goes on",
             file=sys.stderr,
         )
-        return EXIT_INTERRUPTED
+        return stop.status
     status = 0
     if any(folder for run in sweep.runs if (folder := run.folder.history())):
         status = _show(sweep.folder, "balanced_accuracy", console)

@@ -33,7 +33,7 @@ SLACK = 0.1
 PREDICTED = 128
 """Images predicted at once: a fixed number, as numbers may round with it; of more, activations leave the cache."""
 GAPS = 1.35
-"""How much more the heap of a thread holds than is alive while batch after batch is differentiated by all parameters."""
+"""How many times what is alive the heap of a thread holds while many batches are differentiated by all parameters."""
 RANKING = 48
 """Bytes for each parameter while all are put in order."""
 DIAGONAL_BATCH = 32
@@ -388,9 +388,7 @@ def _comparison(probe: Probe) -> float:
     return max(pass_, products)
 
 
-def _with_libraries(
-    parts: Mapping[str, float], moment: str, chunk: int, libraries: float = LIBRARIES
-) -> Estimate:
+def _with_libraries(parts: Mapping[str, float], moment: str, chunk: int, libraries: float = LIBRARIES) -> Estimate:
     return Estimate({**parts, "libraries": libraries + SLACK * sum(parts.values())}, moment, chunk)
 
 

@@ -55,17 +55,33 @@ CASES = [
     Case("fisher_mask", {"fraction": 0.03}, "small_cnn", GRAY, 60_000, storage=torch.bfloat16),
     Case("fisher_mask", {"fraction": 0.002}, "thin_resnet18", COLOR, 4_000),
     Case("fisher_mask", {"fraction": 0.01}, "thin_resnet18", COLOR, 4_000),
-    Case("fisher_mask", {"fraction": 0.005}, "small_cnn", LARGE, 4_000),
+    Case("fisher_mask", {"fraction": 0.005, "mask": "layerwise"}, "small_cnn", LARGE, 4_000),
     Case("fisher_mask", {"fraction": 0.0004}, "mlp", LARGE, 2_000),
     Case("fisher_mask", {"fraction": 0.03, "oversample": 2.0}, "small_cnn", GRAY, 5_000),
     Case("bait", {"top_classes": 5}, "small_cnn", GRAY, 4_000, classes=60),
     Case("bait", {}, "small_cnn", LARGE, 4_000),
-    Case("coreset", {}, "small_cnn", GRAY, 20_000, labeled=2_000),
+    Case("coreset", {}, "thin_resnet18", COLOR, 6_000, labeled=2_000),
     Case("badge", {}, "thin_resnet18", COLOR, 4_000, classes=100),
-    Case("entropy", {}, "mlp", COLOR, 5_000),
+    Case("entropy", {}, "mlp", LARGE, 5_000),
     Case("entropy", {}, "thin_resnet18", COLOR, 5_000, shards=2),
     Case("entropy", {}, "mlp", COLOR, 20_000, model_params={"width": 1024, "depth": 3}),
 ]
+
+
+class Copies:
+    """Images that are copied wherever they are read, as those of a data set are whose imbalance leaves images out."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images, self.shape = images, tuple(images.shape)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, selection: slice | torch.Tensor) -> torch.Tensor:
+        return self.images[selection].clone()
+
+    def narrow(self, dim: int, start: int, length: int) -> "Copies":
+        return Copies(self.images.narrow(dim, start, length))
 
 
 def status(field: str) -> float:
@@ -112,7 +128,7 @@ def query(case: Case, results: Any) -> None:
     return_memory()
     stages = Stages()
     started = time.perf_counter()
-    shards = LocalShards(images, statistics, case.shards)
+    shards = LocalShards(Copies(images), statistics, case.shards)
     labeled, generators = torch.arange(case.labeled), (torch.Generator(), torch.Generator())
     labels = torch.zeros_like(labeled)
     pool = Pool(shards, len(images), labeled, labels, model, *generators, progress=stages, engine=engine)
@@ -143,7 +159,7 @@ def main() -> None:
         if arguments.stages:
             print(number, case.strategy, case.model, {name: readable(peak) for name, peak in stages.items()}, estimate)
         shape = "x".join(map(str, case.shape[1:])) + (f"x{case.shape[0]}" if case.shape[0] > 1 else "")
-        options = [f"{key} {value:g}" for key, value in case.params.items()]
+        options = [f"{key} {value}" for key, value in case.params.items()]
         options += [f"{case.shards} shards"] * (case.shards > 1)
         options += [f"storage {str(case.storage).removeprefix('torch.')}"] * (case.storage != torch.float32)
         options += [f"{case.labeled:,} labeled"] * (case.labeled != LABELED)

@@ -110,7 +110,7 @@ def mapped(path: Path, mode: Literal["r", "c"] = "r") -> np.ndarray:
         InputError: the file is missing or cut short.
     """
     try:
-        return np.asarray(np.load(path, mmap_mode=mode))
+        return np.asarray(np.load(path, mmap_mode=mode, allow_pickle=False))
     except (OSError, ValueError) as error:
         store = path.parent.parent
         raise InputError(f"{VARIABLE}: {store} is damaged ({error}); remove it, it will be made again") from None

@@ -33,7 +33,7 @@ SLACK = 0.1
 PREDICTED = 128
 """Images predicted at once: a fixed number, as numbers may round with it; of more, activations leave the cache."""
 GAPS = 1.35
-"""How many times what is alive the heap of a thread holds while many batches are differentiated by all parameters."""
+"""How many times what is alive the heap of a thread holds while batch after batch goes through a model."""
 RANKING = 48
 """Bytes for each parameter while all are put in order."""
 DIAGONAL_BATCH = 32
@@ -301,7 +301,7 @@ def estimate_prediction(probe: PredictionProbe, images: int, size: int, block: i
     parts = {
         "model": float(shards * probe.model),
         "images": float(shards * read),
-        "activations": shards * together * probe.image,
+        "activations": shards * GAPS * together * probe.image,
         # Probabilities come in pieces, are put together, and those of the candidates taken out of them.
         "probabilities": 3.0 * size * probe.row,
     }
@@ -338,8 +338,8 @@ def estimate(
     sums = 3 * matrix + 3 * 8 * work.body_size**2  # two sums and a part's share, with its body's as it grows
     block, part = min(block, images), min(part, images)
     together = min(chunk, part)
-    # While a part is embedded: the block's images as bytes, a chunk as floats, embeddings in pieces and then together.
-    embedding = together * (probe.chunk + base * probe.image_numbers) + part * base * 2 * numbers
+    # While a part is embedded: the block's images as bytes, a chunk as floats, its embeddings and those of the part.
+    embedding = together * (GAPS * probe.chunk + base * probe.image_numbers) + (part + together) * base * numbers
     embedding += block * probe.image_numbers
     # While a part is scored: itself in the scores' type, and the largest structured products, or differences.
     products = part * (2 * (work.num_classes - 1) * work.width + 3 * work.rows * work.body_size)

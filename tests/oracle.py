@@ -50,7 +50,6 @@ class Scores:
             scores.append(torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
             predictions.append(log_p.detach().exp())
         self.p, self.s = torch.stack(predictions), torch.stack(scores)
-        model.requires_grad_(False)
 
     @property
     def body(self) -> list[int]:
@@ -236,8 +235,10 @@ def train(
     for epoch in range(max_epochs):
         permutation = torch.randperm(len(images), generator=order).tolist()
         correct = 0
-        for start in range(0, len(images), batch_size):
-            rows = permutation[start : start + batch_size]
+        # A single image at the end of an epoch joins the batch before it.
+        ends = [end for end in range(batch_size, len(images) - 1, batch_size)] + [len(images)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            rows = permutation[start:end]
             inputs = crop_and_flip(images[rows], augmentation) if augment else images[rows]
             logits = model(standardized(inputs, statistics))
             target = labels[rows]

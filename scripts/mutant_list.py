@@ -219,7 +219,9 @@ MUTANTS = [
     Mutant("tensors/training.py", "model.train()", "model.eval()", "training in evaluation mode", "replay"),
     Mutant("tensors/training.py", "model.eval()", "model.train()", "evaluation in training mode", "replay"),
     Mutant("tensors/training.py", "lr=learning_rate", "lr=1e-3", "learning_rate is ignored", "replay learning"),
-    Mutant("tensors/training.py", ".split(batch_size)", ".split(64)", "batch_size is ignored", "replay"),
+    Mutant(
+        "tensors/training.py", "images.device), batch_size)", "images.device), 64)", "batch_size is ignored", "replay"
+    ),
     Mutant(
         "tensors/training.py",
         "accuracy >= target_accuracy",
@@ -239,8 +241,8 @@ MUTANTS = [
     Mutant("tensors/images.py", "< 0.5)", "< 0.0)", "augmentation never flips", "learning replay"),
     Mutant(
         "tensors/images.py",
-        "(images.to(dtype) / 255 - mean) / std",
-        "images.to(dtype) / 255 - mean",
+        "torch.tensor(statistics.std, dtype",
+        "torch.ones(len(statistics.std), dtype",
         "images are not divided by std",
         "learning",
     ),
@@ -345,7 +347,13 @@ MUTANTS = [
         "ties go to the highest position",
         "selection",
     ),
-    Mutant("pool/selection.py", "drift > pool.engine.drift", "drift > 1e9", "engine.drift is ignored", "engine"),
+    Mutant(
+        "pool/selection.py",
+        "Freshness.RESCORED, pool.engine.drift",
+        "Freshness.RESCORED, 1e9",
+        "engine.drift is ignored",
+        "engine",
+    ),
     Mutant(
         "pool/selection.py",
         "pool.embed(mask, options.class_weighting, options.top_classes)",
@@ -362,15 +370,15 @@ MUTANTS = [
     ),
     Mutant(
         "pool/selection.py",
-        "options.damping * torch.eye(len(inner)",
-        "1.0 * torch.eye(len(inner)",
-        "the reported error of top_classes ignores damping",
+        "concatenate(pool.embeddings_at(sample))",
+        "exact",
+        "the reported error of top_classes compares exact values with themselves",
         "engine",
     ),
     Mutant(
         "pool/shard.py",
-        "copy.deepcopy(model).to(self.device).eval()",
-        "copy.deepcopy(model).to(self.device).train()",
+        "copy_model(model).to(self.device).eval()",
+        "copy_model(model).to(self.device).train()",
         "shards embed in training mode",
         "replay selection",
     ),
@@ -382,9 +390,9 @@ MUTANTS = [
         "engine replay",
     ),
     Mutant(
-        "pool/shard.py",
-        "return self.precision.scores or self._dtype()",
-        "return self._dtype()",
+        "pool/pool.py",
+        "return self.engine.precision.scores or next",
+        "return next",
         "engine.scores is ignored",
         "replay engine",
     ),
@@ -765,7 +773,7 @@ MUTANTS = [
     Mutant("sweep/package.py", "followlinks=True", "followlinks=False", "strategies do not count", "cluster"),
     # cli
     Mutant("cli.py", "status = EXIT_FAILED_RUNS", "status = 0", "a failed run ends in exit status 0", "records cli"),
-    Mutant("cli.py", "return EXIT_BAD_INPUT", "return 1", "bad input ends in exit status 1", "cli"),
+    Mutant("cli.py", " = 1, 2", " = 1, 1", "bad input ends in exit status 1", "cli"),
     Mutant(
         "cli.py",
         "_show(arguments.folder, arguments.metric, console)",

@@ -39,18 +39,17 @@ class Scores:
     """The predictions p [n, C] of all images and their scores d log p_c / d theta [n, C, P], by autograd one by one."""
 
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
-        model = model.requires_grad_(True)
         parameters = dict(model.named_parameters())
         self.layer_of = [name.rpartition(".")[0] for name, p in parameters.items() for _ in range(p.numel())]
         self.head = self.layer_of[-1]
         predictions, scores = [], []
         for image in inputs:
-            log_p = model(image[None])[0].log_softmax(-1)
+            # Twice, because batch norm may differentiate a single image wrongly in evaluation mode.
+            log_p = model(torch.stack([image, image]))[0].log_softmax(-1)
             rows = [torch.autograd.grad(one, list(parameters.values()), retain_graph=True) for one in log_p]
             scores.append(torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
             predictions.append(log_p.detach().exp())
         self.p, self.s = torch.stack(predictions), torch.stack(scores)
-        model.requires_grad_(False)
 
     @property
     def body(self) -> list[int]:
@@ -214,6 +213,15 @@ def crop_and_flip(images: Tensor, draws: torch.Generator) -> Tensor:
     return torch.stack(found)
 
 
+def batches(order: list[int], size: int) -> list[list[int]]:
+    """Return ``order`` in parts of ``size``; a single image that is left over joins the part before it."""
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        last = parts.pop()
+        parts[-1] = parts[-1] + last
+    return parts
+
+
 def train(
     model: nn.Module,
     images: Tensor,
@@ -236,8 +244,7 @@ def train(
     for epoch in range(max_epochs):
         permutation = torch.randperm(len(images), generator=order).tolist()
         correct = 0
-        for start in range(0, len(images), batch_size):
-            rows = permutation[start : start + batch_size]
+        for rows in batches(permutation, batch_size):
             inputs = crop_and_flip(images[rows], augmentation) if augment else images[rows]
             logits = model(standardized(inputs, statistics))
             target = labels[rows]

@@ -32,7 +32,7 @@ def network() -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.5)  # predictions that differ from image to image
-    return model.requires_grad_(False)
+    return model
 
 
 @functools.cache

@@ -89,7 +89,7 @@ class Observer:
         seen |= {"statistics": shard.statistics, "shard model": shard.model, "candidates": pool.candidates.tolist()}
         layout = pool.layout()
         pool.embed(last_layer_mask(layout))
-        shard.start_selection(KCenterScorer(torch.empty(37, 0)), pool.candidates, 0)
+        shard.start_selection(KCenterScorer(torch.empty(37, 0)), pool.candidates, 0, pool.scores_type)
         seen |= {"hidden": shard.embeddings[0].hidden, "scores": shard.scores[0]}
         pool.shards.call("clear")
         self.seen.append(seen)

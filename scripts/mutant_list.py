@@ -717,7 +717,7 @@ MUTANTS = [
         "copy.deepcopy(config.base)",
         "config.base",
         "a run's settings leak into the next",
-        "plan",
+        "settings",
     ),
     Mutant("sweep/plan.py", 'key != "seed"', 'key == "seed"', "the seed varies fastest", "plan"),
     Mutant(

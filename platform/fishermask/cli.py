@@ -19,12 +19,13 @@ from fishermask.errors import InputError
 from fishermask.guard import guarded, held_stderr, one_line, short, write_log
 from fishermask.paths import check_path
 from fishermask.results.tables import METRICS
+from fishermask.stopping import cause, stoppable
 
 if TYPE_CHECKING:
     from fishermask.sweep.plan import Sweep
     from fishermask.sweep.recorder import Recorder
 
-EXIT_FAILED_RUNS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
+EXIT_FAILED_RUNS, EXIT_BAD_INPUT, EXIT_PIPE = 1, 2, 141
 STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
 MAX_LINE = 2000
 """Characters of an error that are shown."""
@@ -48,7 +49,7 @@ key=value settings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 1 (a run failed), 2 (bad input) or 130 (Ctrl-C)."""
+    """Run a command; the exit status is 0, 1 (a run failed), 2 (bad input) or 130 (Ctrl-C) or 143 (SIGTERM)."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may be unable to show a character
     console = _Console(markup=False, highlight=False, soft_wrap=True)
@@ -58,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             Path.cwd()  # without one, PyTorch's libraries end the process
         except OSError as error:
             raise InputError(f"the working folder: {error.strerror}; change to another") from None
-        status = int(arguments.command(arguments, console))
+        with stoppable():
+            status = int(arguments.command(arguments, console))
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a full disk can still be reported
         return status
@@ -73,9 +75,10 @@ def main(argv: list[str] | None = None) -> int:
             return EXIT_PIPE
         _complain(InputError(f"stdout: cannot be written to ({error.strerror})"))
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("fishermask: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        stop = cause(interrupt)
+        print(f"fishermask: {stop}", file=sys.stderr)
+        return stop.status
 
 
 def _complain(error: InputError) -> None:
@@ -220,7 +223,7 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) -> int:
-    """Do the work of a sweep and show what came of it; Ctrl-C and failed runs leave what is finished."""
+    """Do the work of a sweep and show what came of it; signals and failed runs leave what is finished."""
     from fishermask.results import files
     from fishermask.sweep import runner
 
@@ -228,15 +231,16 @@ def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) ->
         files.make_folder(sweep.folder)
         with files.locked(sweep.folder):
             recorder = work()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        stop = cause(interrupt)
         left = len(runner.missing(sweep))
         done = len(sweep.runs) - left
         print(
-            f"fishermask: interrupted; {done} of {len(sweep.runs)} runs are finished, and all finished rounds are in "
+            f"fishermask: {stop}; {done} of {len(sweep.runs)} runs are finished, and all finished rounds are in "
             f"{sweep.folder}; the same command goes on",
             file=sys.stderr,
         )
-        return EXIT_INTERRUPTED
+        return stop.status
     status = 0
     if any(folder for run in sweep.runs if (folder := run.folder.history())):
         status = _show(sweep.folder, "balanced_accuracy", console)

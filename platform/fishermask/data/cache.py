@@ -120,7 +120,7 @@ def mapped(path: Path, mode: Literal["r", "c"] = "r") -> np.ndarray:
     store = path.parent.parent
     try:
         require_file(path, VARIABLE)
-        return np.asarray(np.load(path, mmap_mode=mode))
+        return np.asarray(np.load(path, mmap_mode=mode, allow_pickle=False))
     except Exception as error:  # numpy raises nearly anything for a file that is no array
         raise damaged(store, reason(error)) from error
 

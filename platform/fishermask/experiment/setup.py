@@ -92,7 +92,8 @@ class Setup:
         if isinstance(probe, PredictionProbe):
             return plan_prediction(probe, size, shards, in_process, memory, gpu)
         query = self.largest_query()
-        return plan(probe, size, query, shards, in_process, precision(config.engine), memory, gpu)
+        labeled = config.budget.total - query  # before the last query
+        return plan(probe, size, query, shards, in_process, precision(config.engine), memory, gpu, labeled)
 
 
 def prepare(config: ExperimentConfig) -> Setup:

@@ -78,12 +78,14 @@ def plan(
     precision: Precision,
     memory: float | None = None,
     gpu: bool = False,
+    labeled: int = 0,
 ) -> Plan:
     """Plan queries of ``query`` images from a pool of ``size``.
 
     Args:
         memory: bytes that each process may use; what is free on this machine when not given, where that is known.
         gpu: whether the shards live on GPUs.
+        labeled: images that are labeled before the query, at most.
 
     Raises:
         InputError: it cannot fit; names what takes the most and which setting would help.
@@ -91,8 +93,9 @@ def plan(
     work, base = probe.work, probe.base
     settings: dict[str, Any] = {"storage": precision.storage or base, "scores": precision.scores or base}
     settings |= {"block": BLOCK, "part": rows_together(work.body_size)}
+    settings |= {"picks": math.ceil(work.oversample * query), "labeled": labeled}
     images, occupied = _share(size, shards)
-    seconds = query_seconds(probe, images, size, query)
+    seconds = query_seconds(probe, images, size, query, labeled)
     free = _free(memory, gpu and in_process)
 
     def leads(chunk: int) -> Estimate:

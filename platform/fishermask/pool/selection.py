@@ -9,8 +9,10 @@ from torch import Tensor
 
 from fishermask.pool.pool import Freshness, Pool
 from fishermask.pool.shard import NARROW, Offer, Scorer, moved
+from fishermask.tensors import contrasts
+from fishermask.tensors.approximation import relative_error, sample_size
 from fishermask.tensors.contrasts import Weighting
-from fishermask.tensors.embedding import Embedding, add_identity, concatenate, every_column, take
+from fishermask.tensors.embedding import Embedding, add_identity, concatenate, take
 from fishermask.tensors.mask import Mask
 from fishermask.tensors.trace import Objective, TraceScorer, Update, advance, gains, start_scores
 
@@ -23,9 +25,6 @@ NEGLIGIBLE = 1e-9
 """Share of the trace below which a gain is nothing."""
 RESCORE_EVERY = 256
 """Picks after which they are in any case: what has to be repeated when a shard or a selection is lost is bounded."""
-
-SAMPLE_NUMBERS = 20_000_000
-"""Numbers in the dense embeddings of the sample that an approximation is compared on."""
 
 
 class Criterion(Protocol):
@@ -250,19 +249,11 @@ def approximation_error(pool: Pool, mask: Mask, options: TraceOptions) -> float:
 
     The shards must hold the embeddings with few classes.
     """
-    rough = pool.embeddings_at(torch.zeros(1, dtype=torch.long))[0]
-    count = max(4, min(64, SAMPLE_NUMBERS // (rough.size * rough.num_classes)))
-    sample = pool.sample(count)
+    (one,) = pool.embeddings_at(torch.zeros(1, dtype=torch.long))
+    sample = pool.sample(sample_size(contrasts.count(one.num_classes, options.class_weighting)))
     images = torch.cat(pool.shards.call("images_at", sample))
     (exact,) = pool.shards.scatter("embed_images", [(images, mask, options.class_weighting)])
-    values = []
-    for found in (exact, concatenate(pool.embeddings_at(sample))):
-        rows = every_column(found.to(torch.float64)).flatten(0, 1)
-        # A A^T has the same nonzero eigenvalues as F = A^T A, and is small.
-        inner = rows @ rows.mT / len(sample)
-        damped = inner + options.damping * torch.eye(len(inner), dtype=torch.float64)
-        values.append(float(torch.linalg.solve(damped, inner).trace()))
-    return abs(values[1] - values[0]) / max(values[0], 1e-300)  # a model that is certain of all has no information
+    return relative_error(exact, concatenate(pool.embeddings_at(sample)), options.damping)
 
 
 def least_missed(scores: Tensor) -> int:

@@ -10,7 +10,6 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fishermask.tensors.contrasts import Weighting
@@ -19,7 +18,7 @@ from fishermask.tensors.images import Images, Statistics, normalise
 from fishermask.tensors.kernels import repeatable_gpu, return_memory
 from fishermask.tensors.layout import Layout
 from fishermask.tensors.mask import Mask, fisher_diagonal
-from fishermask.tensors.memory import ALIGNMENT
+from fishermask.tensors.memory import ALIGNMENT, PREDICTED
 from fishermask.tensors.precision import Precision
 from fishermask.tensors.slow_gradients import copy_model
 
@@ -121,15 +120,29 @@ class Shard:
     @torch.no_grad()
     def probabilities(self, piece: int, pieces: int) -> Tensor:
         """Predicted probabilities [rows, C] of the images in the ``piece``-th of ``pieces`` runs of blocks."""
-        found = [self.model(self._inputs(block)).softmax(-1).cpu() for block in self._run(piece, pieces)]
-        return torch.cat(found) if found else torch.empty(0)
+        blocks = self._run(piece, pieces)
+        found, done = torch.empty(0), 0
+        for block in blocks:
+            for images in self.images[block].split(PREDICTED):
+                own = self._predict(images)
+                if not done:
+                    # Results in memory of their own: between chunks they would keep the heap from using its gaps again.
+                    found = own.new_empty(blocks[-1].stop - blocks[0].start, own.shape[1])
+                found[done : done + len(own)] = own
+                done += len(own)
+                del own
+            return_memory()
+        return found
+
+    def _predict(self, images: Tensor) -> Tensor:
+        inputs = _aligned(self._normalized(images), self.layout)
+        return self.model(inputs).softmax(-1)[: len(images)].cpu()
 
     def fisher_diagonals(self, batches: list[Tensor], layout: Layout) -> list[dict[str, Tensor]]:
         """Sum of the Fisher diagonal over each batch of uint8 images."""
         found = []
         for images in batches:
-            inputs = normalise(images.to(self.device), self.statistics, self._dtype())
-            diagonal = fisher_diagonal(self.model, inputs, layout)
+            diagonal = fisher_diagonal(self.model, self._normalized(images), layout)
             found.append({name: value.cpu() for name, value in diagonal.items()})
         return found
 
@@ -144,27 +157,27 @@ class Shard:
         mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
         rows = rows_together(mask.body_size)
         for block in self._run(piece, pieces):
-            for part in self._inputs(block).split(rows):
-                chunks = [
-                    embed(
-                        self.model,
-                        _aligned(batch, self.layout),
-                        mask,
-                        weighting,
-                        top_classes,
-                        self.precision.autocast,
-                    )
-                    for batch in part.split(chunk)
-                ]
-                found = _padded(concatenate(chunks), len(part))
+            for part in self.images[block].split(rows):
+                found = None
+                for first in range(0, len(part), chunk):
+                    own = self._embedded(part[first : first + chunk], mask, weighting, top_classes)
+                    if found is None:
+                        found = _empty(own, len(part) + -len(part) % FEW)
+                    _put(found, first, own, len(part))
+                    del own
+                assert found is not None
                 start = self.parts[-1].stop if self.parts else 0
                 self.embeddings.append(self._stored(found))
                 self.parts.append(slice(start, start + len(part)))
             return_memory()
 
+    def _embedded(self, images: Tensor, mask: Mask, weighting: Weighting, top_classes: int | None) -> Embedding:
+        inputs = _aligned(self._normalized(images), self.layout)
+        return embed(self.model, inputs, mask, weighting, top_classes, self.precision.autocast)
+
     def embed_images(self, images: Tensor, mask: Mask, weighting: Weighting) -> Embedding:
         """Exact embeddings of uint8 ``images``, with all classes, not kept here."""
-        inputs = normalise(images.to(self.device), self.statistics, self._dtype())
+        inputs = self._normalized(images)
         mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
         return concatenate([embed(self.model, part, mask, weighting) for part in inputs.split(ALIGNMENT)]).map(
             Tensor.cpu
@@ -267,8 +280,8 @@ class Shard:
         count = len(self.blocks)
         return self.blocks[count * piece // pieces : count * (piece + 1) // pieces]
 
-    def _inputs(self, block: slice) -> Tensor:
-        return normalise(self.images[block].to(self.device), self.statistics, self._dtype())
+    def _normalized(self, images: Tensor) -> Tensor:
+        return normalise(images.to(self.device), self.statistics, self._dtype())
 
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
@@ -292,11 +305,20 @@ def _aligned(images: Tensor, layout: torch.memory_format) -> Tensor:
     return whole.contiguous(memory_format=layout)
 
 
-def _padded(embedding: Embedding, count: int) -> Embedding:
-    """The first ``count`` images of ``embedding``, and empty ones up to a multiple of ``FEW``."""
-    missing = -count % FEW
-    # Whole parts are left where they are: copies of this size would leave holes in memory.
-    return take(embedding, slice(count)).map(lambda part: F.pad(part, (0, missing))) if missing else embedding
+def _empty(like: Embedding, count: int) -> Embedding:
+    """An embedding of ``count`` images, all zeros, of the kind of ``like``."""
+    return like.map(lambda part: part.new_zeros(*part.shape[:-1], count))
+
+
+def _put(target: Embedding, first: int, source: Embedding, limit: int) -> None:
+    """Copy ``source`` to the images of ``target`` from ``first`` on, but not beyond ``limit``.
+
+    Chunks that were kept until all are there would keep the heap from using the gaps between them again.
+    """
+    count = min(source.hidden.shape[1], limit - first)
+    for field in fields(Embedding):
+        if isinstance(part := getattr(target, field.name), Tensor):
+            part[..., first : first + count] = getattr(source, field.name)[..., :count]
 
 
 def _add_whole(total: Tensor, share: Tensor, quantum: float) -> None:

@@ -1,5 +1,6 @@
 """Joining a Ray cluster, or starting one on this machine."""
 
+import atexit
 import json
 import logging
 import os
@@ -8,9 +9,13 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+import psutil
+
+from fishermask import stopping
 from fishermask.errors import InputError
 
 # Read by Ray when it is imported: no telemetry, one TensorBoard tree and one progress display (ours), tracebacks in the
@@ -32,6 +37,11 @@ from ray.experimental.internal_kv import _internal_kv_get  # noqa: E402
 
 from fishermask.sweep import package  # noqa: E402
 
+VITAL = ("gcs_server", "raylet")
+"""Names of the processes without which a cluster is none."""
+WATCH_SECONDS = 0.5
+REACTION_SECONDS = 10.0
+"""Seconds that the main thread has to react when a cluster is lost."""
 ANSWER_TIMEOUT = 10
 """Seconds that a machine has to take a connection."""
 JOIN_TIMEOUT = 30
@@ -42,7 +52,8 @@ JOIN_TIMEOUT = 30
 def connected() -> Iterator[None]:
     """Be connected to a cluster: the one at ``RAY_ADDRESS``, else one of this machine, which ends with the block.
 
-    A connection that is there already is used and kept.
+    A connection that is there already is used and kept. If a process that a cluster of this machine cannot do without
+    ends, the command is stopped.
 
     Raises:
         InputError: no cluster answers there, or one with another Python, Ray or fishermask.
@@ -62,12 +73,74 @@ def connected() -> Iterator[None]:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"RAY_ADDRESS: {why_not(address, str(error))}") from None
+    except SystemExit:  # from the handler of SIGTERM that Ray has while it starts
+        raise stopping.Stopped("terminated", stopping.TERMINATED) from None
+    stopping.handle_again()  # Ray has replaced the handlers by its own
+    watch = _Watch() if address == "local" else None
     try:
         if address != "local":
             package.check(package.installed())
         yield
     finally:
-        ray.shutdown()
+        if watch is None or watch.end():
+            ray.shutdown()
+
+
+class _Watch:
+    """Watches the processes of the cluster that this process has started, and stops the command if it loses one."""
+
+    def __init__(self) -> None:
+        self.family: set[psutil.Process] = set()
+        self.lost = False
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="cluster watch", daemon=True)
+        self._thread.start()
+
+    def end(self) -> bool:
+        """Stop watching; whether the cluster is whole. What is left of a broken one is killed."""
+        self._ending.set()
+        self._thread.join()
+        if self.lost:
+            self._kill()
+            atexit.register(_leave)  # before Ray's own, which would wait for a minute for what is gone
+        return not self.lost
+
+    def _run(self) -> None:
+        me = psutil.Process()
+        vital = {process: name for process in me.children() if (name := process.name()) in VITAL}
+        while not self._ending.wait(WATCH_SECONDS):
+            self.family |= set(me.children(recursive=True))
+            gone = [name for process, name in vital.items() if not _alive(process)]
+            # A signal to the whole process group ends Ray's processes too, and is to be heard first.
+            if not gone or self._ending.wait(2 * WATCH_SECONDS):
+                continue
+            self.lost = True
+            loss = f"{gone[0]}, a process of Ray on this machine, has ended (was it killed for its memory?)"
+            stopping.stop(loss)
+            if not self._ending.wait(REACTION_SECONDS):  # Ray's calls may wait for what is gone, and hear no signal
+                self._kill()
+                print(f"fishermask: {loss}; all finished rounds are kept; the same command goes on", file=sys.stderr)
+                _leave()
+            return
+
+    def _kill(self) -> None:
+        for process in self.family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()  # this very process: psutil compares the time of its start
+
+
+def _leave() -> None:
+    """End this process without waiting for anything."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(stopping.FAILED)
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def check_address(address: str) -> None:

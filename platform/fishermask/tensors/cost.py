@@ -12,6 +12,9 @@ HEAD, BODY = 1.1, 3.5
 PAIR_SECONDS = 1.4e-8
 """Each of an image's R^2 pairs of rows, in a pick, on top: seconds on one core."""
 
+DISTANCE_SECONDS = 4e-9
+"""A distance between two images, for each number of theirs."""
+
 WHOLE_BLOCK = 2.0
 """How many times as long a pass takes for an image of a whole block as for one of a few, whose activations stay in the
 cache: 1.6 for ``small_cnn``, 2.3 for ``thin_resnet18``."""
@@ -47,8 +50,18 @@ def start_seconds(n: int, work: Workload) -> float:
     return BODY * operations / core_flops()
 
 
-def query_seconds(probe: Probe, images: int, size: int, query: int) -> float:
-    """A query of ``query`` images from a pool of ``size``, with ``images`` of it on each shard, which has one core."""
+def comparison_seconds(probe: Probe) -> float:
+    """The error of keeping few classes, measured on a sample: exact embeddings, and two systems of all their rows."""
+    work = probe.work
+    # A system's solution takes 8/3 n^3 operations, in float64, of which there are half as many a second.
+    return work.sampled * probe.exact_seconds + 2 * 2 * 8 / 3 * (work.sampled * work.exact_rows) ** 3 / core_flops()
+
+
+def query_seconds(probe: Probe, images: int, size: int, query: int, labeled: int = 0) -> float:
+    """A query of ``query`` images from a pool of ``size``, with ``images`` of it on each shard, which has one core.
+
+    ``labeled`` images are labeled before; some strategies compare all others with each of them.
+    """
     work = probe.work
     query = round(query * work.oversample)
     share = images / size
@@ -57,8 +70,9 @@ def query_seconds(probe: Probe, images: int, size: int, query: int) -> float:
         # Where the selection is led: an inverse and two products of k x k, then a product with k x 2R a pick.
         led = 8.0 * work.size**3 + query * 8.0 * work.size**2 * work.rows
         total += start_seconds(images, work) + query * pick_seconds(images, work) + led / core_flops()
+        total += comparison_seconds(probe) if work.approximate else 0.0
     else:
-        total += query * 4e-9 * images * (work.num_classes + work.width)
+        total += (query + labeled) * DISTANCE_SECONDS * images * (work.num_classes + work.width)
     return total
 
 

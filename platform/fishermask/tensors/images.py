@@ -50,14 +50,14 @@ def channel_statistics(images: Images) -> Statistics:
 
 
 def normalise(images: Tensor, statistics: Statistics, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 images as ``(x / 255 - mean) / std``."""
+    """Return uint8 images as ``(x / 255 - mean) / std``. Besides the result nothing of its size is ever held."""
     shape = (1, -1, 1, 1)
     mean = torch.tensor(statistics.mean, dtype=dtype, device=images.device).view(shape)
     std = torch.tensor(statistics.std, dtype=dtype, device=images.device).view(shape)
     # One grey channel may carry any stride, and a convolution takes another path, with another rounding, for some:
     # the same pixels must give the same floats wherever they come from.
     images = images.reshape(-1).view(images.shape)
-    return (images.to(dtype) / 255 - mean) / std
+    return images.to(dtype, copy=True).div_(255).sub_(mean).div_(std)
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fishermask.errors import InputError
 from fishermask.tensors import contrasts
+from fishermask.tensors.approximation import sample_size
 from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import embed
 from fishermask.tensors.layout import Layout
@@ -25,10 +26,16 @@ from fishermask.tensors.mask import Mask, body_parameters, fisher_diagonal, rand
 CHUNKS = (128, 64, 32, 16)
 """Images differentiated at once. From 16 on, and in multiples of it, an image's numbers do not depend on the chunk."""
 ALIGNMENT = CHUNKS[-1]
-LIBRARIES = 40e6
-"""Bytes that kernels and thread pools come to need of their own ..."""
+LIBRARIES, PREDICTION_LIBRARIES = 40e6, 5e6
+"""Bytes that kernels and thread pools come to need of their own, also where a model only predicts ..."""
 SLACK = 0.1
 """... and what the allocator cannot give back in time, as a share of all. Both as benchmarks/memory.py finds them."""
+PREDICTED = 128
+"""Images predicted at once: a fixed number, as numbers may round with it; of more, activations leave the cache."""
+GAPS = 1.35
+"""How many times what is alive the heap of a thread holds while batch after batch goes through a model."""
+RANKING = 48
+"""Bytes for each parameter while all are put in order."""
 DIAGONAL_BATCH = 32
 DIAGONAL_BYTES = 2e9
 """The Fisher diagonal of as many images, at most, is computed at once as take this many bytes. A fixed number, not what
@@ -69,14 +76,20 @@ def live_peak(work: Callable[[], object]) -> int:
     return counter.peak
 
 
-def _per_image(work: Callable[[Tensor], object], images: Tensor) -> float:
-    """Bytes that ``work`` on a batch needs for each more image of it."""
+def _batch_bytes(work: Callable[[Tensor], object], images: Tensor) -> tuple[float, float]:
+    """Return the bytes that ``work`` on a batch needs for each image of it, and those it needs whatever their number.
+
+    The second is large where a result does not depend on the batch's size, as a sum of gradients does.
+    """
     work(images[:1])  # what is made once, by the first call, is nobody's
 
     def peak(count: int) -> int:
-        return live_peak(lambda: work(images[:1].expand(count, *images.shape[1:]).contiguous()))
+        batch = images[:1].expand(count, *images.shape[1:]).contiguous()
+        return live_peak(lambda: work(batch))
 
-    return (peak(6) - peak(2)) / 4
+    few, many = peak(2), peak(6)
+    each = (many - few) / 4
+    return each, max(0.0, few - 2 * each)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -93,12 +106,17 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def chunk_bytes(model: nn.Module, image: Tensor, mask: Mask, **options: Any) -> float:
     """Bytes for each image of a chunk while it is embedded under ``mask``; ``options`` are those of ``embed``."""
-    return _per_image(lambda images: embed(model, images, mask, **options), image)
+    return _batch_bytes(lambda images: embed(model, images, mask, **options), image)[0]
 
 
-def diagonal_bytes(model: nn.Module, image: Tensor, layout: Layout) -> float:
-    """Bytes for each image of a batch while its Fisher diagonal is computed."""
-    return _per_image(lambda images: fisher_diagonal(model, images, layout), image)
+def diagonal_bytes(model: nn.Module, image: Tensor, layout: Layout) -> tuple[float, float]:
+    """Bytes for each image of a batch while its Fisher diagonal is computed, and bytes whatever their number."""
+    return _batch_bytes(lambda images: fisher_diagonal(model, images, layout), image)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers."""
+    return sum(value.numel() * value.element_size() for value in [*model.parameters(), *model.buffers()])
 
 
 @dataclass(frozen=True)
@@ -125,6 +143,21 @@ class Workload:
     def rows(self) -> int:
         """R, rows of an embedding"""
         return contrasts.count(self.kept, self.weighting)
+
+    @property
+    def approximate(self) -> bool:
+        """Whether only the most probable classes of an image are kept."""
+        return self.kept < self.num_classes
+
+    @property
+    def exact_rows(self) -> int:
+        """Rows of an embedding with all classes."""
+        return contrasts.count(self.num_classes, self.weighting)
+
+    @property
+    def sampled(self) -> int:
+        """Images on which the error of keeping few classes is measured."""
+        return sample_size(self.exact_rows) if self.approximate else 0
 
     @property
     def size(self) -> int:
@@ -201,7 +234,7 @@ def readable(size: float) -> str:
 def image_bytes(work: Workload, storage: torch.dtype, scores: torch.dtype, base: torch.dtype) -> tuple[int, int]:
     """Bytes of an image's embedding and of its scores."""
     kept = (work.rows * work.body_size + work.width) * storage.itemsize + work.kept * base.itemsize
-    if work.kept < work.num_classes:
+    if work.approximate:
         kept += 8 * work.kept
     return kept, (2 * work.rows**2 if work.trace else 1) * scores.itemsize
 
@@ -219,17 +252,24 @@ class Probe:
             body = body_parameters(model, work.layout)
             mask = random_mask(body, work.layout, work.body_size, torch.Generator().manual_seed(0))
         self.work, self.base, self.image_numbers = work, image.dtype, image[0].numel()
+        self.model = model_bytes(model)
+        self.parameters = sum(p.numel() for p in body_parameters(model, work.layout).values()) if work.body_size else 0
         options: dict[str, Any] = {"weighting": work.weighting, "top_classes": work.kept}
         self.chunk = chunk_bytes(model, image, mask, **options)
         several = image[:1].expand(ALIGNMENT, *image.shape[1:]).contiguous()
         self.embed_seconds = _seconds(lambda: embed(model, several, mask, **options)) / ALIGNMENT
-        diagonal = diagonal_bytes(model, image, work.layout) if work.ranked else 0.0
+        diagonal, fixed = diagonal_bytes(model, image, work.layout) if work.ranked else (0.0, 0.0)
         self.diagonal_batch = max(1, min(DIAGONAL_BATCH, int(DIAGONAL_BYTES // max(diagonal, 1.0))))
-        self.diagonal = diagonal * self.diagonal_batch
+        self.diagonal = diagonal * self.diagonal_batch + fixed
         self.diagonal_seconds = 0.0
         if work.ranked:
             few = several[: min(ALIGNMENT, self.diagonal_batch)]
             self.diagonal_seconds = _seconds(lambda: fisher_diagonal(model, few, work.layout)) / len(few)
+        self.exact, self.exact_seconds = 0.0, 0.0
+        if work.approximate:
+            exact: dict[str, Any] = {"weighting": work.weighting}
+            self.exact = chunk_bytes(model, image, mask, **exact)
+            self.exact_seconds = _seconds(lambda: embed(model, several, mask, **exact)) / ALIGNMENT
 
 
 class PredictionProbe:
@@ -241,8 +281,9 @@ class PredictionProbe:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, image: Tensor, work: Prediction) -> None:
-        self.work = work
-        self.image = _per_image(model, image)
+        self.work, self.model = work, model_bytes(model)
+        self.image = _batch_bytes(model, image)[0]
+        self.image_numbers = image[0].numel()
         several = image[:1].expand(ALIGNMENT, *image.shape[1:]).contiguous()
         self.seconds = _seconds(lambda: model(several)) / ALIGNMENT
         self.row = work.num_classes * image.element_size()
@@ -253,11 +294,18 @@ def estimate_prediction(probe: PredictionProbe, images: int, size: int, block: i
 
     Args:
         size: images whose probabilities come to this process, 0 if it does not lead.
-        block: images that are predicted at once.
+        block: images that are read at once.
     """
-    # Probabilities come in pieces, are put together, and those of the candidates taken out of them.
-    parts = {"activations": shards * min(block, images) * probe.image, "probabilities": 3.0 * size * probe.row}
-    return _with_libraries(parts, "predicts the pool", CHUNKS[0])
+    together, numbers = min(PREDICTED, images), probe.image_numbers
+    read = min(block, images) * numbers + together * numbers * probe.row // probe.work.num_classes
+    parts = {
+        "model": float(shards * probe.model),
+        "images": float(shards * read),
+        "activations": shards * GAPS * together * probe.image,
+        # Probabilities come in pieces, are put together, and those of the candidates taken out of them.
+        "probabilities": 3.0 * size * probe.row,
+    }
+    return _with_libraries(parts, "predicts the pool", CHUNKS[0], PREDICTION_LIBRARIES)
 
 
 def estimate(
@@ -270,14 +318,18 @@ def estimate(
     scores: torch.dtype,
     shards: int = 1,
     leads: bool = True,
+    picks: int = 0,
+    labeled: int = 0,
 ) -> Estimate:
     """What a process needs that holds ``shards`` shards of ``images`` pool images each.
 
     Args:
-        block: images that are made ready for the model at once.
+        block: images that are read at once.
         part: images whose embeddings are kept together.
         chunk: images differentiated at once.
         leads: whether the process also leads the selection.
+        picks: images that are chosen, more than the batch where some are taken back.
+        labeled: images that are labeled already.
     """
     work, base = probe.work, probe.base.itemsize
     kept, scored = image_bytes(work, storage, scores, probe.base)
@@ -285,36 +337,59 @@ def estimate(
     matrix = work.size**2 * 8 if work.trace else 0
     sums = 3 * matrix + 3 * 8 * work.body_size**2  # two sums and a part's share, with its body's as it grows
     block, part = min(block, images), min(part, images)
-    # While a part is embedded: the block's images as floats, the embeddings in pieces and then together.
-    embedding = probe.chunk * min(chunk, part) + block * base * probe.image_numbers + part * base * 2 * numbers
-    # While a part is scored: itself in the scores' type, and the largest structured products.
+    together = min(chunk, part)
+    # While a part is embedded: the block's images as bytes, a chunk as floats, its embeddings and those of the part.
+    embedding = together * (GAPS * probe.chunk + base * probe.image_numbers) + (part + together) * base * numbers
+    embedding += block * probe.image_numbers
+    # While a part is scored: itself in the scores' type, and the largest structured products, or differences.
     products = part * (2 * (work.num_classes - 1) * work.width + 3 * work.rows * work.body_size)
+    if not work.trace:
+        products = part * (4 * work.kept + 3 * work.width)
     scoring = (products + (part * numbers if storage != scores else 0)) * scores.itemsize
     # While it is summed: itself in float64, its transposed contrasts, and one class's columns.
     summing = part * (numbers + work.kept * (work.body_size + 2 * work.kept) + (work.num_classes - 1) * work.width) * 8
     everything = shards * images * kept
     told = 2 * work.size**2 * scores.itemsize if work.trace else 0  # R and H as shards use them
-    moments: dict[str, dict[str, float]] = {
-        "ranks the parameters": {"gradients": shards * probe.diagonal},
-        "embeds the pool": {"embeddings": everything, "gradients": shards * embedding},
-        "scores the pool": {
-            "embeddings": everything,
-            "scores": shards * images * scored,
-            "k x k matrices": told + (2 * matrix if leads else 0),
-            "products": shards * scoring,
-        },
+    model, chosen = {"model": shards * probe.model}, (picks + (0 if work.trace else 3 * labeled)) * numbers * base
+    batch = shards * (GAPS * probe.diagonal + probe.diagonal_batch * base * probe.image_numbers)
+    selecting = {
+        **model,
+        "embeddings": everything + (chosen if leads else 0),
+        "scores": shards * images * scored,
+        "k x k matrices": told + (2 * matrix if leads else 0),
     }
+    moments: dict[str, dict[str, float]] = {
+        # The sum so far and a batch's while the next is computed.
+        "ranks the parameters": {**model, "gradients": batch, "parameters": 16 * probe.parameters if leads else 0},
+        "embeds the pool": {**model, "embeddings": everything, "gradients": shards * embedding},
+        "scores the pool": {**selecting, "products": shards * scoring},
+    }
+    if leads:
+        # Mean, all of them in a row, sorted, their order, and what sorting takes; or a random order.
+        sorting = RANKING if work.ranked else 16
+        moments["orders the parameters"] = {**model, "parameters": sorting * probe.parameters}
+    if leads and work.approximate:
+        moments["measures the approximation"] = {**selecting, "products": _comparison(probe)}
     if work.trace:
         sums_here = {"k x k matrices": shards * sums, "products": shards * summing}
-        moments["sums the information"] = {"embeddings": everything, **sums_here}
+        moments["sums the information"] = {**model, "embeddings": everything, **sums_here}
         if leads:  # M, its factor, its inverse R, F, R F and H = R F R
-            moments["inverts the information"] = {"embeddings": everything, "k x k matrices": 6 * matrix}
+            moments["inverts the information"] = {**model, "embeddings": everything, "k x k matrices": 6 * matrix}
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     return _with_libraries(moments[worst], worst, chunk)
 
 
-def _with_libraries(parts: Mapping[str, float], moment: str, chunk: int) -> Estimate:
-    return Estimate({**parts, "libraries": LIBRARIES + SLACK * sum(parts.values())}, moment, chunk)
+def _comparison(probe: Probe) -> float:
+    """Bytes while the error of keeping few classes is measured: exact embeddings, and matrices of rows by rows."""
+    work, count = probe.work, probe.work.sampled
+    numbers = work.exact_rows * work.body_size + work.width + work.num_classes
+    pass_ = min(count, ALIGNMENT) * probe.exact + 2 * count * numbers * probe.base.itemsize
+    products = 8 * count * (numbers + 2 * work.exact_rows * work.num_classes) + 6 * 8 * (count * work.exact_rows) ** 2
+    return max(pass_, products)
+
+
+def _with_libraries(parts: Mapping[str, float], moment: str, chunk: int, libraries: float = LIBRARIES) -> Estimate:
+    return Estimate({**parts, "libraries": libraries + SLACK * sum(parts.values())}, moment, chunk)
 
 
 def fit(probe: Probe, allowed: float, **settings: Any) -> Estimate:

@@ -1,0 +1,291 @@
+"""What docs/security.md says of trust and of the network, as far as it can be tested."""
+
+import ast
+import io
+import os
+import pickle
+import secrets
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+from fishermask import cli
+from fishermask.config import DataConfig
+from fishermask.data import cache
+from fishermask.data.store import ensure
+from fishermask.errors import InputError
+
+SOURCES = Path(cli.__file__).parent
+SWEEP = {
+    "name": "tiny",
+    "base": {
+        "imbalance": {"kind": "balanced", "per_class": 30},
+        "model": {"name": "mlp", "params": {"width": 8, "depth": 1}},
+        "budget": {"initial": 10, "query": 1, "total": 300},
+        "training": {"max_epochs": 1},
+        "resources": {"workers": "ray", "shards": 1, "cpus": 0.5, "cpus_per_shard": 0.5},
+    },
+    "grid": {"strategy": ["margin"], "seed": [0]},
+}
+SMALL = {"budget": {"initial": 10, "query": 10, "total": 20}, "resources": {}}
+
+
+class Planted:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """A path that exists once something planted has run; that it would is shown by unpickling it once."""
+    path = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Planted(path)))
+    assert path.exists()
+    path.unlink()
+    return path
+
+
+@pytest.fixture
+def sweep_file(tmp_path, monkeypatch):
+    """A small sweep file in an empty working folder, with a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(SWEEP | {"base": SWEEP["base"] | SMALL}))
+    return path
+
+
+def refused(arguments, capsys):
+    """The one line that a command is refused with."""
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fishermask: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def calls(tree):
+    """Dotted name of every function that is called, with the keywords of the call."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+            yield ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}, node
+
+
+def unsafe_calls(source):
+    """Calls in ``source`` that can run code from what they read."""
+    found = []
+    for name, keywords, node in calls(ast.parse(source)):
+        last = name.split(".")[-1]
+        unsafe = name in ("eval", "exec", "compile", "__import__", "os.system", "torch.load", "joblib.load")
+        unsafe |= name.startswith(("pickle.load", "cloudpickle.load", "dill.", "marshal.load", "shelve."))
+        unsafe |= last in ("Unpickler", "unsafe_load", "full_load", "read_pickle")
+        unsafe |= keywords.get("allow_pickle", "False") != "False"
+        if last == "load" and name.split(".")[0] == "yaml":
+            loader = keywords.get("Loader") or (ast.unparse(node.args[1]) if len(node.args) > 1 else "")
+            unsafe |= loader not in ("StrictLoader", "yaml.SafeLoader")
+        if unsafe:
+            found.append(name)
+    return found
+
+
+def test_no_file_of_the_package_reads_in_a_way_that_can_run_code():
+    found = {
+        str(path.relative_to(SOURCES)): calls
+        for path in SOURCES.rglob("*.py")
+        if (calls := unsafe_calls(path.read_text()))
+    }
+    assert found == {"pool/packing.py": ["pickle.loads"]}  # messages between a run and its own shards
+    from fishermask.results.files import StrictLoader
+
+    assert issubclass(StrictLoader, yaml.SafeLoader)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["pickle.load(f)", "torch.load(p, weights_only=True)", "yaml.load(t, yaml.Loader)", "yaml.load(t)", "eval(x)",
+     "np.load(p, allow_pickle=True)", "yaml.unsafe_load(t)", "pickle.Unpickler(f).load()", "pd.read_pickle(p)"],
+)  # fmt: skip
+def test_the_search_for_unsafe_calls_finds_each_kind(source):
+    assert unsafe_calls(source)
+
+
+@pytest.mark.parametrize("where", ["file", "setting"])
+def test_a_yaml_tag_that_names_python_is_refused_and_runs_nothing(sweep_file, trap, capsys, where):
+    tag = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{trap}']]"
+    if where == "file":
+        sweep_file.write_text(f"name: {tag}\n")
+        assert "is not YAML" in refused(["sweep", str(sweep_file)], capsys)
+    else:
+        assert "is not YAML" in refused(["sweep", str(sweep_file), f"seed={tag}"], capsys)
+    assert not trap.exists()
+
+
+def objects(trap):
+    """Files that would make ``trap`` if they were unpickled: an array of objects, and a plain pickle."""
+    array = io.BytesIO()
+    np.save(array, np.array([Planted(trap)], dtype=object), allow_pickle=True)
+    return array.getvalue(), pickle.dumps(Planted(trap))
+
+
+def test_pickled_objects_in_a_cache_are_refused_and_run_nothing(sweep_file, trap):
+    store = ensure(DataConfig()) / "train"
+    for path in (store / name for name in (cache.IMAGES, cache.IDS, cache.LABELS, cache.SOURCE_ROWS)):
+        for content in objects(trap):
+            path.write_bytes(content)
+            with pytest.raises(InputError, match="is damaged"):
+                cache.mapped(path)
+    # In a process of its own: this one keeps the stores that it has opened.
+    command = [sys.executable, "-m", "fishermask.cli", "sweep", str(sweep_file), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"fishermask: {cache.VARIABLE}: ")
+    assert done.stderr.count("\n") == 1
+    assert not trap.exists()
+
+
+def test_planted_pickles_in_a_results_folder_run_nothing(sweep_file, trap, capsys):
+    assert cli.main(["run", str(sweep_file)]) == 0
+    (folder,) = (sweep_file.parent / "results").iterdir()
+    planted = pickle.dumps(Planted(trap))
+    for run in (folder / "runs").iterdir():
+        lines = (run / "rounds.jsonl").read_bytes().splitlines(keepends=True)
+        (run / "rounds.jsonl").write_bytes(lines[0])  # to be resumed
+        for name in ("journal.jsonl", "model.pt", "state.pkl", "events.out.tfevents.1.x.0"):
+            (run / name).write_bytes(planted)
+    (folder / "results.parquet").write_bytes(planted)
+    (folder / "results.csv").write_bytes(planted)
+    capsys.readouterr()
+    assert cli.main(["report", str(folder)]) == 0
+    assert cli.main(["run", str(sweep_file)]) in (0, 1, 2)
+    assert not trap.exists()
+
+
+def test_a_sweep_file_is_code_and_a_dry_run_calls_what_it_names(sweep_file, trap, monkeypatch):
+    (sweep_file.parent / "theirs.py").write_text(
+        "import torch\n"
+        "from pathlib import Path\n"
+        "def model(num_classes, path):\n"
+        "    Path(path).touch()\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, num_classes))\n"
+    )
+    model = f"model={{name: 'theirs:model', params: {{path: '{trap}'}}}}"
+    monkeypatch.syspath_prepend(sweep_file.parent)
+    assert cli.main(["sweep", str(sweep_file), "--dry-run", model]) == 0
+    assert trap.exists()
+
+
+class Sweep:
+    """A sweep under way, with the processes that belong to it."""
+
+    def __init__(self, folder):
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(SWEEP))
+        # Without the variables that conftest sets: a cluster with a token of its own.
+        plain = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "fishermask.cli", "sweep", "tiny.yaml"],
+            cwd=folder, env=plain, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 90
+        while not list(folder.glob("results/tiny/runs/*/rounds.jsonl")):
+            assert self.process.poll() is None, self.process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        driver = psutil.Process(self.process.pid)
+        self.family = [driver, *driver.children(recursive=True)]
+        self.gcs = next(process for process in self.family if process.name() == "gcs_server")
+        self.listening = []
+        """(process name, address, port)"""
+        for process in self.family:
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    self.listening.append((process.cmdline()[0].strip() or process.name(), *connection.laddr))
+
+    def environment(self):
+        """What a process of the cluster has in its environment."""
+        return self.gcs.environ()
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    running = Sweep(tmp_path_factory.mktemp("listening"))
+    yield running
+    if running.process.poll() is None:
+        running.process.kill()
+    running.process.communicate()
+
+
+def test_what_listens_during_a_sweep_is_what_the_page_says(sweep):
+    everywhere = [Path(name).name for name, address, _ in sweep.listening if address in ("::", "0.0.0.0")]
+    listed = {"gcs_server": 1, "raylet": 2, "python": 1, "ray::Ledger": 1, "ray::ImplicitFunc": 1, "ray::ShardActor": 1}
+    for short, count in listed.items():
+        assert sum(name.startswith(short) for name in everywhere) == count, (short, everywhere)
+    # Ray may have a worker in reserve, which will be a trial or a shard.
+    rest = [name for name in everywhere if not name.startswith(tuple(listed))]
+    assert set(rest) <= {"ray::IDLE"}
+    ((agent, _),) = [(name, address) for name, address, _ in sweep.listening if address not in ("::", "0.0.0.0")]
+    assert agent == "ray::RuntimeEnvAgent"
+
+
+def ask(sweep, **environment):
+    """What a client with the environment's token gets from the cluster's GCS."""
+    port = next(port for name, _, port in sweep.listening if name.endswith("gcs_server"))
+    code = (
+        "from ray._raylet import GcsClient\n"
+        f"client = GcsClient(address='127.0.0.1:{port}')\n"
+        "print(len(client.internal_kv_keys(b'', namespace=None, timeout=10)))\n"
+    )
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=plain | environment
+    )
+
+
+def test_only_a_client_with_the_sweeps_token_is_answered(sweep):
+    token = sweep.environment()["RAY_AUTH_TOKEN"]
+    assert len(bytes.fromhex(token)) == 32
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    assert ask(sweep, **own).returncode == 0
+    for environment in ({"RAY_AUTH_MODE": "disabled"}, own | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+        answer = ask(sweep, **environment)
+        assert answer.returncode != 0
+        assert "InvalidAuthToken" in answer.stderr
+    ((_, address, port),) = [one for one in sweep.listening if one[0] == "ray::RuntimeEnvAgent"]
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"http://{address}:{port}/", data=b"x", timeout=10)
+    assert caught.value.code == 401
+
+
+def test_no_other_user_may_connect_to_the_unix_sockets(sweep):
+    session = next(part for part in sweep.gcs.cmdline() if part.startswith("--log_dir=")).removeprefix("--log_dir=")
+    sockets = list((Path(session).parent / "sockets").iterdir())
+    assert len(sockets) == 2
+    for path in sockets:
+        assert stat.S_ISSOCK(path.stat().st_mode)
+        assert not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        assert path.stat().st_uid == os.getuid()
+
+
+def test_a_killed_raylet_ends_the_sweep_with_one_line_and_leaves_nothing_running(sweep):
+    """The last test of this file: it ends the sweep that the others look at."""
+    next(process for process in sweep.family if process.name() == "raylet").kill()
+    _, error = sweep.process.communicate(timeout=60)
+    assert sweep.process.returncode == 1
+    assert error.startswith("fishermask: raylet, a process of Ray on this machine, has ended")
+    assert "0 of 1 runs are finished, and all finished rounds are in " in error
+    assert error.count("\n") == 1
+    _, alive = psutil.wait_procs(sweep.family, timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

@@ -1,0 +1,135 @@
+"""Commands that are told to stop, once or twice, or that lose Ray: one line, the right status, rounds kept."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+
+SLOW = {
+    "name": "slow",
+    "base": {
+        "imbalance": {"kind": "balanced", "per_class": 30},
+        "model": "mlp",
+        "budget": {"initial": 10, "query": 1, "total": 300},
+        "training": {"max_epochs": 3},
+    },
+    "grid": {"strategy": ["margin"], "seed": [0]},
+}
+
+
+def start(folder, command):
+    """A command under way, one of whose rounds is finished."""
+    (folder / "slow.yaml").write_text(yaml.safe_dump(SLOW | {"output": str(folder / "out")}))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fishermask.cli", command, str(folder / "slow.yaml")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not list(folder.glob("out/*/runs/*/rounds.jsonl")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_sigterm_ends_a_command_with_one_line_and_status_143(tmp_path, command):
+    process = start(tmp_path, command)
+    family = psutil.Process(process.pid).children(recursive=True)
+    if command == "run":
+        assert not psutil.Process(process.pid).net_connections("inet")  # as docs/security.md says
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert error.startswith("fishermask: terminated; 0 of 1 runs are finished, and all finished rounds are in ")
+    assert error.count("\n") == 1
+    assert next(tmp_path.glob("out/*/runs/*/rounds.jsonl")).read_text().count("\n") >= 1
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+
+
+# A command that hears no signal, as in a call of Ray that waits for what is gone; a child plays Ray's process.
+DEAF = """
+import signal, subprocess, sys, time
+from fishermask.stopping import stoppable
+from fishermask.sweep import cluster
+cluster.REACTION_SECONDS = 0.5
+children = [subprocess.Popen([path, "60"]) for path in sys.argv[1:]]
+with stoppable():
+    watch = cluster._Watch()
+    time.sleep(2)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    print(*[child.pid for child in children], flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_command_that_waits_for_a_lost_cluster_is_ended_all_the_same(tmp_path):
+    for name in ("gcs_server", "other"):
+        shutil.copy(shutil.which("sleep"), tmp_path / name)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DEAF, str(tmp_path / "gcs_server"), str(tmp_path / "other")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    gcs, other = (psutil.Process(int(pid)) for pid in process.stdout.readline().split())
+    gcs.kill()
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert error.startswith("fishermask: gcs_server, a process of Ray on this machine, has ended")
+    assert error.count("\n") == 1
+    assert not psutil.wait_procs([other], timeout=10)[1]
+
+
+# A command whose cleanup takes long, without any of the package's slow imports.
+CLEANUP = """
+import sys, time
+from fishermask.stopping import cause, stoppable
+def wait(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.05)
+try:
+    with stoppable():
+        try:
+            print("working", flush=True)
+            wait(60)
+        finally:
+            print("cleaning", flush=True)
+            wait({cleanup})
+            print("clean", flush=True)
+except KeyboardInterrupt as interrupt:
+    print(cause(interrupt), file=sys.stderr)
+    sys.exit(cause(interrupt).status)
+"""
+
+
+def signaled(cleanup, first, second, after):
+    """Status, output and errors of a command that gets two signals, the second ``after`` so many seconds."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLEANUP.replace("{cleanup}", str(cleanup))],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(first)
+    assert process.stdout.readline() == "cleaning\n"
+    time.sleep(after)
+    process.send_signal(second)
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "status"),
+    [(signal.SIGTERM, signal.SIGTERM, 143), (signal.SIGINT, signal.SIGINT, 130), (signal.SIGINT, signal.SIGTERM, 130)],
+)
+def test_a_later_signal_ends_a_cleanup_without_a_traceback(first, second, status):
+    assert signaled(40, first, second, after=1.2) == (status, "", "")
+
+
+def test_a_signal_that_comes_twice_at_once_does_not_cut_the_cleanup_short():
+    assert signaled(1, signal.SIGINT, signal.SIGINT, after=0) == (130, "clean\n", "interrupted\n")

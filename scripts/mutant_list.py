@@ -38,6 +38,23 @@ MUTANTS = [
         "settings",
     ),
     Mutant("config.py", "Field(0.1, gt=0)", "Field(1.0, gt=0)", "default clip is 10 times the paper's", "replay"),
+    Mutant(
+        "guard.py",
+        "    except BaseException as error:\n        raise InputError",
+        "    except Exception as error:\n        raise InputError",
+        "a model that exits ends the command",
+        "guard",
+    ),
+    Mutant(
+        "stopping.py",
+        'Stopped("terminated", TERMINATED)',
+        'Stopped("terminated", INTERRUPTED)',
+        "SIGTERM ends in the exit status of Ctrl-C",
+        "stopping",
+    ),
+    Mutant(
+        "yaml_files.py", "if key in keys:", "if False:", "of a key that stands twice the last counts", "cli bad_input"
+    ),
     # tensors
     Mutant(
         "tensors/contrasts.py",
@@ -280,6 +297,35 @@ MUTANTS = [
         "the estimated time ignores oversample",
         "numbers",
     ),
+    Mutant(
+        "tensors/layout.py",
+        "and _agrees(model, layer, run.inputs[layer], gradients[layer], batch)",
+        "",
+        "gradient rules are not verified",
+        "verification",
+    ),
+    Mutant(
+        "tensors/layout.py",
+        "    _refuse_mixing(subject, batches)\n",
+        "",
+        "models that mix images are accepted",
+        "verification",
+    ),
+    Mutant(
+        "tensors/slow_gradients.py",
+        "return images if len(images) > 1 else torch.cat([images, images])",
+        "return images",
+        "a single image is differentiated alone",
+        "verification",
+    ),
+    Mutant("tensors/mask.py", " and name not in layout.frozen", "", "frozen parameters are masked", "verification"),
+    Mutant(
+        "tensors/training.py",
+        "if len(batches) > 1 and len(batches[-1]) == 1 and size > 1:",
+        "if False:",
+        "a training batch may have one image",
+        "replay learning",
+    ),
     # pool
     Mutant(
         "pool/pool.py", "unlabeled[labeled] = False", "pass", "labeled images are candidates", "parameters selection"
@@ -425,6 +471,20 @@ MUTANTS = [
         "the largest process is always the coordinator",
         "engine loop",
     ),
+    Mutant(
+        "pool/selection.py",
+        "hopeless and criterion.use_float64()",
+        "False",
+        "scores that float32 cannot hold stay in float32",
+        "precision",
+    ),
+    Mutant(
+        "pool/selection.py",
+        "objective.error(kept) > pool.engine.drift or",
+        "",
+        "pruning lets its error grow",
+        "precision",
+    ),
     # strategies
     Mutant(
         "strategies/fisher_mask.py",
@@ -552,6 +612,7 @@ MUTANTS = [
     ),
     Mutant("data/parquet.py", "transpose(2, 0, 1)", "transpose(2, 1, 0)", "color images are turned", "replay data"),
     Mutant("data/torchvision_sets.py", "(0.2860,), (0.3530,)", "(0.1307,), (0.3081,)", "statistics of MNIST", "replay"),
+    Mutant("data/parquet.py", "ImageOps.exif_transpose(opened)", "opened", "the EXIF orientation is ignored", "data"),
     # experiment
     Mutant(
         "experiment/streams.py", "zlib.crc32(purpose.encode())", "0", "all purposes share one stream", "learning replay"
@@ -771,6 +832,7 @@ MUTANTS = [
         "sweep",
     ),
     Mutant("sweep/package.py", "followlinks=True", "followlinks=False", "strategies do not count", "cluster"),
+    Mutant("sweep/plan.py", "if count > MAX_RUNS:", "if False:", "a grid may mean any number of runs", "bad_input"),
     # cli
     Mutant("cli.py", "status = EXIT_FAILED_RUNS", "status = 0", "a failed run ends in exit status 0", "records cli"),
     Mutant("cli.py", " = 1, 2", " = 1, 1", "bad input ends in exit status 1", "cli"),

@@ -38,6 +38,23 @@ MUTANTS = [
         "settings",
     ),
     Mutant("config.py", "Field(0.1, gt=0)", "Field(1.0, gt=0)", "default clip is 10 times the paper's", "replay"),
+    Mutant(
+        "guard.py",
+        "    except BaseException as error:\n        raise InputError",
+        "    except Exception as error:\n        raise InputError",
+        "a model that exits ends the command",
+        "guard",
+    ),
+    Mutant(
+        "stopping.py",
+        'Stopped("terminated", TERMINATED)',
+        'Stopped("terminated", INTERRUPTED)',
+        "SIGTERM ends in the exit status of Ctrl-C",
+        "stopping",
+    ),
+    Mutant(
+        "yaml_files.py", "if key in keys:", "if False:", "of a key that stands twice the last counts", "cli bad_input"
+    ),
     # tensors
     Mutant(
         "tensors/contrasts.py",
@@ -219,8 +236,10 @@ MUTANTS = [
     Mutant("tensors/training.py", "model.train()", "model.eval()", "training in evaluation mode", "replay"),
     Mutant("tensors/training.py", "model.eval()", "model.train()", "evaluation in training mode", "replay"),
     Mutant("tensors/training.py", "lr=learning_rate", "lr=1e-3", "learning_rate is ignored", "replay learning"),
-    Mutant("tensors/training.py", "order.split(size)", "order.split(64)", "batch_size is ignored", "replay"),
     Mutant("tensors/training.py", "len(batches[-1]) == 1 and", "False and", "a last batch of one image", "learning"),
+    Mutant(
+        "tensors/training.py", "images.device), batch_size)", "images.device), 64)", "batch_size is ignored", "replay"
+    ),
     Mutant(
         "tensors/training.py",
         "accuracy >= target_accuracy",
@@ -240,8 +259,8 @@ MUTANTS = [
     Mutant("tensors/images.py", "< 0.5)", "< 0.0)", "augmentation never flips", "learning replay"),
     Mutant(
         "tensors/images.py",
-        "(images.to(dtype) / 255 - mean) / std",
-        "images.to(dtype) / 255 - mean",
+        "torch.tensor(statistics.std, dtype",
+        "torch.ones(len(statistics.std), dtype",
         "images are not divided by std",
         "learning",
     ),
@@ -278,6 +297,35 @@ MUTANTS = [
         "query = round(query)",
         "the estimated time ignores oversample",
         "numbers",
+    ),
+    Mutant(
+        "tensors/layout.py",
+        "and _agrees(model, layer, run.inputs[layer], gradients[layer], batch)",
+        "",
+        "gradient rules are not verified",
+        "verification",
+    ),
+    Mutant(
+        "tensors/layout.py",
+        "    _refuse_mixing(subject, batches)\n",
+        "",
+        "models that mix images are accepted",
+        "verification",
+    ),
+    Mutant(
+        "tensors/slow_gradients.py",
+        "return images if len(images) > 1 else torch.cat([images, images])",
+        "return images",
+        "a single image is differentiated alone",
+        "verification",
+    ),
+    Mutant("tensors/mask.py", " and name not in layout.frozen", "", "frozen parameters are masked", "verification"),
+    Mutant(
+        "tensors/training.py",
+        "if len(batches) > 1 and len(batches[-1]) == 1 and size > 1:",
+        "if False:",
+        "a training batch may have one image",
+        "replay learning",
     ),
     # pool
     Mutant(
@@ -346,7 +394,13 @@ MUTANTS = [
         "ties go to the highest position",
         "selection",
     ),
-    Mutant("pool/selection.py", "drift > pool.engine.drift", "drift > 1e9", "engine.drift is ignored", "engine"),
+    Mutant(
+        "pool/selection.py",
+        "Freshness.RESCORED, pool.engine.drift",
+        "Freshness.RESCORED, 1e9",
+        "engine.drift is ignored",
+        "engine",
+    ),
     Mutant(
         "pool/selection.py",
         "pool.embed(mask, options.class_weighting, options.top_classes)",
@@ -363,15 +417,15 @@ MUTANTS = [
     ),
     Mutant(
         "pool/selection.py",
-        "options.damping * torch.eye(len(inner)",
-        "1.0 * torch.eye(len(inner)",
-        "the reported error of top_classes ignores damping",
+        "concatenate(pool.embeddings_at(sample))",
+        "exact",
+        "the reported error of top_classes compares exact values with themselves",
         "engine",
     ),
     Mutant(
         "pool/shard.py",
-        "copy.deepcopy(model).to(self.device).eval()",
-        "copy.deepcopy(model).to(self.device).train()",
+        "copy_model(model).to(self.device).eval()",
+        "copy_model(model).to(self.device).train()",
         "shards embed in training mode",
         "replay selection",
     ),
@@ -383,9 +437,9 @@ MUTANTS = [
         "engine replay",
     ),
     Mutant(
-        "pool/shard.py",
-        "return self.precision.scores or self._dtype()",
-        "return self._dtype()",
+        "pool/pool.py",
+        "return self.engine.precision.scores or next",
+        "return next",
         "engine.scores is ignored",
         "replay engine",
     ),
@@ -417,6 +471,20 @@ MUTANTS = [
         "0.0",
         "the largest process is always the coordinator",
         "engine loop",
+    ),
+    Mutant(
+        "pool/selection.py",
+        "hopeless and criterion.use_float64()",
+        "False",
+        "scores that float32 cannot hold stay in float32",
+        "precision",
+    ),
+    Mutant(
+        "pool/selection.py",
+        "objective.error(kept) > pool.engine.drift or",
+        "",
+        "pruning lets its error grow",
+        "precision",
     ),
     # strategies
     Mutant(
@@ -545,6 +613,7 @@ MUTANTS = [
     ),
     Mutant("data/parquet.py", "transpose(2, 0, 1)", "transpose(2, 1, 0)", "color images are turned", "replay data"),
     Mutant("data/torchvision_sets.py", "(0.2860,), (0.3530,)", "(0.1307,), (0.3081,)", "statistics of MNIST", "replay"),
+    Mutant("data/parquet.py", "ImageOps.exif_transpose(opened)", "opened", "the EXIF orientation is ignored", "data"),
     # experiment
     Mutant(
         "experiment/streams.py", "zlib.crc32(purpose.encode())", "0", "all purposes share one stream", "learning replay"
@@ -710,7 +779,7 @@ MUTANTS = [
         "copy.deepcopy(config.base)",
         "config.base",
         "a run's settings leak into the next",
-        "plan",
+        "settings",
     ),
     Mutant("sweep/plan.py", 'key != "seed"', 'key == "seed"', "the seed varies fastest", "plan"),
     Mutant(
@@ -764,9 +833,10 @@ MUTANTS = [
         "sweep",
     ),
     Mutant("sweep/package.py", "followlinks=True", "followlinks=False", "strategies do not count", "cluster"),
+    Mutant("sweep/plan.py", "if count > MAX_RUNS:", "if False:", "a grid may mean any number of runs", "bad_input"),
     # cli
     Mutant("cli.py", "status = EXIT_FAILED_RUNS", "status = 0", "a failed run ends in exit status 0", "records cli"),
-    Mutant("cli.py", "return EXIT_BAD_INPUT", "return 1", "bad input ends in exit status 1", "cli"),
+    Mutant("cli.py", " = 1, 2", " = 1, 1", "bad input ends in exit status 1", "cli"),
     Mutant(
         "cli.py",
         "_show(arguments.folder, arguments.metric, console)",

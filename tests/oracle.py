@@ -30,22 +30,20 @@ def stream(seed: int, purpose: str, round_index: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(seed, purpose, round_index))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Query strategies
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Scores:
     """The predictions p [n, C] of all images and their scores d log p_c / d theta [n, C, P], by autograd one by one."""
 
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
-        model = model.requires_grad_(True)
         parameters = dict(model.named_parameters())
         self.layer_of = [name.rpartition(".")[0] for name, p in parameters.items() for _ in range(p.numel())]
         self.head = self.layer_of[-1]
         predictions, scores = [], []
         for image in inputs:
-            log_p = model(image[None])[0].log_softmax(-1)
+            # Twice, because batch norm may differentiate a single image wrongly in evaluation mode.
+            log_p = model(torch.stack([image, image]))[0].log_softmax(-1)
             rows = [torch.autograd.grad(one, list(parameters.values()), retain_graph=True) for one in log_p]
             scores.append(torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
             predictions.append(log_p.detach().exp())
@@ -168,9 +166,7 @@ def badge_batch(
     return chosen
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The loop
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def kept_images(labels: list[int], rule: dict, seed: int) -> list[int]:
@@ -213,6 +209,15 @@ def crop_and_flip(images: Tensor, draws: torch.Generator) -> Tensor:
     return torch.stack(found)
 
 
+def batches(order: list[int], size: int) -> list[list[int]]:
+    """Return ``order`` in parts of ``size``; a single image that is left over joins the part before it."""
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        last = parts.pop()
+        parts[-1] = parts[-1] + last
+    return parts
+
+
 def train(
     model: nn.Module,
     images: Tensor,
@@ -235,10 +240,7 @@ def train(
     for epoch in range(max_epochs):
         permutation = torch.randperm(len(images), generator=order).tolist()
         correct = 0
-        # A single image at the end of an epoch joins the batch before it.
-        ends = [end for end in range(batch_size, len(images) - 1, batch_size)] + [len(images)]
-        for start, end in zip([0, *ends], ends, strict=False):
-            rows = permutation[start:end]
+        for rows in batches(permutation, batch_size):
             inputs = crop_and_flip(images[rows], augmentation) if augment else images[rows]
             logits = model(standardized(inputs, statistics))
             target = labels[rows]

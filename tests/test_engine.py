@@ -22,7 +22,7 @@ from fishermask.pool.shards import LocalShards
 from fishermask.tensors.embedding import dense, embed, information, information_diagonal, product, quadratic
 from fishermask.tensors.images import normalise
 from fishermask.tensors.layout import inspect
-from fishermask.tensors.mask import fisher_diagonal, global_mask, head_size, mask_size
+from fishermask.tensors.mask import fisher_diagonal, global_mask, head_size, last_layer_mask, mask_size
 from fishermask.tensors.memory import (
     CHUNKS,
     GAPS,
@@ -291,3 +291,16 @@ def test_what_is_on_a_gpu_does_not_count_as_main_memory():
     assert planned(True, True).main == apart.main < together.main
     assert planned(False, True).main == apart.main
     assert planned(False, True).shard_main < apart.shard_main
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_the_last_images_of_a_pool_are_embedded_as_they_are_among_others(left):
+    """Kernels for few images round otherwise, and a pool's last chunk may have few."""
+    model, images = cases.models.build("mlp", {}, (1, 8, 8), 4, seed=0), pixels(128 + left)
+    found = []
+    for shift in (0, left):
+        pool = pool_with(Engine(), images.roll(shift, 0), model, [50], 1)
+        pool.embed(last_layer_mask(pool.layout()))
+        last = torch.arange(left) + (128 if shift == 0 else 0)
+        found.append(torch.cat([dense(e) for e in pool.embeddings_at(last)]))
+    assert torch.equal(*found)

@@ -114,7 +114,9 @@ def prepare(config: ExperimentConfig) -> Setup:
     statistics = _pool_statistics(*pool) if own or data.published is None else data.published
     setup = Setup(config, data, drawn[: config.budget.initial].sort().values, statistics, strategy)
     _check_size(config.model, data)
-    model, images = setup.model(0).eval().requires_grad_(False), setup.example(2)
+    images = setup.example(2)
+    with guarded("model.name", f"{config.model.name} cannot be prepared for queries"):
+        model = setup.model(0).eval().requires_grad_(False)
     models.check_logits(model, images, config.model.name)
     try:
         with guarded("strategy.name", f"{strategy.file} cannot work with the model {config.model.name}"):

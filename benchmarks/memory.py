@@ -115,7 +115,7 @@ def query(case: Case, results: Any) -> None:
     statistics = Statistics((0.5,) * channels, (0.25,) * channels)
     with torch.no_grad():  # let batch norm see data once
         model.train()(normalise(images[:64], statistics))
-    model.eval().requires_grad_(False)
+    model.eval()
     strategy = strategies.load(StrategyConfig(name=case.strategy, params=case.params))
     example, precision = normalise(images[:2], statistics), Precision(storage=case.storage)
     work = strategy.check(model, example)

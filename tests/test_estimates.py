@@ -33,7 +33,7 @@ def pixels(count, side=32):
 
 
 def network(name="small_cnn", classes=10, side=32, **params):
-    return models.build(name, params, (3, side, side), classes, seed=0).eval().requires_grad_(False)
+    return models.build(name, params, (3, side, side), classes, seed=0).eval()
 
 
 def setting(model, images, body_size=200, **options):

@@ -109,7 +109,7 @@ def test_no_file_of_the_package_reads_in_a_way_that_can_run_code():
         if (calls := unsafe_calls(path.read_text()))
     }
     assert found == {"pool/packing.py": ["pickle.loads"]}  # messages between a run and its own shards
-    from fishermask.results.files import StrictLoader
+    from fishermask.yaml_files import StrictLoader
 
     assert issubclass(StrictLoader, yaml.SafeLoader)
 

@@ -118,11 +118,16 @@ def prepare(config: ExperimentConfig) -> Setup:
     statistics = _pool_statistics(*pool) if own or data.published is None else data.published
     setup = Setup(config, data, drawn[: config.budget.initial].sort().values, statistics, strategy)
     _check_size(config.model, data)
-    # Looking at a model takes as long as some training steps, and does not depend on the seed: once a model is enough.
+    images = setup.example(sum(SIZES))
+    with guarded("model.name", f"{config.model.name} cannot be prepared for queries"):
+        setup.model(0).eval().requires_grad_(False)
+        model = setup.model(0).eval()
+    models.check_logits(model, images, config.model.name)
+    # Verifying a model takes as long as some training steps, and does not depend on the seed: once is enough.
     strategy_alone = config.strategy.model_copy(update={"label": None})
     key = config.model, strategy_alone, config.data, data.image_shape, len(data.classes)
     if key not in _work:
-        _work[key] = _checked_work(setup)
+        _work[key] = _checked_work(setup, model, images)
     return replace(setup, work=_work[key])
 
 
@@ -130,18 +135,15 @@ _work: dict[tuple[Any, ...], Workload | Prediction | None] = {}
 """What a query computes, by all that it depends on."""
 
 
-def _checked_work(setup: Setup) -> Workload | Prediction | None:
-    """What a query of ``setup`` computes.
+def _checked_work(setup: Setup, model: nn.Module, images: torch.Tensor) -> Workload | Prediction | None:
+    """What a query of ``setup`` computes with ``model``, which takes ``images``.
 
     Raises:
-        InputError: the model does not work on the pool's images, or the strategy does not go with it.
+        InputError: the strategy does not go with the model.
     """
-    name = setup.config.model.name
-    with guarded("model.name", f"{name} cannot be prepared for queries"):
-        model, images = setup.model(0).eval(), setup.example(sum(SIZES))
-    models.check_logits(model, images, name)
+    problem = f"{setup.strategy.file} cannot work with the model {setup.config.model.name}"
     try:
-        with guarded("strategy.name", f"{setup.strategy.file} cannot work with the model {name}"):
+        with guarded("strategy.name", problem):
             return setup.strategy.check(model, images)
     except InputError as error:
         message = str(error)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fishermask.pool.shards import Shards
 from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import Embedding
+from fishermask.tensors.kernels import return_memory
 from fishermask.tensors.layout import SIZES, Layout, inspect
 from fishermask.tensors.mask import Mask
 from fishermask.tensors.memory import CHUNKS, DIAGONAL_BATCH
@@ -130,7 +131,9 @@ class Pool:
     def layout(self) -> Layout:
         """How the model's parameters are differentiated."""
         some = torch.linspace(0, self.size - 1, INSPECTED).long().unique()
-        return inspect(self.model, torch.cat(self.shards.call("inputs_at", some)))
+        layout = inspect(self.model, torch.cat(self.shards.call("inputs_at", some)))
+        return_memory()
+        return layout
 
     def sample(self, count: int) -> Tensor:
         """Positions of ``count`` images of the whole pool, or of all it has, drawn at random, ascending."""

@@ -13,7 +13,7 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,8 @@ class _Batch:
     """[C]"""
     logits: Tensor
     """[n, C]"""
-    gradients: Mapping[str, Tensor]
-    """Parameter name -> gradient of ``weights . logits[row]``."""
+    gradients: dict[str, Tensor]
+    """Parameter name -> gradient of ``weights . logits[row]``; those that a rule is found to give are dropped."""
 
     scales: Mapping[str, float]
     """Parameter name -> the largest entry of its gradient, or what is next to nothing beside the largest of all."""
@@ -88,19 +88,18 @@ def inspect(model: nn.Module, images: Tensor) -> Layout:
             f"model: all parameters of {type(model).__name__} are frozen; set requires_grad on those that are trained"
         )
     _refuse_batch_statistics(model)
-    subject, observed = _observe(model, _different(images), trained)
-    batches = [batch for batch, _, _ in observed]
+    subject, seen = _examine(model, _different(images), trained)
+    batches = [examined.batch for examined in seen]
     _refuse_mixing(subject, batches)
     clear_caches(subject)
 
     frozen = tuple(name for name, _ in subject.named_parameters() if name not in trained)
-    subject.requires_grad_(False)
-    (_, layers, head), (_, others, other_head) = observed
-    layers = _agreeing(subject, batches, [name for name in layers if name in others])
+    layers = [layer for layer in seen[0].layers if layer in seen[1].layers]
     leaves = {layer: _parameters(subject, layer) for layer in layers}
     layers = [layer for layer in layers if any(name in trained for name in leaves[layer])]
     slow = tuple(name for name in trained if name not in {name for layer in layers for name in leaves[layer]})
-    if head != other_head or head not in layers or any(name in frozen for name in leaves[head]):
+    head = seen[0].head
+    if head != seen[1].head or head not in layers or any(name in frozen for name in leaves[head]):
         head = None  # a last layer that is partly frozen is a layer as any other: its columns are not all there
     return Layout(
         head, tuple(layer for layer in layers if layer != head), slow, frozen, _can_vectorize(subject, batches, slow)
@@ -127,27 +126,46 @@ def _parameters(model: nn.Module, layer: str) -> list[str]:
     return [f"{layer}.{leaf}".lstrip(".") for leaf, _ in model.get_submodule(layer).named_parameters(recurse=False)]
 
 
-def _observe(
-    model: nn.Module, images: Tensor, trained: Sequence[str]
-) -> tuple[nn.Module, list[tuple[_Batch, list[str], str | None]]]:
-    """A copy of ``model``, in float64 where it can compute in that, and what ``_observe_batch`` says of each batch.
+class _Examined(NamedTuple):
+    """What one batch shows of a model."""
+
+    batch: _Batch
+    layers: list[str]
+    """Layers whose rule gives the gradients of plain autograd."""
+    head: str | None
+    """The linear layer whose output is the logits."""
+
+
+def _examine(model: nn.Module, images: Tensor, trained: Sequence[str]) -> tuple[nn.Module, list[_Examined]]:
+    """A copy of ``model``, in float64 where it can compute in that, and what each batch of ``SIZES`` shows of it.
 
     A copy, because forward passes leave their marks on a model.
     """
 
-    def observe(subject: nn.Module, images: Tensor) -> tuple[nn.Module, list[tuple[_Batch, list[str], str | None]]]:
+    def examine(subject: nn.Module, images: Tensor) -> tuple[nn.Module, list[_Examined]]:
         parts = zip(images.split(SIZES), (0, SIZES[1] // 2), strict=True)
-        return subject, [_observe_batch(subject, part, row, trained) for part, row in parts]
+        return subject, [_examine_batch(subject, part, row, trained) for part, row in parts]
 
     if images.dtype != torch.float64:
         try:
-            return observe(copy_model(model).eval().double(), images.double())
+            return examine(copy_model(model).eval().double(), images.double())
         except InputError:
             raise
         except Exception as error:
             # Some models, and some devices, compute in one type only. Rounding then hides small mistakes.
             logger.debug("model: cannot be verified in float64: %s", error)
-    return observe(copy_model(model).eval(), images)
+    return examine(copy_model(model).eval(), images)
+
+
+def _examine_batch(model: nn.Module, images: Tensor, row: int, trained: Sequence[str]) -> _Examined:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    batch, candidates, head = _observe_batch(model, images, row, trained)
+    model.requires_grad_(False)
+    layers = _agreeing(model, batch, candidates)
+    for name in {name for layer in layers for name in _parameters(model, layer)}:
+        batch.gradients.pop(name, None)  # of a large model they take much memory
+    return _Examined(batch, layers, head)
 
 
 def _observe_batch(
@@ -243,24 +261,21 @@ def _refuse_mixing(model: nn.Module, batches: Sequence[_Batch]) -> None:
     )
 
 
-def _agreeing(model: nn.Module, batches: Sequence[_Batch], layers: Sequence[str]) -> list[str]:
+def _agreeing(model: nn.Module, batch: _Batch, layers: Sequence[str]) -> list[str]:
     """Those of ``layers`` whose rule gives the gradients of plain autograd, for one image and none for the others."""
-    right = list(layers)
-    for batch in batches:
-        try:
-            run = forward(model, batch.images, None, right)
-            (gradients,) = output_gradients(run, batch.cotangents())
-        except Exception:
-            # Under gradient checkpointing, for one, a layer's output cannot be differentiated by: no rule applies.
-            return []
-        if not _close(run.logits.detach(), batch.logits):
-            return []
-        right = [
-            layer
-            for layer in right
-            if layer not in run.irregular and _agrees(model, layer, run.inputs[layer], gradients[layer], batch)
-        ]
-    return right
+    try:
+        run = forward(model, batch.images, None, layers)
+        (gradients,) = output_gradients(run, batch.cotangents())
+    except Exception:
+        # Under gradient checkpointing, for one, a layer's output cannot be differentiated by: no rule applies.
+        return []
+    if not _close(run.logits.detach(), batch.logits):
+        return []
+    return [
+        layer
+        for layer in layers
+        if layer not in run.irregular and _agrees(model, layer, run.inputs[layer], gradients[layer], batch)
+    ]
 
 
 def _agrees(model: nn.Module, layer: str, given: Tensor, gradient: Tensor, batch: _Batch) -> bool:
@@ -269,11 +284,12 @@ def _agrees(model: nn.Module, layer: str, given: Tensor, gradient: Tensor, batch
             continue  # nothing of what is asked for this image reaches another's
         rows = sample_gradients(model.get_submodule(layer), given[i : i + 1], gradient[i : i + 1])
         for name in _parameters(model, layer):
-            expected = batch.gradients.get(name)
-            if expected is None:
+            if name not in batch.gradients:
                 continue  # it is frozen
-            found = rows[name.rpartition(".")[2]].view_as(expected)
-            if not _close(found, expected if i == batch.row else torch.zeros_like(expected), batch.scales[name]):
+            difference = rows[name.rpartition(".")[2]]
+            if i == batch.row:
+                difference = difference.sub_(batch.gradients[name].reshape(difference.shape))
+            if _largest(difference) > TOLERANCE.get(difference.dtype, 0.05) * batch.scales[name]:
                 return False
     return True
 
@@ -292,8 +308,8 @@ def _can_vectorize(model: nn.Module, batches: Sequence[_Batch], slow: Sequence[s
         for _, part, gradients in slow_gradients(model, images, slow, cotangents, vectorized, chunk=1):
             batch = batches[part.start]
             for name, found in gradients.items():
-                expected = batch.gradients[name]
-                if not _close(found.view_as(expected), expected, batch.scales[name]):
+                expected = batch.gradients.get(name)  # none if a rule gave it for this batch, though not for the other
+                if expected is not None and not _close(found.reshape(expected.shape), expected, batch.scales[name]):
                     return name
         return None
 

@@ -20,8 +20,9 @@ from fishermask.tensors import contrasts
 from fishermask.tensors.approximation import sample_size
 from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import embed
-from fishermask.tensors.layout import Layout
+from fishermask.tensors.layout import Layout, inspect
 from fishermask.tensors.mask import Mask, body_parameters, fisher_diagonal, random_mask
+from fishermask.tensors.slow_gradients import copy_model
 
 CHUNKS = (128, 64, 32, 16)
 """Images differentiated at once. From 16 on, and in multiples of it, an image's numbers do not depend on the chunk."""
@@ -113,6 +114,14 @@ def chunk_bytes(model: nn.Module, image: Tensor, mask: Mask, **options: Any) -> 
 def diagonal_bytes(model: nn.Module, image: Tensor, layout: Layout) -> tuple[float, float]:
     """Bytes for each image of a batch while its Fisher diagonal is computed, and bytes whatever their number."""
     return _batch_bytes(lambda images: fisher_diagonal(model, images, layout), image)
+
+
+def _verification_bytes(model: nn.Module, image: Tensor, layout: Layout) -> int:
+    """Bytes while the layout of a trained model is found and verified."""
+    trained = copy_model(model)
+    for name, parameter in trained.named_parameters():
+        parameter.requires_grad_(name not in layout.frozen)
+    return live_peak(lambda: inspect(trained, image))
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -249,6 +258,8 @@ class Probe:
     """
 
     def __init__(self, model: nn.Module, image: Tensor, work: Workload, mask: Mask | None = None) -> None:
+        self.verification = _verification_bytes(model, image, work.layout)
+        model = copy_model(model).requires_grad_(False)  # as shards hold it
         if mask is None:
             body = body_parameters(model, work.layout)
             mask = random_mask(body, work.layout, work.body_size, torch.Generator().manual_seed(0))
@@ -356,7 +367,7 @@ def estimate(
         **model,
         "embeddings": everything + (chosen if leads else 0),
         "scores": shards * images * scored,
-        "k x k matrices": told + (2 * matrix if leads else 0),
+        "k x k matrices": told + ((4 if work.oversample > 1 else 2) * matrix if leads else 0),
     }
     moments: dict[str, dict[str, float]] = {
         # The sum so far and a batch's while the next is computed.
@@ -373,6 +384,7 @@ def estimate(
         # Mean, all of them in a row, sorted, their order, and what sorting takes; or a random order.
         sorting = RANKING if work.ranked else 16
         moments["orders the parameters"] = {**model, "parameters": sorting * probe.parameters}
+        moments["verifies the gradients"] = {**model, "gradients": probe.verification}
     if leads and work.approximate:
         moments["measures the approximation"] = {**selecting, "products": _comparison(probe)}
     if work.trace:
@@ -380,6 +392,9 @@ def estimate(
         moments["sums the information"] = {**model, "embeddings": everything, **sums_here}
         if leads:  # M, its factor, its inverse R, F, R F and H = R F R
             moments["inverts the information"] = {**model, "embeddings": everything, "k x k matrices": 6 * matrix}
+            if work.oversample > 1:  # M and F are kept, and R and H, while the same are computed of the images left
+                pruned = 8 * picks * (3 * numbers + work.kept * (work.body_size + 2 * work.kept))
+                moments["prunes the batch"] = {**model, "k x k matrices": 10 * matrix, "products": pruned}
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     return _with_libraries(moments[worst], worst, chunk)
 

@@ -78,7 +78,8 @@ class Copies:
         return len(self.images)
 
     def __getitem__(self, selection: slice | torch.Tensor) -> torch.Tensor:
-        return self.images[selection].clone()
+        found = self.images[selection]
+        return found.clone() if isinstance(selection, slice) else found
 
     def narrow(self, dim: int, start: int, length: int) -> "Copies":
         return Copies(self.images.narrow(dim, start, length))

@@ -237,6 +237,7 @@ MUTANTS = [
     Mutant("tensors/training.py", "model.train()", "model.eval()", "training in evaluation mode", "replay"),
     Mutant("tensors/training.py", "model.eval()", "model.train()", "evaluation in training mode", "replay"),
     Mutant("tensors/training.py", "lr=learning_rate", "lr=1e-3", "learning_rate is ignored", "replay learning"),
+    Mutant("tensors/training.py", "len(batches[-1]) == 1 and", "False and", "a last batch of one image", "learning"),
     Mutant(
         "tensors/training.py", "images.device), batch_size)", "images.device), 64)", "batch_size is ignored", "replay"
     ),

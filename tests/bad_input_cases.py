@@ -148,6 +148,7 @@ for strategy, params in {
         name = text.split(":")[0]
         argument = f"strategy={{name: {strategy}, params: {{{text}}}}}"
         case(f"{strategy}: {text}", dry(argument), f"strategy.params.{name}")
+case("a model that no memory holds", dry("model.params.width=900000000"), "model.params", "GB of memory are free")
 case("strategy.params=5", dry("strategy={name: margin, params: 5}"), "strategy.params")
 case("strategy.params=[1]", dry("strategy={name: margin, params: [1]}"), "strategy.params")
 case("model.params=text", dry("model={name: mlp, params: wide}"), "model.params")
@@ -391,6 +392,9 @@ FACTORIES = {
     "eval raises": "m = Net(num_classes); m.eval = lambda: throw(ValueError('boom')); return m",
     "eval returns nothing": "m = Net(num_classes); m.eval = lambda: None; return m",
     "parameters raises": "m = Net(num_classes); m.named_parameters = lambda *a, **k: throw(ValueError('boom')); return m",
+    "has sparse logits": "return Net(num_classes, lambda x: x.to_sparse())",
+    "has nested logits": "return Net(num_classes, lambda x: torch.nested.nested_tensor(list(x)))",
+    "requires_grad_ raises": "m = Net(num_classes); m.requires_grad_ = lambda *_: throw(ValueError('boom')); return m",
     "has no __init__": "m = Net.__new__(Net); return m",
 }  # fmt: skip
 SIGNATURES = {"takes nothing": "()", "takes other keywords": "(classes)", "takes too much": "(num_classes, depth)"}
@@ -405,8 +409,10 @@ MODULES = {
     "has no factory": b"x = 1\n",
     "has a factory that cannot be called": b"make = 5\n",
 }
+SAID = {"has meta logits": "on the device of its images"}
 for number, name in enumerate(FACTORIES):
-    case(f"a model {name}", dry(f"model=their_models:f{number}"), "model.name", f"their_models:f{number}")
+    words = ("model.name", f"their_models:f{number}", SAID.get(name, ""))
+    case(f"a model {name}", dry(f"model=their_models:f{number}"), *words)
 for name in SIGNATURES:
     case(f"a factory {name}", dry(f"model=their_models:g_{name.replace(' ', '_')}"), "model.name")
 for number, name in enumerate(MODULES):
@@ -569,7 +575,7 @@ DATA_FILES = {
     "has an image of another size": (images_of(GOOD, png(GREY[:20])), "data.image_size", "row 1"),
     "has an image of 32-bit numbers": (images_of(GOOD, image_as("I", "TIFF")), "data.train", "row 1"),
     "has an image of floating-point numbers": (images_of(GOOD, image_as("F", "TIFF")), "data.train", "row 1"),
-    "has a PostScript program": (images_of(GOOD, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"), "data.train", "row 1"),
+    "has a PostScript program": (images_of(GOOD, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"), "row 1", "UnidentifiedImageError"),
     "has an SVG": (images_of(GOOD, b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "data.train", "row 1"),
     "has a TIFF without pixels": (images_of(GOOD, b"II*\0\x08\0\0\0\0\0\0\0\0\0"), "data.train", "row 1"),
     "has images too small for the model": (images_of(png(GREY[:4, :4]), png(GREY[:4, :4])), "model"),

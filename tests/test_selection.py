@@ -249,7 +249,7 @@ def test_a_strategy_that_returns_too_few_or_equal_or_labelled_positions_is_an_er
 
 @pytest.mark.parametrize("batch", [[1, 2, 3], torch.tensor([1.2, 2.0, 3.0]), torch.tensor([[1, 2, 3]])])
 def test_a_strategy_that_returns_no_row_of_whole_numbers_is_an_error(batch):
-    with pytest.raises(RuntimeError, match="1-d integer tensor was due"):
+    with pytest.raises(RuntimeError, match="expected a 1-D integer tensor"):
         checked(batch, torch.tensor([1, 2, 3]), 3)
 
 

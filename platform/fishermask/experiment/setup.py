@@ -137,7 +137,8 @@ def _checked_work(setup: Setup) -> Workload | Prediction | None:
         InputError: the model does not work on the pool's images, or the strategy does not go with it.
     """
     name = setup.config.model.name
-    model, images = setup.model(0).eval(), setup.example(sum(SIZES))
+    with guarded("model.name", f"{name} cannot be prepared for queries"):
+        model, images = setup.model(0).eval(), setup.example(sum(SIZES))
     models.check_logits(model, images, name)
     try:
         with guarded("strategy.name", f"{setup.strategy.file} cannot work with the model {name}"):

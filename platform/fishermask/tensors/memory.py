@@ -32,8 +32,9 @@ SLACK = 0.1
 """... and what the allocator cannot give back in time, as a share of all. Both as benchmarks/memory.py finds them."""
 PREDICTED = 128
 """Images predicted at once: a fixed number, as numbers may round with it; of more, activations leave the cache."""
-GAPS = 1.35
-"""How many times what is alive the heap of a thread holds while batch after batch goes through a model."""
+CHUNK_GAPS, GAPS = 1.2, 1.35
+"""How many times what is alive the heap of a thread holds while chunks are embedded; while batches are predicted, or
+differentiated by all parameters."""
 RANKING = 48
 """Bytes for each parameter while all are put in order."""
 DIAGONAL_BATCH = 32
@@ -265,11 +266,10 @@ class Probe:
         if work.ranked:
             few = several[: min(ALIGNMENT, self.diagonal_batch)]
             self.diagonal_seconds = _seconds(lambda: fisher_diagonal(model, few, work.layout)) / len(few)
-        self.exact, self.exact_seconds = 0.0, 0.0
-        if work.approximate:
-            exact: dict[str, Any] = {"weighting": work.weighting}
-            self.exact = chunk_bytes(model, image, mask, **exact)
-            self.exact_seconds = _seconds(lambda: embed(model, several, mask, **exact)) / ALIGNMENT
+        # With all classes: more rows, and as many more backward passes where there is a body. Trying it may take long.
+        more = work.exact_rows - work.rows if work.body_size else 0
+        self.exact = self.chunk + more * (work.body_size + 2 * work.num_classes) * image.element_size()
+        self.exact_seconds = self.embed_seconds * (1 + more / work.rows)
 
 
 class PredictionProbe:
@@ -339,7 +339,7 @@ def estimate(
     block, part = min(block, images), min(part, images)
     together = min(chunk, part)
     # While a part is embedded: the block's images as bytes, a chunk as floats, its embeddings and those of the part.
-    embedding = together * (GAPS * probe.chunk + base * probe.image_numbers) + (part + together) * base * numbers
+    embedding = together * (CHUNK_GAPS * probe.chunk + base * probe.image_numbers) + (part + together) * base * numbers
     embedding += block * probe.image_numbers
     # While a part is scored: itself in the scores' type, and the largest structured products, or differences.
     products = part * (2 * (work.num_classes - 1) * work.width + 3 * work.rows * work.body_size)
@@ -360,7 +360,12 @@ def estimate(
     }
     moments: dict[str, dict[str, float]] = {
         # The sum so far and a batch's while the next is computed.
-        "ranks the parameters": {**model, "gradients": batch, "parameters": 16 * probe.parameters if leads else 0},
+        "ranks the parameters": {
+            **model,
+            "gradients": batch,
+            "parameters": 16 * probe.parameters if leads else 0,
+            "images": 2 * work.ranked * probe.image_numbers if leads else 0,  # of each shard, then of all together
+        },
         "embeds the pool": {**model, "embeddings": everything, "gradients": shards * embedding},
         "scores the pool": {**selecting, "products": shards * scoring},
     }

@@ -148,6 +148,16 @@ def _foreign(name: str, params: dict[str, Any], image_shape: tuple[int, int, int
             raise InputError(f"model.name: {name} has no parameters; give a model that can be trained")
         if not any(parameter.requires_grad and parameter.numel() for parameter in made.parameters()):
             raise InputError(f"model.name: all parameters of {name} are frozen; set requires_grad of some of them")
+        _check_kind(logits, name, num_classes)
+    return made
+
+
+_made: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that factories returned. One that is returned again would begin a round with trained weights."""
+
+
+def _check_kind(logits: object, name: str, num_classes: int) -> None:
+    """Raise ``InputError`` unless ``logits`` are two rows of floating-point numbers on the CPU."""
     if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
         got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"model.name: {name} must return logits, {num_classes} for each image; it returns {got}")
@@ -155,11 +165,6 @@ def _foreign(name: str, params: dict[str, Any], image_shape: tuple[int, int, int
         raise InputError(f"model.name: {name} must return logits as floating-point numbers; it returns {logits.dtype}")
     if _elsewhere(logits):
         raise InputError(f"model.name: {name} must return logits on the device of its images; it uses {logits.device}")
-    return made
-
-
-_made: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models that factories returned. One that is returned again would begin a round with trained weights."""
 
 
 def _elsewhere(value: object) -> bool:

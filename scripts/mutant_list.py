@@ -485,7 +485,7 @@ MUTANTS = [
         "objective.error(kept) > pool.engine.drift or",
         "",
         "pruning lets its error grow",
-        "precision",
+        "parameters precision",
     ),
     # strategies
     Mutant(

@@ -131,8 +131,9 @@ MUTANTS = [
         "tensors/layout.py",
         "holders[id(p)] == 1",
         "holders[id(p)] >= 1",
-        "tied weights take the fast way",
-        "fisher",
+        "tied weights are tried the fast way",
+        "fisher verification",
+        "the verification against autograd finds that their gradients are wrong and takes the slow way all the same",
     ),
     Mutant(
         "tensors/mask.py",
@@ -484,7 +485,7 @@ MUTANTS = [
         "objective.error(kept) > pool.engine.drift or",
         "",
         "pruning lets its error grow",
-        "precision",
+        "parameters precision",
     ),
     # strategies
     Mutant(

@@ -190,16 +190,22 @@ def run(root: Path, mutants: Sequence[Mutant], chosen: list[int], store: Path, w
         return results
     with copied_tree(root) as tree:
         require_copy(tree)
+        broken: dict[str, str] = {}
         for i in todo:
-            for name in mutants[i].tests.split():
-                if baseline_key(tree, name) not in results:
+            names = mutants[i].tests.split()
+            for name in names:
+                if baseline_key(tree, name) not in results and name not in broken:
                     status, line = run_tests(tree, [f"tests/test_{name}.py"])
-                    if status != PASSED:
-                        raise RuntimeError(f"tests/test_{name}.py does not pass without a mutant: {line}")
-                    keep(baseline_key(tree, name), "passed")
-            result = run_mutant(tree, mutants[i], whole_suite)
-            keep(key(tree, mutants[i]), result)  # of the copy: the working tree may have changed meanwhile
-            print(row(i, mutants[i], result), flush=True)
+                    if status == PASSED:
+                        keep(baseline_key(tree, name), "passed")
+                    else:
+                        broken[name] = f"tests/test_{name}.py does not pass without a mutant: {line}"
+            if not broken.keys() & set(names):
+                result = run_mutant(tree, mutants[i], whole_suite)
+                keep(key(tree, mutants[i]), result)  # of the copy: the working tree may have changed meanwhile
+                print(row(i, mutants[i], result), flush=True)
+        if broken:
+            raise RuntimeError("\n".join(broken.values()))
     return results
 
 

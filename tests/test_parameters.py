@@ -13,7 +13,7 @@ from torch import nn
 
 from fishermask import strategies
 from fishermask.config import StrategyConfig
-from fishermask.pool.pool import Pool
+from fishermask.pool.pool import Engine, Pool
 from fishermask.pool.shards import LocalShards
 from fishermask.strategies import fisher_mask
 from fishermask.tensors.distances import BadgeScorer
@@ -53,7 +53,7 @@ def scores() -> oracle.Scores:
     return oracle.Scores(network(), inputs())
 
 
-def pool(strategy_seed=STRATEGY_SEED, sample_seed=SAMPLE_SEED, labeled=LABELED) -> Pool:
+def pool(strategy_seed=STRATEGY_SEED, sample_seed=SAMPLE_SEED, labeled=LABELED, engine=None) -> Pool:
     return Pool(
         LocalShards(images(), Statistics((0.5,), (0.25,)), 2),
         SIZE,
@@ -62,6 +62,7 @@ def pool(strategy_seed=STRATEGY_SEED, sample_seed=SAMPLE_SEED, labeled=LABELED) 
         network(),
         torch.Generator().manual_seed(strategy_seed),
         torch.Generator().manual_seed(sample_seed),
+        engine=engine,
     )
 
 
@@ -209,6 +210,17 @@ def test_the_objective_counts_the_images_that_are_labeled(name):
     params, body = ({}, []) if name == "bait" else (BASE, expected_mask(BASE))
     for labeled in ([7], [0, 1, 2, 5, 6, 8, 9, 30, 31]):
         assert queried(name, params, labeled=labeled) == expected(params, body, labeled)
+
+
+def test_images_are_taken_back_by_an_objective_that_is_computed_again_when_its_error_exceeds_drift():
+    params = BASE | {"damping": 0.001, "oversample": 2.0}
+    counts = []
+    for drift in (0.0, 1e9):
+        own = pool(engine=Engine(drift=drift))
+        batch = strategies.load(StrategyConfig(name="fisher_mask", params=params)).query(own, BUDGET).tolist()
+        assert batch == expected(params, expected_mask(params))
+        counts.append(own.notes.get("times the objective was computed anew", 0))
+    assert counts == [BUDGET - 1, 0]  # six images are taken back, and the last one's objective is always exact
 
 
 def test_every_parameter_is_varied_here():

@@ -117,7 +117,8 @@ class Recurrent(nn.Module):
 def _transposed_norm():
     """Batch norm whose gradient arrives transposed: wrong for one image, in this PyTorch."""
     return nn.Sequential(
-        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(2), _Transpose(), nn.LazyLinear(3), nn.Tanh()),
+        # No linear layer after the transpose: its gradient would be contiguous, and right.
+        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(2), _Transpose(), nn.Tanh()),
         *(nn.Flatten(), nn.LazyLinear(5), nn.Tanh(), nn.Linear(5, 3)),
     )
 

@@ -53,27 +53,37 @@ def test_sigterm_ends_a_command_with_one_line_and_status_143(tmp_path, command):
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 
-# A command that hears no signal, as in a call of Ray that waits for what is gone; a child plays Ray's process.
-DEAF = """
+# A command whose cluster has two processes, played by its children. If it is deaf, it hears no signal, as in a call of
+# Ray that waits for what is gone.
+CLUSTER = """
 import signal, subprocess, sys, time
-from fishermask.stopping import stoppable
+from fishermask.stopping import cause, stoppable
 from fishermask.sweep import cluster
-cluster.REACTION_SECONDS = 0.5
-children = [subprocess.Popen([path, "60"]) for path in sys.argv[1:]]
-with stoppable():
-    watch = cluster._Watch()
-    time.sleep(2)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    print(*[child.pid for child in children], flush=True)
-    time.sleep(60)
+cluster.REACTION_SECONDS = 3
+children = [subprocess.Popen([path, "60"]) for path in sys.argv[2:]]
+try:
+    with stoppable():
+        watch = cluster._Watch()
+        try:
+            time.sleep(2)
+            if sys.argv[1] == "deaf":
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            print(*[child.pid for child in children], flush=True)
+            time.sleep(60)
+        finally:
+            assert not watch.end()
+except KeyboardInterrupt as interrupt:
+    print(f"fishermask: {cause(interrupt)}; cleaned up", file=sys.stderr)
+    sys.exit(cause(interrupt).status)
 """
 
 
-def test_a_command_that_waits_for_a_lost_cluster_is_ended_all_the_same(tmp_path):
+@pytest.mark.parametrize(("kind", "end"), [("hearing", "cleaned up"), ("deaf", "the same command goes on")])
+def test_a_command_that_lost_its_cluster_ends_with_one_line_and_kills_the_rest(tmp_path, kind, end):
     for name in ("gcs_server", "other"):
         shutil.copy(shutil.which("sleep"), tmp_path / name)
     process = subprocess.Popen(
-        [sys.executable, "-c", DEAF, str(tmp_path / "gcs_server"), str(tmp_path / "other")],
+        [sys.executable, "-c", CLUSTER, kind, str(tmp_path / "gcs_server"), str(tmp_path / "other")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     gcs, other = (psutil.Process(int(pid)) for pid in process.stdout.readline().split())
@@ -81,6 +91,7 @@ def test_a_command_that_waits_for_a_lost_cluster_is_ended_all_the_same(tmp_path)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 1
     assert error.startswith("fishermask: gcs_server, a process of Ray on this machine, has ended")
+    assert error.endswith(f"{end}\n")
     assert error.count("\n") == 1
     assert not psutil.wait_procs([other], timeout=10)[1]
 
@@ -106,6 +117,32 @@ except KeyboardInterrupt as interrupt:
     print(cause(interrupt), file=sys.stderr)
     sys.exit(cause(interrupt).status)
 """
+
+
+REPLACED = """
+import sys, time
+from fishermask.stopping import cause, stoppable
+try:
+    with stoppable():
+        print("working", flush=True)
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+except KeyboardInterrupt as interrupt:
+    print(cause(interrupt), file=sys.stderr)
+    sys.exit(cause(interrupt).status)
+"""
+
+
+def test_the_reason_is_known_where_a_library_raises_an_interrupt_of_its_own():
+    process = subprocess.Popen(
+        [sys.executable, "-c", REPLACED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "working\n"
+    process.terminate()
+    assert process.communicate(timeout=30)[1] == "terminated\n"
+    assert process.returncode == 143
 
 
 def signaled(cleanup, first, second, after):

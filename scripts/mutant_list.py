@@ -833,7 +833,13 @@ MUTANTS = [
         "a run that fails by itself is started again",
         "sweep",
     ),
-    Mutant("sweep/package.py", "followlinks=True", "followlinks=False", "strategies do not count", "cluster"),
+    Mutant(
+        "sweep/package.py",
+        "followlinks=True",
+        "followlinks=False",
+        "nodes with other strategies are accepted",
+        "project",
+    ),
     Mutant("sweep/plan.py", "if count > MAX_RUNS:", "if False:", "a grid may mean any number of runs", "bad_input"),
     # cli
     Mutant("cli.py", "status = EXIT_FAILED_RUNS", "status = 0", "a failed run ends in exit status 0", "records cli"),

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,25 @@ def test_every_dependency_has_a_reason():
         assert f"| {name} " in text or f"| {name}[" in text, name
         assert "<" not in requirement
         assert "==" not in requirement
+
+
+def test_nodes_are_compared_by_every_source_file_strategies_included(tmp_path, monkeypatch):
+    """In a clone the strategies are a link, which a walk through folders leaves out unless it is told otherwise."""
+    import fishermask
+    from fishermask.sweep import package
+
+    folder, linked = tmp_path / "platform/fishermask", tmp_path / "strategies"
+    (folder / "pool").mkdir(parents=True)
+    linked.mkdir()
+    (folder / "strategies").symlink_to("../../strategies")
+    files = [folder / "__init__.py", folder / "pool/pool.py", linked / "margin.py"]
+    for file in files:
+        file.write_text("x = 1\n")
+    monkeypatch.setattr(fishermask, "__spec__", spec_from_file_location("fishermask", files[0]))
+    found = [package.installed()]
+    for file in files:
+        file.write_text("x = 2\n")
+        found.append(package.installed())
+    assert len(set(found)) == 4
+    (folder / "notes.txt").write_text("no source")
+    assert package.installed() == found[-1]

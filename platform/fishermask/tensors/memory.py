@@ -33,9 +33,10 @@ SLACK = 0.1
 """... and what the allocator cannot give back in time, as a share of all. Both as benchmarks/memory.py finds them."""
 PREDICTED = 128
 """Images predicted at once: a fixed number, as numbers may round with it; of more, activations leave the cache."""
-CHUNK_GAPS, GAPS = 1.2, 1.35
-"""How many times what is alive the heap of a thread holds while chunks are embedded; while batches are predicted, or
-differentiated by all parameters."""
+CHUNK_GAPS, GAPS, PREDICTION_GAPS = 1.2, 1.35, 1.75
+"""How many times what is alive the heap of a thread holds while chunks are embedded; while batches are differentiated by
+all parameters; while batches are predicted, which a kernel may bring into another layout. As benchmarks/memory.py finds
+them."""
 RANKING = 48
 """Bytes for each parameter while all are put in order."""
 DIAGONAL_BATCH = 32
@@ -312,7 +313,7 @@ def estimate_prediction(probe: PredictionProbe, images: int, size: int, block: i
     parts = {
         "model": float(shards * probe.model),
         "images": float(shards * read),
-        "activations": shards * GAPS * together * probe.image,
+        "activations": shards * PREDICTION_GAPS * together * probe.image,
         # Probabilities come in pieces, are put together, and those of the candidates taken out of them.
         "probabilities": 3.0 * size * probe.row,
     }

@@ -132,3 +132,10 @@ def test_the_estimated_error_of_the_objective_is_of_the_size_of_the_true_one():
     objective.inverse += 1e-3 * objective.inverse.abs().max() * (wrong + wrong.mT)
     truth = abs(float((objective.inverse * information(kept) / 20).sum()) - exact.value) / exact.value
     assert truth / 30 < objective.error(kept) < 30 * truth
+
+
+@pytest.mark.parametrize(("damping", "oversample"), [(1e-13, 1.0), (1e-15, 1.0), (1e-15, 2.0)])
+def test_a_damping_that_float64_cannot_hold_is_refused(damping, oversample):
+    options = TraceOptions(damping=damping, oversample=oversample, initial_information=False)
+    with pytest.raises(FloatingPointError, match="strategy.params.damping: too small"):
+        minimise(options, torch.float64)

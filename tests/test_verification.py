@@ -1,5 +1,6 @@
 """That models which no rule foresees are differentiated right, or refused: against autograd, image by image."""
 
+import types
 import warnings
 
 import pytest
@@ -20,9 +21,11 @@ from fishermask.tensors.mask import (
     fisher_diagonal,
     global_mask,
     head_size,
+    last_layer_mask,
     mask_size,
     random_mask,
 )
+from fishermask.tensors.slow_gradients import copy_model
 
 
 class Net(nn.Module):
@@ -40,7 +43,10 @@ class Net(nn.Module):
 
 
 def _shift(module, factor):
-    return lambda x: F.linear(x, module.weight, module.bias) * factor + module.weight.mean()
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) * factor + self.weight.mean()
+
+    return types.MethodType(forward, module)
 
 
 def _prune(net):
@@ -179,6 +185,25 @@ MODELS = {
     "batch norm, transposed": _transposed_norm,
     "lazy": lambda: nn.Sequential(nn.LazyConv2d(3, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)),
 }  # fmt: skip
+
+
+def _sorted(net, h):
+    order = (h @ torch.linspace(-1, 1, 8).to(h)).argsort()
+    return net.b(net.a(h[order]).tanh())[order.argsort()].tanh()
+
+
+def _own_tie(net):
+    net.again, net.c = net.a, nn.Linear(8, 6)
+    net.c.weight = net.a.weight
+
+
+MODELS |= {
+    "logits changed in place": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 3), nn.LeakyReLU(0.3, inplace=True)
+    ),
+    "sorted": lambda: Net(forward=_sorted),
+    "tied and under two names": lambda: Net(_own_tie, lambda net, h: net.b(net.again(h).tanh() + net.c(h)).tanh()),
+}
 NO_GRADIENT = {"no_grad", "detached", "all but the head detached", "unneeded", "not called"}
 
 
@@ -196,8 +221,9 @@ def images(count):
 @pytest.mark.parametrize("count", [1, 6])
 @pytest.mark.parametrize("name", MODELS)
 def test_fisher_diagonal_and_embeddings_of_unusual_models_are_those_of_autograd(name, count):
-    net, batch = model(name), images(count)
-    layout = inspect(net, images(7))
+    original, batch = model(name), images(count)
+    layout = inspect(original, images(7))
+    net = copy_model(original)  # as shards use it
     rows = reference.autograd_rows(net, batch)
     body = body_parameters(net, layout)
     outside = torch.ones(rows.shape[2], dtype=torch.bool)
@@ -355,3 +381,56 @@ def test_the_batch_norm_of_this_pytorch_differentiates_a_transposed_image_wrongl
     torch.testing.assert_close(twice, expected)
     if torch.allclose(alone, expected):
         warnings.warn(f"PyTorch {torch.__version__} has mended batch norm: slow_gradients.pair can go", stacklevel=1)
+
+
+def _reads_itself(net):
+    net.decode = lambda h: F.linear(h, net.a.weight.t()[:6])
+
+
+def _hook_over_itself(net):
+    net.b.register_forward_pre_hook(lambda _m, args: (args[0] + net.a.weight.mean(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Net(_reads_itself, lambda net, h: net.b(net.decode(net.a(h)).tanh()).tanh()),
+        lambda: Net(_hook_over_itself),
+    ],
+    ids=["lambda", "hook"],
+)
+def test_functions_that_read_the_original_of_a_copied_model_are_refused(make, dtype):
+    net = make().to(dtype)
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    with pytest.raises(InputError, match="^model: Net holds a function that reads the model it was made for"):
+        inspect(net, images(3).to(dtype))
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_complex_parameters_are_refused_by_name():
+    net = Net(lambda net: net.register_parameter("c", nn.Parameter(torch.randn(6, 5, dtype=torch.cfloat))),
+              lambda net, h: (net.a(h).to(net.c.dtype) @ net.c).abs())  # fmt: skip
+    with pytest.raises(InputError, match="^model: parameter c is complex"):
+        inspect(net, images(3).float())
+
+
+def test_a_last_layer_that_is_called_again_for_some_images_is_an_error_and_no_embedding():
+    class Again(Net):
+        def forward(self, batch):
+            h = self.b(self.a(batch[:, 0].mean(1)).tanh()).tanh()
+            logits = self.head(h)
+            unsure = batch.mean((1, 2, 3)) > 1
+            return torch.where(unsure[:, None], self.head(h * 2), logits) if unsure.any() else logits
+
+    net = Again().double().eval()
+    layout = inspect(net, images(7))
+    assert layout.head == "head"
+    embed(net, images(3), last_layer_mask(layout))
+    with pytest.raises(InputError, match="for some images the logits of Again are not just the output of its last"):
+        embed(net, images(3) + 2, last_layer_mask(layout))
+
+
+def test_one_image_of_one_pixel_is_enough_to_verify_a_model():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 2))
+    assert inspect(net, torch.zeros(1, 1, 1, 1)).head == "3"

@@ -21,6 +21,8 @@ RESCORE_AFTER = 16
 """Picks between two times that all scores are computed anew because they drifted."""
 LARGE = 10
 """Times ``Engine.drift``: so large a drift within ``RESCORE_AFTER`` picks shows that float32 cannot hold the scores."""
+HOPELESS = 0.1
+"""Drift of a gain, of fresh scores in float64, that no type holds: the information matrix is next to singular."""
 NEGLIGIBLE = 1e-9
 """Share of the trace below which a gain is nothing."""
 RESCORE_EVERY = 256
@@ -63,8 +65,10 @@ def greedy(pool: Pool, criterion: Criterion, budget: int) -> list[Offer]:
         best = best_offer(offers)
         drift, age = criterion.drift(best), len(chosen) - fresh
         if drift is not None:
-            hopeless = drift > limit and age == 0 or drift > LARGE * limit and age < RESCORE_AFTER
+            hopeless = (age == 0 and not drift <= limit) or (age < RESCORE_AFTER and not drift <= LARGE * limit)
             exact = hopeless and criterion.use_float64()
+            if not exact and age == 0 and not drift <= HOPELESS:
+                raise FloatingPointError(TOO_SMALL)
             if exact or age >= RESCORE_EVERY or (age >= RESCORE_AFTER and drift > limit):
                 latest = Freshness.EXACT if exact else Freshness.RESCORED
                 if exact:
@@ -236,6 +240,8 @@ def _prune(pool: Pool, objective: Objective, chosen: list[Offer], budget: int) -
                 objective = objective.computed_from(kept)
             except torch.linalg.LinAlgError:
                 raise FloatingPointError(TOO_SMALL) from None
+            if not objective.error(kept) <= HOPELESS:
+                raise FloatingPointError(TOO_SMALL)
             error = abs(before - objective.value) / max(abs(objective.value), 1e-300)
             pool.note("largest error of the objective before it was computed anew", error)
             if len(chosen) > budget:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fishermask.errors import InputError
 from fishermask.tensors.kernels import plain_attention
 from fishermask.tensors.slow_gradients import logit_gradients
 
@@ -41,6 +42,9 @@ def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence
 
     The graph begins at the earliest of ``layers``: nothing before it is ever differentiated, as long as no parameter
     requires a gradient. With no ``layers`` there is no graph at all. ``layers`` must be among ``Layout.layers``.
+
+    Raises:
+        InputError: the logits of this batch are not the output of ``head``, called once.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -62,24 +66,33 @@ def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence
         return output.clone()
 
     modules = dict(model.named_modules())
-    hidden: list[Tensor] = []
+    last: list[tuple[tuple[Any, ...], Any, int]] = []
     handles = []
     if head is not None:
-        handles.append(modules[head].register_forward_hook(lambda _m, args, _o: hidden.append(args[0].detach())))
+        handles.append(
+            modules[head].register_forward_hook(lambda _m, args, output: last.append((args, output, output._version)))
+        )
     handles += [
         modules[name].register_forward_hook(lambda _m, args, output, name=name: keep(name, args, output))
         for name in layers
     ]
     try:
         with torch.set_grad_enabled(bool(layers)), plain_attention:
-            logits = model(images).to(images.dtype)  # under autocast it has another
+            returned = model(images)
     finally:
         for handle in handles:
             handle.remove()
     irregular = tuple(name for name, count in calls.items() if count != 1)
+    logits = returned.to(images.dtype)  # under autocast it has another
     if head is None:
         return ForwardPass(logits, logits.new_empty(len(logits), 0), inputs, outputs, irregular)
-    features = hidden[0].to(images.dtype)
+    regular = len(last) == 1 and by_sample(*last[0][:2], len(images))
+    if not regular or last[0][1] is not returned or returned._version != last[0][2]:
+        raise InputError(
+            f"model: for some images the logits of {type(model).__name__} are not just the output of its last layer, "
+            f"{head}, called once for all images of a batch; give it a last layer that is always called so"
+        )
+    features = last[0][0][0].detach().to(images.dtype)
     if modules[head].bias is not None:
         features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
     return ForwardPass(logits, features, inputs, outputs, irregular)

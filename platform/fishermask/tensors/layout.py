@@ -87,10 +87,13 @@ def inspect(model: nn.Module, images: Tensor) -> Layout:
         raise InputError(
             f"model: all parameters of {type(model).__name__} are frozen; set requires_grad on those that are trained"
         )
+    if odd := [name for name, parameter in model.named_parameters() if parameter.is_complex()]:
+        raise InputError(f"model: parameter {odd[0]} is complex; only real parameters can be ranked and masked")
     _refuse_batch_statistics(model)
     subject, seen = _examine(model, _different(images), trained)
     batches = [examined.batch for examined in seen]
     _refuse_mixing(subject, batches)
+    _refuse_closures(model, subject, batches[0])
     clear_caches(subject)
 
     frozen = tuple(name for name, _ in subject.named_parameters() if name not in trained)
@@ -112,7 +115,7 @@ def _different(images: Tensor) -> Tensor:
     noise = torch.randn(count, *images.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     repeated = images[torch.arange(count, device=images.device) % len(images)]
     # Noise makes equal images different, and takes the ties out of maxima.
-    return repeated + (0.1 * float(images.std()) or 1.0) * noise.to(images)
+    return repeated + (0.1 * float(images.std(correction=0)) or 1.0) * noise.to(images)
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:
@@ -162,10 +165,10 @@ def _examine_batch(model: nn.Module, images: Tensor, row: int, trained: Sequence
         parameter.requires_grad_(name in trained)
     batch, candidates, head = _observe_batch(model, images, row, trained)
     model.requires_grad_(False)
-    layers = _agreeing(model, batch, candidates)
+    layers, plain_head = _agreeing(model, batch, candidates, head)
     for name in {name for layer in layers for name in _parameters(model, layer)}:
         batch.gradients.pop(name, None)  # of a large model they take much memory
-    return _Examined(batch, layers, head)
+    return _Examined(batch, layers, head if plain_head else None)
 
 
 def _observe_batch(
@@ -261,21 +264,52 @@ def _refuse_mixing(model: nn.Module, batches: Sequence[_Batch]) -> None:
     )
 
 
-def _agreeing(model: nn.Module, batch: _Batch, layers: Sequence[str]) -> list[str]:
-    """Those of ``layers`` whose rule gives the gradients of plain autograd, for one image and none for the others."""
+def _refuse_closures(original: nn.Module, subject: nn.Module, batch: _Batch) -> None:
+    """Raise ``InputError`` if the logits of ``subject``, a copy of ``original``, change with the original's parameters.
+
+    A function that the model holds, such as a lambda over ``self``, is not copied with it and reads the original.
+    """
+    before = [(parameter, parameter.detach().clone()) for parameter in original.parameters()]
+    clear_caches(subject)
+    try:
+        with torch.no_grad(), plain_attention:
+            for parameter, _ in before:
+                parameter.mul_(1.5).add_(0.1)
+            logits = subject(batch.images)
+    finally:
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+    if not _close(logits, batch.logits):
+        raise InputError(
+            f"model: {type(original).__name__} holds a function that reads the model it was made for, such as a lambda "
+            "or a hook over self, and a copy of the model would read it too; use a method, or the hook's own argument"
+        )
+
+
+def _agreeing(model: nn.Module, batch: _Batch, layers: Sequence[str], head: str | None) -> tuple[list[str], bool]:
+    """Those of ``layers`` whose rule gives the gradients of plain autograd, for one image and none for the others.
+
+    Also whether the logits are the output of ``head`` and nothing was done to them.
+    """
     try:
         run = forward(model, batch.images, None, layers)
         (gradients,) = output_gradients(run, batch.cotangents())
+        reversed_run = forward(model, batch.images.flip(0), None, layers)
     except Exception:
         # Under gradient checkpointing, for one, a layer's output cannot be differentiated by: no rule applies.
-        return []
+        return [], False
     if not _close(run.logits.detach(), batch.logits):
-        return []
-    return [
+        return [], False
+    agreeing = [
         layer
         for layer in layers
-        if layer not in run.irregular and _agrees(model, layer, run.inputs[layer], gradients[layer], batch)
+        if layer not in run.irregular + reversed_run.irregular
+        # A model may sort its images and put them in order again at the end.
+        and _close(reversed_run.inputs[layer].flip(0), run.inputs[layer])
+        and _agrees(model, layer, run.inputs[layer], gradients[layer], batch)
     ]
+    return agreeing, head in gradients and _close(gradients[head], batch.cotangents()[0])
 
 
 def _agrees(model: nn.Module, layer: str, given: Tensor, gradient: Tensor, batch: _Batch) -> bool:

@@ -34,9 +34,9 @@ SLACK = 0.1
 PREDICTED = 128
 """Images predicted at once: a fixed number, as numbers may round with it; of more, activations leave the cache."""
 CHUNK_GAPS, GAPS, PREDICTION_GAPS = 1.2, 1.35, 1.75
-"""How many times what is alive the heap of a thread holds while chunks are embedded; while batches are differentiated by
-all parameters; while batches are predicted, which a kernel may bring into another layout. As benchmarks/memory.py finds
-them."""
+"""How many times what is alive the heap of a thread holds while chunks are embedded; while batches are differentiated
+by all parameters; while batches are predicted, which a kernel may bring into another layout. As benchmarks/memory.py
+finds them."""
 RANKING = 48
 """Bytes for each parameter while all are put in order."""
 DIAGONAL_BATCH = 32

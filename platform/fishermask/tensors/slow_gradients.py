@@ -85,6 +85,8 @@ def _by_vmap(
         return (logits[0] * weights).sum()
 
     gradients = torch.func.vmap(torch.func.grad(weighted), in_dims=(None, 0, 0))
+    # functional_call leaves some models with tied weights changed.
+    held = [(module, key, value) for module in model.modules() for key, value in module._parameters.items()]
     try:
         for r, cotangent in enumerate(cotangents):
             for first in range(0, len(images), chunk):
@@ -94,6 +96,8 @@ def _by_vmap(
                     rows = gradients(differentiated, pair(images[part]), pair(cotangent[part]))
                 yield r, part, {name: value[:count].reshape(count, -1) for name, value in rows.items()}
     finally:
+        for module, key, value in held:
+            module._parameters[key] = value
         clear_caches(model)
 
 

@@ -25,8 +25,8 @@ from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import fisher_diagonal, global_mask, head_size, mask_size
 from fishermask.tensors.memory import (
     CHUNKS,
-    GAPS,
     PREDICTED,
+    PREDICTION_GAPS,
     PredictionProbe,
     Probe,
     estimate,
@@ -262,7 +262,7 @@ def test_a_prediction_takes_the_activations_of_a_block_and_the_probabilities_of_
     probe = PredictionProbe(model, image, prediction(model, image))
     assert 4 * (100 + 500) <= probe.image <= 4 * (100 + 2 * 500 + 10)
     one = plan_prediction(probe, 10_000, 1, True)
-    assert one.process.parts["activations"] == GAPS * PREDICTED * probe.image
+    assert one.process.parts["activations"] == PREDICTION_GAPS * PREDICTED * probe.image
     assert one.process.parts["images"] == (2048 + 4 * PREDICTED) * 100  # a block of bytes, a chunk of floats
     assert one.process.parts["model"] == 4 * (100 * 500 + 500 + 500 * 10 + 10)
     assert one.process.parts["probabilities"] == 3 * 4 * 10 * 10_000
@@ -270,7 +270,11 @@ def test_a_prediction_takes_the_activations_of_a_block_and_the_probabilities_of_
     assert two.process.parts["activations"] == 2 * one.process.parts["activations"]
     assert two.seconds == pytest.approx(one.seconds * (10_000 - 2 * 2048) / 10_000)  # two blocks are the other shard
     apart = plan_prediction(probe, 10_000, 2, False)
-    assert apart.shard.parts == {**apart.shard.parts, "activations": GAPS * PREDICTED * probe.image, "probabilities": 0}
+    assert apart.shard.parts == {
+        **apart.shard.parts,
+        "activations": PREDICTION_GAPS * PREDICTED * probe.image,
+        "probabilities": 0,
+    }
     assert (apart.main, apart.shard_main) == (apart.process.total, apart.shard.total)
     with pytest.raises(InputError, match=r"resources.memory: a query needs .* than the 1 MB there are; give it more"):
         plan_prediction(probe, 10_000, 1, True, memory=1e6)

@@ -26,15 +26,16 @@ from fishermask.tensors.mask import Mask, body_parameters, fisher_diagonal, rand
 CHUNKS = (128, 64, 32, 16)
 """Images differentiated at once. From 16 on, and in multiples of it, an image's numbers do not depend on the chunk."""
 ALIGNMENT = CHUNKS[-1]
-LIBRARIES, PREDICTION_LIBRARIES = 40e6, 5e6
-"""Bytes that kernels and thread pools come to need of their own, also where a model only predicts ..."""
+LIBRARIES, DISTANCE_LIBRARIES, PREDICTION_LIBRARIES = 40e6, 30e6, 5e6
+"""Bytes that kernels and thread pools need of their own: in all, without k x k products, where a model only predicts ..."""
 SLACK = 0.1
 """... and what the allocator cannot give back in time, as a share of all. Both as benchmarks/memory.py finds them."""
 PREDICTED = 128
 """Images predicted at once: a fixed number, as numbers may round with it; of more, activations leave the cache."""
-CHUNK_GAPS, GAPS = 1.2, 1.35
-"""How many times what is alive the heap of a thread holds while chunks are embedded; while batches are predicted, or
-differentiated by all parameters."""
+CHUNK_GAPS, GAPS, PREDICTION_GAPS = 1.2, 1.35, 1.75
+"""How many times what is alive the heap of a thread holds while chunks are embedded; while batches are differentiated
+by all parameters; while batches are predicted, which a kernel may copy into another layout. As benchmarks/memory.py
+finds them."""
 RANKING = 48
 """Bytes for each parameter while all are put in order."""
 DIAGONAL_BATCH = 32
@@ -301,7 +302,7 @@ def estimate_prediction(probe: PredictionProbe, images: int, size: int, block: i
     parts = {
         "model": float(shards * probe.model),
         "images": float(shards * read),
-        "activations": shards * GAPS * together * probe.image,
+        "activations": shards * PREDICTION_GAPS * together * probe.image,
         # Probabilities come in pieces, are put together, and those of the candidates taken out of them.
         "probabilities": 3.0 * size * probe.row,
     }
@@ -381,7 +382,7 @@ def estimate(
         if leads:  # M, its factor, its inverse R, F, R F and H = R F R
             moments["inverts the information"] = {**model, "embeddings": everything, "k x k matrices": 6 * matrix}
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
-    return _with_libraries(moments[worst], worst, chunk)
+    return _with_libraries(moments[worst], worst, chunk, LIBRARIES if work.trace else DISTANCE_LIBRARIES)
 
 
 def _comparison(probe: Probe) -> float:
@@ -393,7 +394,7 @@ def _comparison(probe: Probe) -> float:
     return max(pass_, products)
 
 
-def _with_libraries(parts: Mapping[str, float], moment: str, chunk: int, libraries: float = LIBRARIES) -> Estimate:
+def _with_libraries(parts: Mapping[str, float], moment: str, chunk: int, libraries: float) -> Estimate:
     return Estimate({**parts, "libraries": libraries + SLACK * sum(parts.values())}, moment, chunk)
 
 

@@ -27,7 +27,8 @@ CHUNKS = (128, 64, 32, 16)
 """Images differentiated at once. From 16 on, and in multiples of it, an image's numbers do not depend on the chunk."""
 ALIGNMENT = CHUNKS[-1]
 LIBRARIES, DISTANCE_LIBRARIES, PREDICTION_LIBRARIES = 40e6, 30e6, 5e6
-"""Bytes that kernels and thread pools need of their own: in all, without k x k products, where a model only predicts ..."""
+"""Bytes that kernels and thread pools need of their own: for a query with k x k products, for one without, and for one
+that only predicts ..."""
 SLACK = 0.1
 """... and what the allocator cannot give back in time, as a share of all. Both as benchmarks/memory.py finds them."""
 PREDICTED = 128

@@ -27,15 +27,16 @@ from fishermask.tensors.slow_gradients import copy_model
 CHUNKS = (128, 64, 32, 16)
 """Images differentiated at once. From 16 on, and in multiples of it, an image's numbers do not depend on the chunk."""
 ALIGNMENT = CHUNKS[-1]
-LIBRARIES, PREDICTION_LIBRARIES = 40e6, 5e6
-"""Bytes that kernels and thread pools come to need of their own, also where a model only predicts ..."""
+LIBRARIES, DISTANCE_LIBRARIES, PREDICTION_LIBRARIES = 40e6, 30e6, 5e6
+"""Bytes that kernels and thread pools need of their own: for a query with k x k products, for one without, and for one
+that only predicts ..."""
 SLACK = 0.1
 """... and what the allocator cannot give back in time, as a share of all. Both as benchmarks/memory.py finds them."""
 PREDICTED = 128
 """Images predicted at once: a fixed number, as numbers may round with it; of more, activations leave the cache."""
 CHUNK_GAPS, GAPS, PREDICTION_GAPS = 1.2, 1.35, 1.75
 """How many times what is alive the heap of a thread holds while chunks are embedded; while batches are differentiated
-by all parameters; while batches are predicted, which a kernel may bring into another layout. As benchmarks/memory.py
+by all parameters; while batches are predicted, which a kernel may copy into another layout. As benchmarks/memory.py
 finds them."""
 RANKING = 48
 """Bytes for each parameter while all are put in order."""
@@ -397,7 +398,7 @@ def estimate(
                 pruned = 8 * picks * (3 * numbers + work.kept * (work.body_size + 2 * work.kept))
                 moments["prunes the batch"] = {**model, "k x k matrices": 10 * matrix, "products": pruned}
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
-    return _with_libraries(moments[worst], worst, chunk)
+    return _with_libraries(moments[worst], worst, chunk, LIBRARIES if work.trace else DISTANCE_LIBRARIES)
 
 
 def _comparison(probe: Probe) -> float:
@@ -409,7 +410,7 @@ def _comparison(probe: Probe) -> float:
     return max(pass_, products)
 
 
-def _with_libraries(parts: Mapping[str, float], moment: str, chunk: int, libraries: float = LIBRARIES) -> Estimate:
+def _with_libraries(parts: Mapping[str, float], moment: str, chunk: int, libraries: float) -> Estimate:
     return Estimate({**parts, "libraries": libraries + SLACK * sum(parts.values())}, moment, chunk)
 
 

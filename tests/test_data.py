@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pictures
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +22,7 @@ from fishermask.config import DataConfig, ExperimentConfig, parse
 from fishermask.data import dataset
 from fishermask.data.imbalance import choose
 from fishermask.errors import InputError
+from fishermask.experiment.setup import prepare
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "platform/fishermask/data/fashion_mnist"
@@ -326,3 +328,13 @@ def test_the_test_set_keeps_the_classes_of_the_pool_with_labels_from_zero():
     assert torch.bincount(small.train.labels).tolist() == [5, 9]
     assert torch.bincount(small.test.labels).tolist() == [200, 200]
     assert [data.train.ids[row] for row in rows] == list(small.train.ids)
+
+
+def test_images_of_one_class_are_refused(tmp_path):
+    table = pq.read_table(pictures.write(tmp_path / "four.parquet"))
+    same = table.set_column(table.column_names.index("label"), "label", pa.array([0] * len(table)))
+    pq.write_table(same, tmp_path / "one.parquet")
+    data = {"name": "parquet", "train": str(tmp_path / "one.parquet"), "test": str(tmp_path / "one.parquet")}
+    settings = {"data": data, "strategy": "random", "budget": {"initial": 2, "query": 2, "total": 4}}
+    with pytest.raises(InputError, match="^data: all images belong to one class, '0'; a classifier needs two or more"):
+        prepare(parse(ExperimentConfig, settings))

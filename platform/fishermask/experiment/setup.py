@@ -14,7 +14,7 @@ from fishermask.data import dataset, imbalance
 from fishermask.data.dataset import Dataset
 from fishermask.errors import InputError
 from fishermask.experiment.streams import stream, stream_seed
-from fishermask.guard import guarded
+from fishermask.guard import guarded, short
 from fishermask.pool.plan import Plan, free_memory, plan, plan_prediction
 from fishermask.pool.shard import BLOCK
 from fishermask.strategies import Strategy
@@ -106,6 +106,10 @@ def prepare(config: ExperimentConfig) -> Setup:
     pool = (config.data, config.imbalance, config.seed)
     data = _pool(*pool)
     size = len(data.train.labels)
+    if len(data.classes) < 2:
+        raise InputError(
+            f"data: all images belong to one class, {short(data.classes[0])}; a classifier needs two or more classes"
+        )
     if not len(data.test.labels):
         raise InputError("data.test: holds no image of the pool's classes; give test images of each of them")
     for field in ("initial", "query", "total"):

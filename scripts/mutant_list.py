@@ -300,7 +300,7 @@ MUTANTS = [
         "numbers",
     ),
     Mutant(
-        "tensors/layout.py",
+        "tensors/verification.py",
         "and _agrees(model, layer, run.inputs[layer], gradients[layer], batch)",
         "",
         "gradient rules are not verified",
@@ -308,7 +308,7 @@ MUTANTS = [
     ),
     Mutant(
         "tensors/layout.py",
-        "    _refuse_mixing(subject, batches)\n",
+        "    refuse_mixing(subject, batches)\n",
         "",
         "models that mix images are accepted",
         "verification",
@@ -482,7 +482,7 @@ MUTANTS = [
     ),
     Mutant(
         "pool/selection.py",
-        "objective.error(kept) > pool.engine.drift or",
+        " or objective.error(kept) > pool.engine.drift",
         "",
         "pruning lets its error grow",
         "parameters precision",

@@ -19,9 +19,9 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from fishermask.config import Config, StrategyConfig, parse, short
+from fishermask.config import Config, StrategyConfig, parse
 from fishermask.errors import InputError
-from fishermask.guard import guarded
+from fishermask.guard import guarded, short
 from fishermask.pool.pool import Pool
 from fishermask.tensors.memory import Prediction, Workload, prediction
 

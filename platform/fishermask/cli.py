@@ -49,7 +49,9 @@ key=value settings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 1 (a run failed), 2 (bad input) or 130 (Ctrl-C) or 143 (SIGTERM)."""
+    """Run a command; the exit status is 0, 1 (a run failed), 2 (bad input), 130 (Ctrl-C), 141 (closed pipe)
+    or 143 (SIGTERM).
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may be unable to show a character
     console = _Console(markup=False, highlight=False, soft_wrap=True)

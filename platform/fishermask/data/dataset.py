@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fishermask.config import DataConfig, short
+from fishermask.config import DataConfig
 from fishermask.data import cache, sources, store
 from fishermask.data.ids import Ids
 from fishermask.data.images import Origin, StoredImages
 from fishermask.data.split import Split
-from fishermask.guard import guarded
+from fishermask.guard import guarded, short
 from fishermask.tensors.images import Statistics
 
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from fishermask.config import DataConfig, short
+from fishermask.config import DataConfig
 from fishermask.errors import InputError
-from fishermask.guard import guarded
+from fishermask.guard import guarded, short
 from fishermask.paths import require_file
 
 MAX_CLASSES = 100_000

@@ -8,9 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from fishermask.config import DataConfig, short
+from fishermask.config import DataConfig
 from fishermask.data import parquet, torchvision_sets
 from fishermask.errors import InputError
+from fishermask.guard import short
 from fishermask.tensors.images import Statistics
 
 EMBEDDED = "fashion_mnist_small"

@@ -23,6 +23,7 @@ from fishermask.tensors.images import Statistics, channel_statistics, normalise
 from fishermask.tensors.layout import SIZES
 from fishermask.tensors.memory import Prediction, PredictionProbe, Probe, Workload
 from fishermask.tensors.precision import Precision
+from fishermask.tensors.slow_gradients import copy_model
 
 TYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -124,8 +125,8 @@ def prepare(config: ExperimentConfig) -> Setup:
     _check_size(config.model, data)
     images = setup.example(sum(SIZES))
     with guarded("model.name", f"{config.model.name} cannot be prepared for queries"):
-        setup.model(0).eval().requires_grad_(False)
         model = setup.model(0).eval()
+        copy_model(model).requires_grad_(False)  # as shards do
     models.check_logits(model, images, config.model.name)
     # Verifying a model takes as long as some training steps, and does not depend on the seed: once is enough.
     strategy_alone = config.strategy.model_copy(update={"label": None})
@@ -177,7 +178,7 @@ def precision(engine: EngineConfig) -> Precision:
 def _probe(
     model: NamedConfig, shape: tuple[int, int, int], num_classes: int, work: Workload | Prediction
 ) -> Probe | PredictionProbe:
-    network = models.build(model.name, model.params, shape, num_classes, seed=0).eval().requires_grad_(False)
+    network = models.build(model.name, model.params, shape, num_classes, seed=0).eval()
     image = torch.zeros(1, *shape)
     with guarded("model.name", f"the queries of {model.name} cannot be measured"):
         return _measure(network, image, work)

@@ -234,7 +234,7 @@ def _prune(pool: Pool, objective: Objective, chosen: list[Offer], budget: int) -
         rest = torch.arange(len(chosen)) != worst
         kept, scores = take(kept, rest).map(Tensor.contiguous), scores[..., rest].contiguous()
         chosen = chosen[:worst] + chosen[worst + 1 :]
-        if objective.error(kept) > pool.engine.drift or len(chosen) == budget:
+        if len(chosen) == budget or objective.error(kept) > pool.engine.drift:
             before = objective.value
             try:
                 objective = objective.computed_from(kept)

@@ -20,9 +20,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from fishermask.config import SHARDING, Config, ExperimentConfig, PathText, ResourcesConfig, parse, short
+from fishermask.config import SHARDING, Config, ExperimentConfig, PathText, ResourcesConfig, parse
 from fishermask.errors import InputError
-from fishermask.guard import guarded
+from fishermask.guard import guarded, short
 from fishermask.paths import check_text, improper_character
 from fishermask.results.files import RunFolder
 from fishermask.results.tables import strategy_label

@@ -48,13 +48,13 @@ def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
-    calls = dict.fromkeys(layers, 0)
+    called: set[str] = set()
 
     def keep(name: str, args: tuple[Any, ...], output: Any) -> Tensor | None:
-        calls[name] += 1
         # Where the route depends on the data, as with experts chosen by argmax, a layer may see some images only.
-        if calls[name] > 1 or not by_sample(args, output, len(images)):
-            calls[name] = 2
+        irregular = name in called or not by_sample(args, output, len(images))
+        called.add(name)
+        if irregular:
             inputs.pop(name, None)
             outputs.pop(name, None)
             return None
@@ -82,7 +82,7 @@ def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence
     finally:
         for handle in handles:
             handle.remove()
-    irregular = tuple(name for name, count in calls.items() if count != 1)
+    irregular = tuple(name for name in layers if name not in outputs)
     logits = returned.to(images.dtype)  # under autocast it has another
     if head is None:
         return ForwardPass(logits, logits.new_empty(len(logits), 0), inputs, outputs, irregular)

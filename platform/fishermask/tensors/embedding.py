@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from fishermask.tensors import contrasts
 from fishermask.tensors.backprop import ForwardPass, forward, output_gradients
 from fishermask.tensors.contrasts import Weighting
-from fishermask.tensors.layer_rules import masked_entries
-from fishermask.tensors.mask import Mask, split_name
+from fishermask.tensors.layer_rules import masked_entries, split_name
+from fishermask.tensors.mask import Mask
 from fishermask.tensors.slow_gradients import pair, slow_gradients
 
 STRIP = 1024

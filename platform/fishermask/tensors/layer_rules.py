@@ -29,6 +29,22 @@ ELEMENTWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.
 RULES = (nn.Linear, nn.Conv2d, *ELEMENTWISE)
 
 
+def full_name(layer: str, leaf: str) -> str:
+    """Return ``conv1.weight`` for ``conv1`` and ``weight``; a model that is a layer itself has the name ``""``."""
+    return f"{layer}.{leaf}" if layer else leaf
+
+
+def split_name(parameter: str) -> tuple[str, str]:
+    """The opposite of ``full_name``."""
+    layer, _, leaf = parameter.rpartition(".")
+    return layer, leaf
+
+
+def own_parameters(model: nn.Module, layer: str) -> list[str]:
+    """Names in ``model`` of the parameters that ``layer`` itself holds."""
+    return [full_name(layer, leaf) for leaf, _ in model.get_submodule(layer).named_parameters(recurse=False)]
+
+
 def has_rule(module: nn.Module) -> bool:
     """Whether the gradients of a layer's own parameters have a closed form here.
 

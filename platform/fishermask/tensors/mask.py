@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fishermask.errors import InputError
 from fishermask.tensors import contrasts
 from fishermask.tensors.backprop import forward, output_gradients
-from fishermask.tensors.layer_rules import squared_sums
+from fishermask.tensors.layer_rules import full_name, split_name, squared_sums
 from fishermask.tensors.layout import Layout
 from fishermask.tensors.slow_gradients import pair, slow_gradients
 
@@ -44,17 +44,6 @@ class Mask:
     def slow(self) -> tuple[str, ...]:
         """Names of the masked parameters without a rule."""
         return tuple(name for name in self.entries if name in self.layout.slow)
-
-
-def full_name(layer: str, leaf: str) -> str:
-    """The opposite of ``split_name``; a model that is a layer itself has the name ``""``."""
-    return f"{layer}.{leaf}" if layer else leaf
-
-
-def split_name(parameter: str) -> tuple[str, str]:
-    """``layer1.0.conv1.weight`` -> (``layer1.0.conv1``, ``weight``)."""
-    layer, _, leaf = parameter.rpartition(".")
-    return layer, leaf
 
 
 def head_size(model: nn.Module, layout: Layout) -> int:

@@ -50,7 +50,8 @@ def fit(
     accuracy = 0.0
     for epoch in range(1, max_epochs + 1):
         correct = 0
-        for batch in _batches(torch.randperm(len(images), generator=order).to(images.device), batch_size):
+        batches = _batches(torch.randperm(len(images), generator=order).to(images.device), batch_size)
+        for batch in batches:
             inputs = images[batch]
             if augmentation is not None:
                 inputs = crop_and_flip(inputs, augmentation)
@@ -65,8 +66,8 @@ def fit(
             if clip is not None:
                 nn.utils.clip_grad_value_(model.parameters(), clip)
             optimizer.step()
-            correct += int((logits.argmax(-1) == labels[batch])[: len(batch.unique())].sum())
-        accuracy = correct / len(images)
+            correct += int((logits.argmax(-1) == labels[batch]).sum())
+        accuracy = correct / sum(map(len, batches))
         if accuracy >= target_accuracy:
             return TrainingReport(epoch, accuracy, "target")
     return TrainingReport(max_epochs, accuracy, "cap")

@@ -475,7 +475,7 @@ MUTANTS = [
     ),
     Mutant(
         "pool/selection.py",
-        "hopeless and criterion.use_float64()",
+        "imprecise and criterion.use_float64()",
         "False",
         "scores that float32 cannot hold stay in float32",
         "precision",

@@ -122,10 +122,10 @@ def test_the_estimated_error_of_the_objective_is_of_the_size_of_the_true_one():
     kept = embed(model, inputs, last_layer_mask(inspect(model, inputs)))
     start = torch.zeros(kept.size, kept.size, dtype=torch.float64)
     add_identity(start, 0.01, kept.num_classes, len(kept.hidden))
-    objective = Objective(start, information(kept) / 20, keep=True)
+    objective = Objective(start, information(kept) / 20, keep_inputs=True)
     for i in range(20):
         objective.add(take(kept, slice(i, i + 1)))
-    exact = objective.computed_from(kept)
+    exact = objective.rebuild(kept)
     assert objective.error(kept) < 1e-9
     assert objective.value == pytest.approx(exact.value, rel=1e-9)
     wrong = torch.randn(kept.size, kept.size, generator=generator, dtype=torch.float64)

@@ -25,19 +25,19 @@ PIECES = 20
 """Parts that a pass over the pool is called in, so that its progress can be shown."""
 
 INSPECTED = sum(SIZES)
-"""Images, spread over the pool, that the trained model is looked at with."""
+"""Images, spread over the pool, on which the layout of the trained model is verified."""
 
 Progress = Callable[[str, int, int], None]
 """Told the stage, how much is done and how much there is."""
 
 
 class Freshness(IntEnum):
-    """Whether scores were computed anew just before a pick."""
+    """Whether all scores were recomputed just before a pick."""
 
     KEPT = 0
     RESCORED = 1
     EXACT = 2
-    """They were, and are float64 from then on."""
+    """They were recomputed in float64, and stay in float64 for the rest of the query."""
 
 
 @dataclass(frozen=True)

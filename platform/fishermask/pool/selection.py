@@ -20,11 +20,11 @@ TOO_SMALL = "strategy.params.damping: too small for the information matrix to be
 RESCORE_AFTER = 16
 """Picks between two times that all scores are computed anew because they drifted."""
 LARGE = 10
-"""Times ``Engine.drift``: so large a drift within ``RESCORE_AFTER`` picks shows that float32 cannot hold the scores."""
-HOPELESS = 0.1
-"""Drift of a gain, of fresh scores in float64, that no type holds: the information matrix is next to singular."""
+"""A drift of this many times ``Engine.drift`` within ``RESCORE_AFTER`` picks shows that float32 is too imprecise."""
+MAX_EXACT_DRIFT = 0.1
+"""Largest drift of a gain right after scores were computed in float64; beyond it the matrix is nearly singular."""
 NEGLIGIBLE = 1e-9
-"""Share of the trace below which a gain is nothing."""
+"""Gains below this share of the trace are treated as zero when their relative error is computed."""
 RESCORE_EVERY = 256
 """Picks after which they are in any case: what has to be repeated when a shard or a selection is lost is bounded."""
 
@@ -65,9 +65,9 @@ def greedy(pool: Pool, criterion: Criterion, budget: int) -> list[Offer]:
         best = best_offer(offers)
         drift, age = criterion.drift(best), len(chosen) - fresh
         if drift is not None:
-            hopeless = (age == 0 and not drift <= limit) or (age < RESCORE_AFTER and not drift <= LARGE * limit)
-            exact = hopeless and criterion.use_float64()
-            if not exact and age == 0 and not drift <= HOPELESS:
+            imprecise = (age == 0 and not drift <= limit) or (age < RESCORE_AFTER and not drift <= LARGE * limit)
+            exact = imprecise and criterion.use_float64()
+            if not exact and age == 0 and not drift <= MAX_EXACT_DRIFT:
                 raise FloatingPointError(TOO_SMALL)
             if exact or age >= RESCORE_EVERY or (age >= RESCORE_AFTER and drift > limit):
                 latest = Freshness.EXACT if exact else Freshness.RESCORED
@@ -181,7 +181,7 @@ class TraceCriterion:
         # What is needed to know the exact gain is all that is needed to take the offer.
         update = self.objective.consider(offer.embedding)
         self._asked = offer.position, update
-        # Of a gain that is nothing beside the trace, no digit counts.
+        # The relative error of a gain that is negligible against the trace means nothing.
         least = max(NEGLIGIBLE * abs(self.objective.value), 1e-300)
         return abs(offer.gain - update.gain) / max(abs(update.gain), least)
 
@@ -237,10 +237,10 @@ def _prune(pool: Pool, objective: Objective, chosen: list[Offer], budget: int) -
         if len(chosen) == budget or objective.error(kept) > pool.engine.drift:
             before = objective.value
             try:
-                objective = objective.computed_from(kept)
+                objective = objective.rebuild(kept)
             except torch.linalg.LinAlgError:
                 raise FloatingPointError(TOO_SMALL) from None
-            if not objective.error(kept) <= HOPELESS:
+            if not objective.error(kept) <= MAX_EXACT_DRIFT:
                 raise FloatingPointError(TOO_SMALL)
             error = abs(before - objective.value) / max(abs(objective.value), 1e-300)
             pool.note("largest error of the objective before it was computed anew", error)
@@ -291,10 +291,10 @@ def objective_of(pool: Pool, budget: int, options: TraceOptions = TraceOptions()
     start = known.mul_(quantum / total if options.initial_information else 0.0)
     add_identity(start, options.damping, *sizes)
     weight = budget if options.batch_weighting == "bait" else 1
-    # With target identity: the trace in the directions that no embedding has a part in.
-    beside = len(one.hidden) / options.damping if options.target == "identity" else 0.0
+    # With the target identity, the trace also has a part in the E directions that no embedding reaches.
+    constant = len(one.hidden) / options.damping if options.target == "identity" else 0.0
     try:
-        objective = Objective(start, target, math.sqrt(weight / total), beside, options.oversample > 1)
+        objective = Objective(start, target, math.sqrt(weight / total), constant, options.oversample > 1)
     except torch.linalg.LinAlgError:
         raise FloatingPointError(TOO_SMALL) from None
     return objective

@@ -29,7 +29,7 @@ class ForwardPass(NamedTuple):
     outputs: dict[str, Tensor]
     """Layer name -> its output [n, ...]."""
     irregular: tuple[str, ...]
-    """Layers that this batch did not pass through once, image by image; they are not in ``inputs`` and ``outputs``."""
+    """Layers that were not called exactly once with all images of this batch; ``inputs`` and ``outputs`` lack them."""
 
     @property
     def probabilities(self) -> Tensor:

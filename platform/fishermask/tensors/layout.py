@@ -1,4 +1,4 @@
-"""How each of a model's parameters is differentiated, found by looking at forward passes and verified by autograd.
+"""Find how to differentiate a model by each of its parameters, from forward passes verified by autograd.
 
 A layer with a rule (``layer_rules``) that is called once, sample by sample, takes the fast way. Everything else (a raw
 parameter, an attention layer, tied weights, a layer called twice) is differentiated image by image, see
@@ -94,7 +94,7 @@ def inspect(model: nn.Module, images: Tensor) -> Layout:
 
 
 def _different(images: Tensor) -> Tensor:
-    """Different images, one for each place in the batches of ``SIZES``."""
+    """Return different images, as many as the batches of ``SIZES`` hold together."""
     count = sum(SIZES)
     noise = torch.randn(count, *images.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     repeated = images[torch.arange(count, device=images.device) % len(images)]
@@ -103,7 +103,7 @@ def _different(images: Tensor) -> Tensor:
 
 
 class _Examined(NamedTuple):
-    """What one batch shows of a model."""
+    """What one batch says about a model."""
 
     batch: Batch
     layers: list[str]
@@ -113,9 +113,9 @@ class _Examined(NamedTuple):
 
 
 def _examine(model: nn.Module, images: Tensor, trained: Sequence[str]) -> tuple[nn.Module, list[_Examined]]:
-    """A copy of ``model``, in float64 where it can compute in that, and what each batch of ``SIZES`` shows of it.
+    """Return a copy of ``model``, in float64 if the model works in float64, and the results of each batch of ``SIZES``.
 
-    A copy, because forward passes leave their marks on a model.
+    The copy keeps side effects of forward passes away from ``model``.
     """
 
     def examine(subject: nn.Module, images: Tensor) -> tuple[nn.Module, list[_Examined]]:
@@ -147,7 +147,7 @@ def _examine_batch(model: nn.Module, images: Tensor, row: int, trained: Sequence
 def _observe_batch(
     model: nn.Module, images: Tensor, row: int, trained: Sequence[str]
 ) -> tuple[Batch, list[str], str | None]:
-    """One pass of plain autograd: its gradients, the layers whose rule may apply, and which of them is the last.
+    """Run plain autograd on one batch; return its gradients, the layers whose rule may apply, and the last layer.
 
     A layer's rule may apply if it is called once, with one tensor that has the images first and is not overwritten, and
     if it shares no parameter.

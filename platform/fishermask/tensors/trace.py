@@ -44,17 +44,17 @@ class Objective:
         target: F, [k - E, k - E].
         scale: every candidate's V counts ``scale`` times V.
         constant: what to add to the trace, before and after every pick.
-        keep: keep ``start`` and ``target``, which ``error`` and ``computed_from`` need.
+        keep_inputs: whether to keep ``start`` and ``target``, which ``error`` and ``rebuild`` need.
 
     Raises:
         torch.linalg.LinAlgError: ``start`` is not positive definite.
     """
 
     def __init__(
-        self, start: Tensor, target: Tensor, scale: float = 1.0, constant: float = 0.0, keep: bool = False
+        self, start: Tensor, target: Tensor, scale: float = 1.0, constant: float = 0.0, keep_inputs: bool = False
     ) -> None:
         self.scale, self.constant = scale, constant
-        self._given = (start, target) if keep else None
+        self._inputs = (start, target) if keep_inputs else None
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(start.double()))
         self.sandwich = self.inverse @ target.double() @ self.inverse
         self.value = float((self.inverse * target).sum()) + constant
@@ -80,18 +80,18 @@ class Objective:
         self.apply(update)
         return update
 
-    def computed_from(self, embedding: Embedding) -> "Objective":
-        """Return the objective with exactly the images of ``embedding`` added, computed without updates.
+    def rebuild(self, embedding: Embedding) -> "Objective":
+        """Return the objective with exactly the images of ``embedding`` added to ``start``, free of update errors.
 
         Raises:
             torch.linalg.LinAlgError: M is not positive definite.
         """
-        assert self._given is not None
-        start, target = self._given
+        assert self._inputs is not None
+        start, target = self._inputs
         total = start + self.scale**2 * information(embedding)
-        computed = Objective(total, target, self.scale, self.constant)
-        computed._given = self._given
-        return computed
+        rebuilt = Objective(total, target, self.scale, self.constant)
+        rebuilt._inputs = self._inputs
+        return rebuilt
 
     def error(self, embedding: Embedding) -> float:
         """Estimate the relative error of ``value``, given that exactly the images of ``embedding`` are in M.
@@ -100,9 +100,9 @@ class Objective:
         mean of ``(R F w)^T (M R - I) w`` (Hutchinson 1990): a few products with matrices, where inverting M again would
         cost as much as many picks.
         """
-        assert self._given is not None
+        assert self._inputs is not None
         self._gather()
-        start, target = self._given
+        start, target = self._inputs
         generator = torch.Generator().manual_seed(0)
         vectors = torch.randn(len(start), ERROR_VECTORS, generator=generator, dtype=torch.float64).to(start.device)
         right = self.inverse @ vectors

@@ -26,7 +26,7 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
 
 @dataclass(frozen=True)
 class Batch:
-    """Images, a random cotangent for one of them, and what plain autograd says of it."""
+    """Images, a random cotangent for one of them, and the gradients that plain autograd gives for it."""
 
     images: Tensor
     row: int
@@ -35,10 +35,10 @@ class Batch:
     logits: Tensor
     """[n, C]"""
     gradients: dict[str, Tensor]
-    """Parameter name -> gradient of ``weights . logits[row]``; those that a rule is found to give are dropped."""
-
+    """Parameter name -> gradient of ``weights . logits[row]``; gradients that a rule also gives are
+    dropped."""
     scales: Mapping[str, float]
-    """Parameter name -> the largest entry of its gradient, or what is next to nothing beside the largest of all."""
+    """Parameter name -> the largest entry of its gradient, at least 1e-4 of the largest of all parameters."""
 
     def cotangents(self) -> Tensor:
         """[1, n, C], zero but for the row."""
@@ -48,12 +48,14 @@ class Batch:
 
 
 def refuse_batch_statistics(model: nn.Module) -> None:
+    """Raise ``InputError`` if a batch norm layer has no running statistics."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise InputError(f"model: layer {name} normalizes by the batch itself, so images affect each other")
 
 
 def check_logits(model: nn.Module, logits: Any, count: int) -> None:
+    """Raise ``InputError`` if ``logits`` are not finite floating-point numbers [count, C]."""
     name = type(model).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
         raise InputError(f"model: {name} must return logits, one row an image and one column a class")
@@ -64,7 +66,7 @@ def check_logits(model: nn.Module, logits: Any, count: int) -> None:
 
 
 def refuse_mixing(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Raise ``InputError`` if the logits of an image depend on the batch, or change from one time to the next."""
+    """Raise ``InputError`` if the logits of an image depend on its batch, or differ between two passes."""
     first, second = batches
     with torch.no_grad(), plain_attention:
         moved = model(torch.stack([second.images[0], first.images[0]]))
@@ -106,9 +108,9 @@ def refuse_closures(original: nn.Module, subject: nn.Module, batch: Batch) -> No
 
 
 def agreeing_layers(model: nn.Module, batch: Batch, layers: Sequence[str], head: str | None) -> tuple[list[str], bool]:
-    """Those of ``layers`` whose rule gives the gradients of plain autograd, for one image and none for the others.
+    """Return the layers whose rule gives the gradients of plain autograd for one image, and zero for the other images.
 
-    Also whether the logits are the output of ``head`` and nothing was done to them.
+    Also return whether the logits are the unchanged output of ``head``.
     """
     try:
         run = forward(model, batch.images, None, layers)
@@ -134,7 +136,7 @@ def agreeing_layers(model: nn.Module, batch: Batch, layers: Sequence[str], head:
 def _agrees(model: nn.Module, layer: str, given: Tensor, gradient: Tensor, batch: Batch) -> bool:
     for i in range(len(batch.images)):
         if i != batch.row and not gradient[i].any():
-            continue  # nothing of what is asked for this image reaches another's
+            continue  # the cotangent of one image does not reach this one
         rows = sample_gradients(model.get_submodule(layer), given[i : i + 1], gradient[i : i + 1])
         for name in own_parameters(model, layer):
             if name not in batch.gradients:
@@ -148,16 +150,16 @@ def _agrees(model: nn.Module, layer: str, given: Tensor, gradient: Tensor, batch
 
 
 def can_vectorize(model: nn.Module, batches: Sequence[Batch], slow: Sequence[str]) -> bool:
-    """Whether ``vmap`` gives the gradients of plain autograd by the parameters ``slow``; else a loop must.
+    """Return whether ``vmap`` gives the gradients of plain autograd by the parameters ``slow``. If not, the loop must.
 
     Raises:
-        InputError: nor does the loop.
+        InputError: the loop does not give them either.
     """
     images = torch.stack([batch.images[batch.row] for batch in batches])
     cotangents = torch.stack([batch.weights for batch in batches])[None]
 
     def first_wrong(vectorized: bool) -> str | None:
-        # One image at a time, so that what a pass leaves behind in the model meets another.
+        # One image at a time, to notice a pass that changes the model for the next one.
         for _, part, gradients in slow_gradients(model, images, slow, cotangents, vectorized, chunk=1):
             batch = batches[part.start]
             for name, gradient in gradients.items():
@@ -181,10 +183,11 @@ def can_vectorize(model: nn.Module, batches: Sequence[Batch], slow: Sequence[str
 
 
 def _close(actual: Tensor, expected: Tensor, scale: float | None = None) -> bool:
-    """Whether two tensors are the same but for rounding, on the ``scale`` of the largest entry of the second."""
+    """Return whether two tensors agree up to rounding, relative to ``scale`` or the largest entry of ``expected``."""
     scale = largest_entry(expected) if scale is None else scale
     return largest_entry(actual - expected) <= TOLERANCE.get(expected.dtype, 0.05) * scale
 
 
 def largest_entry(values: Tensor) -> float:
+    """Return the largest absolute value; 0 for an empty tensor."""
     return float(torch.linalg.vector_norm(values, torch.inf)) if values.numel() else 0.0

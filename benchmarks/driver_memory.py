@@ -51,7 +51,7 @@ def child(case: str, train: str, warmup: str, folder: str) -> None:
     """Print private growth and peak growth of one case, in bytes."""
     from fishermask.config import ExperimentConfig, parse
     from fishermask.experiment.setup import prepare
-    from fishermask.sweep import plan, runner
+    from fishermask.sweep import runner, sweep_file
 
     def settings(path: str) -> dict:
         data = {"name": "parquet", "train": path, "test": warmup}
@@ -70,7 +70,7 @@ def child(case: str, train: str, warmup: str, folder: str) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     if "pool.csv" in case:
-        sweep = plan.expand(plan.SweepConfig(name="s", output=folder, base=settings(train)))
+        sweep = sweep_file.expand(sweep_file.SweepConfig(name="s", output=folder, base=settings(train)))
         runner.create_folders(sweep, [(run, []) for run in sweep.runs])
     else:
         kept = prepare(parse(ExperimentConfig, settings(train)))

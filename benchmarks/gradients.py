@@ -10,7 +10,7 @@ does it; it is timed on a few samples of the batch and scaled.
 import torch
 from table import machine, seconds, show
 
-from fishermask.tensors import models
+from fishermask.learning import models
 from fishermask.tensors.backprop import forward, output_gradients
 from fishermask.tensors.embedding import embed, every_column
 from fishermask.tensors.layout import inspect

@@ -16,15 +16,15 @@ import torch
 from pools import local_pool, random_embedding
 from table import machine, seconds, show
 
+from fishermask.pool.blocks import BLOCK
 from fishermask.pool.selection import TraceCriterion, best_offer, objective_of
-from fishermask.pool.shard import BLOCK
 from fishermask.tensors.embedding import product, take
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Selection:
-    """Shards in process, as ``minimise_trace`` drives them, with embeddings given."""
+    """Shards in process, as ``minimize_trace`` drives them, with embeddings given."""
 
     def __init__(self, embedding, shards, budget=100):
         self.pool = local_pool(embedding, shards, DEVICE)

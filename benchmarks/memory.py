@@ -1,4 +1,4 @@
-"""The estimated memory of a query against the measured: the peak of a process during it, beyond what it held before.
+"""The estimated memory of training and of a query against the measured peak, beyond what the process held before.
 
     python benchmarks/memory.py              # all cases
     python benchmarks/memory.py badge bait   # those whose strategy's name is given
@@ -20,14 +20,17 @@ from table import machine, show
 
 from fishermask import strategies
 from fishermask.config import StrategyConfig
-from fishermask.pool.plan import plan, plan_prediction
+from fishermask.learning import models
+from fishermask.learning.training import fit, predict
+from fishermask.planning.measurement import measure
+from fishermask.planning.memory import Task, format_bytes
+from fishermask.planning.query_plan import plan_query
 from fishermask.pool.pool import Engine, Pool
 from fishermask.pool.shards import LocalShards
-from fishermask.tensors import models
-from fishermask.tensors.images import Statistics, normalise
-from fishermask.tensors.kernels import return_memory
-from fishermask.tensors.memory import Prediction, PredictionProbe, Probe, readable
+from fishermask.tensors.images import Statistics, normalize
 from fishermask.tensors.precision import Precision
+from fishermask.tensors.runtime import return_memory
+from fishermask.tensors.slow_gradients import copy_model
 
 GRAY, COLOR, LARGE = (1, 28, 28), (3, 32, 32), (3, 96, 96)
 LABELED, BUDGET = 20, 10
@@ -46,6 +49,8 @@ class Case(NamedTuple):
     storage: torch.dtype = torch.float32
     labeled: int = LABELED
     model_params: dict[str, Any] = {}  # noqa: RUF012  never changed
+    training_batch: int = 0
+    """Images of a training step, where a round's training and evaluation are measured too."""
 
 
 CASES = [
@@ -65,6 +70,10 @@ CASES = [
     Case("entropy", {}, "mlp", LARGE, 5_000),
     Case("entropy", {}, "thin_resnet18", COLOR, 5_000, shards=2),
     Case("entropy", {}, "mlp", COLOR, 20_000, model_params={"width": 1024, "depth": 3}),
+    Case("random", {}, "small_cnn", GRAY, 5_000, labeled=500, training_batch=64),
+    Case("random", {}, "thin_resnet18", COLOR, 5_000, labeled=500, training_batch=64),
+    Case("random", {}, "thin_resnet18", COLOR, 5_000, labeled=2_000, training_batch=512),
+    Case("random", {}, "mlp", COLOR, 5_000, model_params={"width": 4096, "depth": 3}, labeled=500, training_batch=64),
 ]
 
 
@@ -114,21 +123,25 @@ def query(case: Case, results: Any) -> None:
     channels = case.shape[0]
     statistics = Statistics((0.5,) * channels, (0.25,) * channels)
     with torch.no_grad():  # let batch norm see data once
-        model.train()(normalise(images[:64], statistics))
+        model.train()(normalize(images[:64], statistics))
     model.eval()
     strategy = strategies.load(StrategyConfig(name=case.strategy, params=case.params))
-    example, precision = normalise(images[:2], statistics), Precision(storage=case.storage)
+    example, precision = normalize(images[:2], statistics), Precision(storage=case.storage)
     work = strategy.check(model, example)
-    if isinstance(work, Prediction):
-        found = plan_prediction(PredictionProbe(model, example[:1], work), case.images, case.shards, True)
-    else:
-        assert work is not None
-        probe = Probe(model, example[:1], work)
-        found = plan(probe, case.images, BUDGET, case.shards, True, precision, labeled=case.labeled)
-    engine = Engine(precision, chunk=found.chunk, diagonal_batch=found.diagonal_batch)
+    measured = measure(model, example[:1], work, training=bool(case.training_batch))
+    task = Task(case.images, BUDGET, case.labeled, precision, case.training_batch)
+    plan = plan_query(measured, task, case.shards)
+    engine = Engine(precision, chunk=plan.chunk, diagonal_batch=plan.diagonal_batch)
+    if case.training_batch:  # what the first training of a process loads belongs to the process
+        train(
+            case._replace(training_batch=2, labeled=4), models.build("mlp", {}, case.shape, 10, 0), images, statistics
+        )
     return_memory()
     stages = Stages()
     started = time.perf_counter()
+    if case.training_batch:
+        train(case, copy_model(model), images, statistics)
+        stages("query", 0, 1)
     shards = LocalShards(Copies(images), statistics, case.shards)
     labeled, generators = torch.arange(case.labeled), (torch.Generator(), torch.Generator())
     labels = torch.zeros_like(labeled)
@@ -136,8 +149,17 @@ def query(case: Case, results: Any) -> None:
     strategy.query(pool, BUDGET)
     seconds = time.perf_counter() - started
     stages("", 0, 1)
-    size = None if isinstance(work, Prediction) else work.size
-    results.put((size, found.chunk, found.process, max(stages.peaks.values()), found.seconds, seconds, stages.peaks))
+    size = work.columns if work is not None and work.layout is not None else None
+    results.put((size, plan.chunk, plan.coordinator, max(stages.peaks.values()), plan.seconds, seconds, stages.peaks))
+
+
+def train(case: Case, model: torch.nn.Module, images: torch.Tensor, statistics: Statistics) -> None:
+    """Train for one epoch on the labeled images and predict as many as a test set has, as a round does."""
+    settings: dict[str, Any] = {"learning_rate": 1e-3, "target_accuracy": 1.0, "max_epochs": 1, "clip": 0.1}
+    settings |= {"batch_size": case.training_batch, "augmentation": None}
+    labels = torch.arange(case.labeled) % case.classes
+    fit(model, images[: case.labeled].clone(), labels, statistics, torch.Generator(), **settings)
+    predict(model, images[:2000], statistics)
 
 
 def main() -> None:
@@ -158,18 +180,21 @@ def main() -> None:
             raise SystemExit(f"{case} failed")
         size, chunk, estimate, measured, seconds_estimated, seconds, stages = results.get()
         if arguments.stages:
-            print(number, case.strategy, case.model, {name: readable(peak) for name, peak in stages.items()}, estimate)
+            print(
+                number, case.strategy, case.model, {name: format_bytes(peak) for name, peak in stages.items()}, estimate
+            )
         shape = "x".join(map(str, case.shape[1:])) + (f"x{case.shape[0]}" if case.shape[0] > 1 else "")
         options = [f"{key} {value}" for key, value in case.params.items()]
         options += [f"{case.shards} shards"] * (case.shards > 1)
         options += [f"storage {str(case.storage).removeprefix('torch.')}"] * (case.storage != torch.float32)
+        options += [f"training batch {case.training_batch}"] * (case.training_batch > 0)
         options += [f"{case.labeled:,} labeled"] * (case.labeled != LABELED)
         options += [f"{key} {value:,}" for key, value in case.model_params.items()]
         cells = [number, case.strategy, ", ".join(options), case.model, shape, f"{case.images:,}", case.classes]
-        cells += ["" if size is None else f"{size:,}", chunk, estimate.moment]
-        cells += [readable(estimate.total), readable(measured), f"{estimate.total / measured:.2f}"]
+        cells += ["" if size is None else f"{size:,}", chunk, estimate.stage]
+        cells += [format_bytes(estimate.total), format_bytes(measured), f"{estimate.total / measured:.2f}"]
         rows.append([*cells, f"{seconds_estimated:.2g}", f"{seconds:.2g}"])
-    header = ["", "strategy", "options", "model", "image", "images", "C", "k - E", "chunk", "worst while it"]
+    header = ["", "strategy", "options", "model", "image", "images", "C", "k - E", "chunk", "worst stage"]
     header += ["estimated", "measured", "estimated/measured", "estimated s", "measured s"]
     show(f"Memory of a query. {machine()}", header, rows)
 

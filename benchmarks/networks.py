@@ -4,8 +4,8 @@ import torch
 
 from fishermask.config import DataConfig
 from fishermask.data import dataset
-from fishermask.tensors import models
-from fishermask.tensors.images import Statistics, normalise
+from fishermask.learning import models
+from fishermask.tensors.images import Statistics, normalize
 
 CIFAR = Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
@@ -21,7 +21,7 @@ def trained(parquet, count, epochs=3):
     else:
         images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
         labels = torch.randint(0, 10, (count,))
-    inputs = normalise(images, CIFAR)
+    inputs = normalize(images, CIFAR)
     optimiser = torch.optim.Adam(model.parameters())
     for _ in range(epochs):
         for batch, label in zip(inputs.split(64), labels.split(64), strict=True):

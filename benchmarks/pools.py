@@ -2,8 +2,9 @@
 
 import torch
 
+from fishermask.pool.blocks import images_per_part
 from fishermask.pool.pool import Engine, Pool
-from fishermask.pool.shard import Shard, rows_together
+from fishermask.pool.shard import Shard
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.embedding import Embedding, take
 from fishermask.tensors.images import Statistics
@@ -26,7 +27,7 @@ def fill(shard: Shard, make) -> None:
     shard.parts, shard.embeddings = [], []
     start = 0
     while start < n:
-        rows = rows or rows_together(make(shard.start, shard.start + 1).body.shape[1])
+        rows = rows or images_per_part(make(shard.start, shard.start + 1).body.shape[1])
         end = min(n, start + rows)
         shard.parts.append(slice(start, end))
         shard.embeddings.append(make(shard.start + start, shard.start + end).map(torch.Tensor.contiguous))
@@ -39,7 +40,7 @@ def blank(n):
 
 
 def pool_on(shards, n, engine=None):
-    """A pool of ``n`` images on ``shards``, with nothing labelled and a model that is of no use but for its type."""
+    """A pool of ``n`` images on ``shards``, with nothing labeled and a model that is of no use but for its type."""
     none = torch.tensor([], dtype=torch.long)
     streams = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
     return Pool(shards, n, none, none, torch.nn.Linear(1, 1), *streams, engine=engine or Engine())

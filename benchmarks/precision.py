@@ -14,7 +14,7 @@ from table import machine, show
 
 from fishermask.experiment.loop import StageClock
 from fishermask.pool.pool import Engine, Pool
-from fishermask.pool.selection import TraceOptions, minimise_trace
+from fishermask.pool.selection import TraceOptions, minimize_trace
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.mask import global_mask
 from fishermask.tensors.precision import Precision
@@ -44,7 +44,7 @@ def main():
         if mask is None:
             layout = pool.layout()
             mask = global_mask(pool.fisher_diagonal(layout, 1024), layout, 150)
-        batch = set(minimise_trace(pool, mask, 100, TraceOptions()).tolist())
+        batch = set(minimize_trace(pool, mask, 100, TraceOptions()).tolist())
         taken = clock.finish()
         embedding, picking = taken["embed"], taken["pick"]
         reference, first = reference or batch, first or (embedding, picking)

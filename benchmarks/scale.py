@@ -20,12 +20,12 @@ from pools import GREY, blank, fill, local_pool, pool_on, random_embedding
 from table import machine, seconds, show
 
 import fishermask.sweep.cluster  # noqa: F401  what Ray reads when it is imported
+from fishermask.planning import duration
 from fishermask.pool.ray_shards import RayShards
 from fishermask.pool.selection import TraceCriterion, greedy, objective_of
 from fishermask.pool.shards import LocalShards
-from fishermask.tensors import cost
 from fishermask.tensors.embedding import Embedding, concatenate, embed, take
-from fishermask.tensors.images import normalise
+from fishermask.tensors.images import normalize
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import fisher_diagonal, global_mask
 
@@ -36,7 +36,7 @@ BASE = 4096
 def base_embedding(parquet):
     """Embeddings of ``BASE`` images by a thin ResNet-18, trained for an instant."""
     model, images = trained(parquet, BASE)
-    inputs = normalise(images, CIFAR)
+    inputs = normalize(images, CIFAR)
     layout = inspect(model, inputs[:2])
     mask = global_mask(fisher_diagonal(model, inputs[:64], layout), layout, 150)
     return concatenate([embed(model, batch, mask) for batch in inputs.split(128)])
@@ -123,7 +123,7 @@ def overhead(base):
 
 
 def fit():
-    """The constants of ``tensors/cost.py``, by least squares of relative errors, on one core."""
+    """The constants of ``tensors/duration.py``, by least squares of relative errors, on one core."""
     torch.set_num_threads(1)
     shapes = [(5, 128, 150), (10, 128, 150), (20, 128, 150), (10, 512, 0), (10, 128, 1200)]
     n, features, times = 8_192, [], []
@@ -134,7 +134,7 @@ def fit():
         update = criterion.add(best)
         times.append(seconds(lambda p=pool, u=update: p.shards.call("advance", u, 0), repeats=15))
         rows = num_classes - 1
-        unit = 4.0 * n * rows**2 / cost.core_flops()
+        unit = 4.0 * n * rows**2 / duration.core_flops()
         features.append([unit * width, unit * k_body, n * rows**2])
         pool.shards.close()
     a, t = np.array(features), np.array(times)
@@ -142,7 +142,7 @@ def fit():
     rows = [[*s, m * 1e3, e * 1e3, e / m] for s, m, e in zip(shapes, times, a @ constants, strict=True)]
     head, body, pair = constants
     show(
-        f"HEAD = {head:.2g}, BODY = {body:.2g}, PAIR_SECONDS = {pair:.2g}; {cost.core_flops() / 1e9:.0f} Gflop/s",
+        f"HEAD = {head:.2g}, BODY = {body:.2g}, PAIR_SECONDS = {pair:.2g}; {duration.core_flops() / 1e9:.0f} Gflop/s",
         ["C", "E", "k_body", "measured ms", "model ms", "model/measured"],
         rows,
     )

@@ -11,7 +11,7 @@ import torchvision
 from table import machine, seconds, show
 from torch import nn
 
-from fishermask.tensors import models
+from fishermask.learning import models
 from fishermask.tensors.layout import SIZES, inspect
 
 STEP = 64

@@ -228,29 +228,29 @@ MUTANTS = [
         "parameters selection",
     ),
     Mutant(
-        "tensors/training.py",
+        "learning/training.py",
         "F.cross_entropy(logits, labels[batch])",
         "F.cross_entropy(logits, labels[batch.flip(0)])",
         "training on permuted labels",
         "replay learning",
     ),
-    Mutant("tensors/training.py", "model.train()", "model.eval()", "training in evaluation mode", "replay"),
-    Mutant("tensors/training.py", "model.eval()", "model.train()", "evaluation in training mode", "replay"),
-    Mutant("tensors/training.py", "lr=learning_rate", "lr=1e-3", "learning_rate is ignored", "replay learning"),
-    Mutant("tensors/training.py", "len(batches[-1]) == 1 and", "False and", "a last batch of one image", "learning"),
+    Mutant("learning/training.py", "model.train()", "model.eval()", "training in evaluation mode", "replay"),
+    Mutant("learning/training.py", "model.eval()", "model.train()", "evaluation in training mode", "replay"),
+    Mutant("learning/training.py", "lr=learning_rate", "lr=1e-3", "learning_rate is ignored", "replay learning"),
+    Mutant("learning/training.py", "len(batches[-1]) == 1 and", "False and", "a last batch of one image", "learning"),
     Mutant(
-        "tensors/training.py", "images.device), batch_size)", "images.device), 64)", "batch_size is ignored", "replay"
+        "learning/training.py", "images.device), batch_size)", "images.device), 64)", "batch_size is ignored", "replay"
     ),
     Mutant(
-        "tensors/training.py",
+        "learning/training.py",
         "accuracy >= target_accuracy",
         "accuracy >= 0.99",
         "target_accuracy is ignored",
         "replay",
     ),
-    Mutant("tensors/training.py", "generator=order", "generator=None", "the training order is not seeded", "replay"),
+    Mutant("learning/training.py", "generator=order", "generator=None", "the training order is not seeded", "replay"),
     Mutant(
-        "tensors/training.py",
+        "learning/training.py",
         "clip_grad_value_(",
         "clip_grad_norm_(",
         "gradients are clipped by norm instead of value",
@@ -269,31 +269,31 @@ MUTANTS = [
         "tensors/images.py", "clamp_min(1.0).sqrt()", "clamp_min(0.0).sqrt()", "a constant channel has std 0", "numbers"
     ),
     Mutant(
-        "tensors/metrics.py",
+        "learning/metrics.py",
         "counts.diagonal(), counts.sum(1), counts.sum(0)",
         "counts.diagonal(), counts.sum(0), counts.sum(1)",
         "recall is precision",
         "learning",
     ),
     Mutant(
-        "tensors/metrics.py",
+        "learning/metrics.py",
         "recall[present].mean()",
         "recall.nan_to_num().mean()",
         "classes that the test set lacks count 0 in balanced accuracy",
         "numbers",
     ),
     Mutant(
-        "tensors/models.py", "torch.manual_seed(seed)", "torch.manual_seed(0)", "weights ignore the seed", "learning"
+        "learning/models.py", "torch.manual_seed(seed)", "torch.manual_seed(0)", "weights ignore the seed", "learning"
     ),
     Mutant(
-        "tensors/models.py",
+        "learning/models.py",
         "with torch.random.fork_rng(devices=[]):",
         "if True:",
         "building a model changes the global random state",
         "learning",
     ),
     Mutant(
-        "tensors/cost.py",
+        "planning/duration.py",
         "query = round(query * work.oversample)",
         "query = round(query)",
         "the estimated time ignores oversample",
@@ -322,7 +322,7 @@ MUTANTS = [
     ),
     Mutant("tensors/mask.py", " and name not in layout.frozen", "", "frozen parameters are masked", "verification"),
     Mutant(
-        "tensors/training.py",
+        "learning/training.py",
         "if len(batches) > 1 and len(batches[-1]) == 1 and size > 1:",
         "if False:",
         "a training batch may have one image",
@@ -467,7 +467,7 @@ MUTANTS = [
         "lost_shards",
     ),
     Mutant(
-        "pool/plan.py",
+        "planning/execution_plan.py",
         "0.0 if self.shard is None else self.shard.total",
         "0.0",
         "the largest process is always the coordinator",
@@ -776,15 +776,15 @@ MUTANTS = [
     ),
     # sweep
     Mutant(
-        "sweep/plan.py",
+        "sweep/sweep_file.py",
         "copy.deepcopy(config.base)",
         "config.base",
         "a run's settings leak into the next",
         "settings",
     ),
-    Mutant("sweep/plan.py", 'key != "seed"', 'key == "seed"', "the seed varies fastest", "plan"),
+    Mutant("sweep/sweep_file.py", 'key != "seed"', 'key == "seed"', "the seed varies fastest", "plan"),
     Mutant(
-        "sweep/plan.py",
+        "sweep/sweep_file.py",
         "present.fingerprint() != run.config.fingerprint()",
         "False",
         "a run goes on with other settings",
@@ -811,7 +811,13 @@ MUTANTS = [
         "TensorBoard shows values by round",
         "records sweep",
     ),
-    Mutant("sweep/room.py", "math.ceil((PROCESS", "math.floor((PROCESS", "runs reserve too little memory", "room"),
+    Mutant(
+        "planning/placement.py",
+        "math.ceil((PROCESS",
+        "math.floor((PROCESS",
+        "runs reserve too little memory",
+        "placement",
+    ),
     Mutant(
         "sweep/runner.py",
         "len(history) < rounds_of(run)]",
@@ -834,13 +840,15 @@ MUTANTS = [
         "sweep",
     ),
     Mutant(
-        "sweep/package.py",
+        "sweep/source_version.py",
         "followlinks=True",
         "followlinks=False",
         "nodes with other strategies are accepted",
         "project",
     ),
-    Mutant("sweep/plan.py", "if count > MAX_RUNS:", "if False:", "a grid may mean any number of runs", "bad_input"),
+    Mutant(
+        "sweep/sweep_file.py", "if count > MAX_RUNS:", "if False:", "a grid may mean any number of runs", "bad_input"
+    ),
     # cli
     Mutant("cli.py", "status = EXIT_FAILED_RUNS", "status = 0", "a failed run ends in exit status 0", "records cli"),
     Mutant("cli.py", " = 1, 2", " = 1, 1", "bad input ends in exit status 1", "cli"),

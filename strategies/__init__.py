@@ -7,8 +7,8 @@ A strategy file holds
 * if it has parameters, ``class Params(Config)``;
 * if it does more than to look at predictions, or some parameters do not go with some models,
   ``check(params, model, images)``, which raises ``InputError`` and returns what memory and time are estimated from: the
-  ``Workload`` of a query that embeds the pool; ``prediction(model, images)`` of one that only predicts it, for which a
-  strategy without ``check`` is taken; None if no image is looked at.
+  ``embedding_workload`` of a query that embeds the pool; ``prediction_workload`` of one that only predicts it, which is
+  what a strategy without ``check`` is taken for; None if no image is looked at.
 """
 
 import pkgutil
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from fishermask.config import Config, StrategyConfig, parse
 from fishermask.errors import InputError
 from fishermask.guard import guarded, short
+from fishermask.planning.workload import Workload, prediction_workload
 from fishermask.pool.pool import Pool
-from fishermask.tensors.memory import Prediction, Workload, prediction
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class Strategy:
         except SystemExit as error:
             raise RuntimeError(f"the strategy raises SystemExit (status {error.code})") from error
 
-    def check(self, model: nn.Module, images: Tensor) -> Workload | Prediction | None:
+    def check(self, model: nn.Module, images: Tensor) -> Workload | None:
         """What a query computes with ``model``, which takes ``images`` [n, ...]; None if it looks at no image.
 
         Raises:
             InputError: the parameters do not go with the model.
         """
-        check: Callable[[Config, nn.Module, Tensor], Workload | Prediction | None] | None
+        check: Callable[[Config, nn.Module, Tensor], Workload | None] | None
         check = getattr(self.module, "check", None)
-        work = prediction(model, images) if check is None else check(self.params, model, images)
-        if not isinstance(work, Workload | Prediction | None):
-            raise InputError(f"strategy.name: {self.file} check returns {short(work)}, no Workload, Prediction or None")
+        work = prediction_workload(model, images) if check is None else check(self.params, model, images)
+        if not isinstance(work, Workload | None):
+            raise InputError(f"strategy.name: {self.file} check returns {short(work)}; expected a Workload or None")
         return work
 
     @property

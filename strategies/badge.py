@@ -4,18 +4,18 @@ import torch
 from torch import Tensor, nn
 
 from fishermask.config import Config
+from fishermask.planning.workload import Workload, embedding_workload
 from fishermask.pool.pool import Pool
 from fishermask.pool.selection import DistanceCriterion, greedy
 from fishermask.tensors.distances import BadgeScorer
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import last_layer_mask
-from fishermask.tensors.memory import Workload, workload
 
 
 def check(params: Config, model: nn.Module, images: Tensor) -> Workload:
     """The model must end in a linear layer."""
     mask = last_layer_mask(inspect(model, images))
-    return workload(model, images, mask.layout, trace=False)
+    return embedding_workload(model, images, mask.layout, trace=False)
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:

@@ -4,16 +4,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fishermask.config import Config
+from fishermask.planning.workload import Workload, embedding_workload
 from fishermask.pool.pool import Pool
-from fishermask.pool.selection import TraceOptions, minimise_trace
+from fishermask.pool.selection import TraceOptions, minimize_trace
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import last_layer_mask
-from fishermask.tensors.memory import Workload, workload
 
 
 class Params(Config):
     damping: float = Field(1.0, gt=0)
-    """lambda: how much identity is added to the labelled images' information."""
+    """lambda: how much identity is added to the labeled images' information."""
     oversample: float = Field(1.0, ge=1)
     """Choose this many times the budget, then take back what is missed least. BAIT's authors' code: 2; the paper: 1."""
     top_classes: int | None = Field(None, ge=2)
@@ -23,9 +23,9 @@ class Params(Config):
 def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
     """The model must end in a linear layer."""
     mask = last_layer_mask(inspect(model, images))
-    return workload(model, images, mask.layout, top_classes=params.top_classes, oversample=params.oversample)
+    return embedding_workload(model, images, mask.layout, top_classes=params.top_classes, oversample=params.oversample)
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:
-    """Positions of ``budget`` candidates that greedily minimise the trace of the inverse information."""
-    return minimise_trace(pool, last_layer_mask(pool.layout()), budget, TraceOptions(**params.model_dump()))
+    """Positions of ``budget`` candidates that greedily minimize the trace of the inverse information."""
+    return minimize_trace(pool, last_layer_mask(pool.layout()), budget, TraceOptions(**params.model_dump()))

@@ -1,25 +1,25 @@
-"""Images far from all labelled ones: k-center greedy on the last hidden layer (Sener, Savarese 2018)."""
+"""Images far from all labeled ones: k-center greedy on the last hidden layer (Sener, Savarese 2018)."""
 
 import torch
 from torch import Tensor, nn
 
 from fishermask.config import Config
+from fishermask.planning.workload import Workload, embedding_workload
 from fishermask.pool.pool import Pool
 from fishermask.pool.selection import DistanceCriterion, greedy
 from fishermask.tensors.distances import KCenterScorer
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import last_layer_mask
-from fishermask.tensors.memory import Workload, workload
 
 
 def check(params: Config, model: nn.Module, images: Tensor) -> Workload:
     """The model must end in a linear layer."""
     mask = last_layer_mask(inspect(model, images))
-    return workload(model, images, mask.layout, trace=False)
+    return embedding_workload(model, images, mask.layout, trace=False)
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:
-    """Positions of ``budget`` candidates, each the furthest from its nearest labelled or chosen image."""
+    """Positions of ``budget`` candidates, each the furthest from its nearest labeled or chosen image."""
     pool.embed(last_layer_mask(pool.layout()))
     labeled = [found.hidden for found in pool.embeddings_at(pool.labeled)]
     criterion = DistanceCriterion(KCenterScorer(torch.cat(labeled, dim=1)), pool.scores_type)

@@ -6,12 +6,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fishermask.config import Config
+from fishermask.planning.workload import Workload, embedding_workload
 from fishermask.pool.pool import Pool
-from fishermask.pool.selection import TraceOptions, minimise_trace
+from fishermask.pool.selection import TraceOptions, minimize_trace
 from fishermask.tensors import mask as masks
 from fishermask.tensors.layout import announce_slow, inspect
 from fishermask.tensors.mask import Mask
-from fishermask.tensors.memory import Workload, workload
 
 RANKED = {"global": masks.global_mask, "layerwise": masks.layerwise_mask, "relative": masks.relative_mask}
 
@@ -32,15 +32,15 @@ class Params(Config):
     fisher_sample: Literal["random", "first"] = "random"
     """... drawn at random, or the first of the pool."""
     damping: float = Field(1.0, gt=0)
-    """lambda: how much identity is added to the labelled images' information."""
+    """lambda: how much identity is added to the labeled images' information."""
     initial_information: bool = True
-    """Whether the labelled images' information counts."""
+    """Whether the labeled images' information counts."""
     class_weighting: Literal["sqrt", "none"] = "sqrt"
     """With sqrt an image's embedding gives its Fisher information; the released code leaves it out."""
     top_classes: int | None = Field(None, ge=2)
     """An approximation, for many classes: only an image's most probable classes count, as if others were impossible."""
     batch_weighting: Literal["bait", "per_sample"] = "bait"
-    """A candidate counts as much as the whole batch, as BAIT's code has it, or as much as a labelled image."""
+    """A candidate counts as much as the whole batch, as BAIT's code has it, or as much as a labeled image."""
     target: Literal["pool", "identity"] = "pool"
     """What is covered: the pool's information, or every direction alike."""
     oversample: float = Field(1.0, ge=1)
@@ -60,13 +60,13 @@ def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
     body_size = masks.mask_size(model, layout, params.fraction) - masks.head_size(model, layout)
     if params.mask == "last_layer":
         body_size = masks.last_layer_mask(layout).body_size
-    ranked = params.fisher_samples if params.mask in RANKED and body_size else 0
-    return workload(
+    fisher_samples = params.fisher_samples if params.mask in RANKED and body_size else 0
+    return embedding_workload(
         model,
         images,
         layout,
         body_size,
-        ranked=ranked,
+        fisher_samples=fisher_samples,
         top_classes=params.top_classes,
         oversample=params.oversample,
         weighting=params.class_weighting,
@@ -74,10 +74,10 @@ def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:
-    """Positions of ``budget`` candidates that greedily minimise the trace of the inverse information."""
+    """Positions of ``budget`` candidates that greedily minimize the trace of the inverse information."""
     fields = TraceOptions.__dataclass_fields__
     options = TraceOptions(**{key: value for key, value in params.model_dump().items() if key in fields})
-    return minimise_trace(pool, choose_mask(pool, params), budget, options)
+    return minimize_trace(pool, choose_mask(pool, params), budget, options)
 
 
 def choose_mask(pool: Pool, params: Params) -> Mask:

@@ -1,4 +1,4 @@
-"""The catalogue of bad input: tables of commands, and the words that the message about each must hold."""
+"""The catalog of bad input: tables of commands, and the words that the message about each must hold."""
 
 import datetime
 import io
@@ -363,7 +363,7 @@ FACTORIES = {
     "has meta logits": "return Net(num_classes, lambda x: x.to('meta'))",
     "is of float64": "return Net(num_classes).double()",
     "wants other images": "return Net(num_classes, width=3)",
-    "wants colour": "return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))",
+    "wants color": "return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))",
     "has integer logits": "return Net(num_classes, lambda x: x.argsort(-1))",
     "has boolean logits": "return Net(num_classes, lambda x: x > 0)",
     "has complex logits": "return Net(num_classes, lambda x: torch.complex(x, x))",
@@ -467,8 +467,8 @@ def png(array, **save):
     return buffer.getvalue()
 
 
-GREY = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
-GOOD = png(GREY)
+GRAY = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+GOOD = png(GRAY)
 TEXT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -572,14 +572,14 @@ DATA_FILES = {
     "has an image cut short": (images_of(GOOD, GOOD[:300]), "data.train", "row 1"),
     "has an image with damaged pixels": (images_of(GOOD, GOOD[:200] + b"\0" * 100 + GOOD[300:]), "data.train", "row 1"),
     "has a PNG that expands to 3.6 GB": (images_of(GOOD, bomb()), "data.train", "row 1"),
-    "has an image of another size": (images_of(GOOD, png(GREY[:20])), "data.image_size", "row 1"),
+    "has an image of another size": (images_of(GOOD, png(GRAY[:20])), "data.image_size", "row 1"),
     "has an image of 32-bit numbers": (images_of(GOOD, image_as("I", "TIFF")), "data.train", "row 1"),
     "has an image of floating-point numbers": (images_of(GOOD, image_as("F", "TIFF")), "data.train", "row 1"),
     "has a PostScript program": (images_of(GOOD, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"), "row 1", "UnidentifiedImageError"),
     "has an SVG": (images_of(GOOD, b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "data.train", "row 1"),
     "has a TIFF without pixels": (images_of(GOOD, b"II*\0\x08\0\0\0\0\0\0\0\0\0"), "data.train", "row 1"),
-    "has images too small for the model": (images_of(png(GREY[:4, :4]), png(GREY[:4, :4])), "model"),
-    "has images that are not square": (images_of(png(GREY[:20]), png(GREY[:20])), "model"),
+    "has images too small for the model": (images_of(png(GRAY[:4, :4]), png(GRAY[:4, :4])), "model"),
+    "has images that are not square": (images_of(png(GRAY[:20]), png(GRAY[:20])), "model"),
     "has paths that are no UTF-8": (lambda path: damaged_path(path), "data.train"),
 }  # fmt: skip
 
@@ -629,8 +629,8 @@ for name, (train, words, files) in {
 case("data.test is missing", dry("data={name: parquet, train: x.parquet}"), "data.test", files={"x.parquet": parquet})
 for name, other, words in (
     ("is of other classes", named("dog", "cat"), "data.test"),
-    ("is in colour", images_of(png(np.zeros((28, 28, 3), np.uint8))), "data"),
-    ("is of another size", named("cat", "dog", image=png(GREY[:20, :20])), "data.image_size"),
+    ("is in color", images_of(png(np.zeros((28, 28, 3), np.uint8))), "data"),
+    ("is of another size", named("cat", "dog", image=png(GRAY[:20, :20])), "data.image_size"),
     ("does not decode", images_of(GOOD, b"x"), "data.test"),
     ("is damaged", damaged(0.1, 200, compression="zstd"), "data.test"),
 ):

@@ -9,7 +9,7 @@ from torchvision.models import MobileNetV3
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.mobilenetv3 import InvertedResidualConfig
 
-from fishermask.tensors import models
+from fishermask.learning import models
 
 
 def _settle(model: nn.Module, like: Tensor) -> nn.Module:

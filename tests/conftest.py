@@ -17,7 +17,7 @@ import fishermask.sweep.cluster  # noqa: E402, F401  sets what else Ray reads at
 from fishermask.config import ExperimentConfig, parse  # noqa: E402
 from fishermask.experiment.setup import prepare  # noqa: E402
 from fishermask.experiment.streams import stream  # noqa: E402
-from fishermask.tensors.training import fit  # noqa: E402
+from fishermask.learning.training import fit  # noqa: E402
 
 # The tests' models are tiny. Threads only wait for each other then, for minutes where the machine has other work.
 torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Bad input of every kind: exit status 2, one line on stderr that names the setting, and no trace left behind.
 
-The catalogue is ``bad_input_cases``. Each case is a command; ``bad_input_batch`` runs them in a few processes.
+The catalog is ``bad_input_cases``. Each case is a command; ``bad_input_batch`` runs them in a few processes.
 """
 
 import json
@@ -73,7 +73,7 @@ def test_bad_input_is_one_line_that_names_the_setting(answers, name):
         assert "Traceback (most recent call last)" in log.read_text()
 
 
-def test_the_catalogue_is_large():
+def test_the_catalog_is_large():
     assert len(CASES) > 500
 
 

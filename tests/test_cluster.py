@@ -12,7 +12,7 @@ from ray import cloudpickle
 from ray._private.utils import check_version_info
 
 from fishermask.errors import InputError
-from fishermask.sweep import cluster, package
+from fishermask.sweep import cluster, source_version
 
 
 def refusal(function, *args):
@@ -57,20 +57,20 @@ def test_any_other_reason_of_rays_is_put_on_one_line():
 
 
 def test_nodes_with_the_same_package_pass_and_another_is_named(ray_session):
-    own = package.installed()
-    package.check(own)
+    own = source_version.installed()
+    source_version.check(own)
     node = ray.nodes()[0]["NodeManagerAddress"]
-    message = refusal(package.check, "0.0.9 (abcdef)")
+    message = refusal(source_version.check, "0.0.9 (abcdef)")
     assert message == (
         f"RAY_ADDRESS: the node {node} has fishermask {own}, this command 0.0.9 (abcdef); install the same"
     )
 
 
 def installed_elsewhere(preparation):
-    """What ``package.installed`` says in a process that is prepared by ``preparation``, as a node is asked."""
-    cloudpickle.register_pickle_by_value(package)
-    sent = cloudpickle.dumps(package.installed)
-    cloudpickle.unregister_pickle_by_value(package)
+    """What ``source_version.installed`` says in a process that is prepared by ``preparation``, as a node is asked."""
+    cloudpickle.register_pickle_by_value(source_version)
+    sent = cloudpickle.dumps(source_version.installed)
+    cloudpickle.unregister_pickle_by_value(source_version)
     code = f"import pickle, sys; {preparation}; print(pickle.loads({sent!r})())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.stderr == ""

@@ -114,7 +114,7 @@ def test_parquet_folders_and_globs_are_read_in_order_and_unnamed_rows_get_ids(tm
         assert list(data.train.ids) == ["train-00000000", "train-00000001"]
 
 
-def test_colour_images_stay_colour_and_sizes_can_be_brought_together(tmp_path):
+def test_color_images_stay_color_and_sizes_can_be_brought_together(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", [png((8, 8, 3)), png((16, 16, 3))], [0, 1])
     with pytest.raises(InputError, match="row 1 is 16 x 16 pixels, .* 8 x 8; set data.image_size"):
         load_parquet(file)

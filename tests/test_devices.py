@@ -10,7 +10,7 @@ import cases
 import pytest
 import torch
 from pretended import THERE, PretendedDevice, PretendedShards, pretending
-from test_selection import GREY, pixels
+from test_selection import GRAY, pixels
 from torch import Tensor
 
 from fishermask import strategies
@@ -19,8 +19,9 @@ from fishermask.experiment import loop
 from fishermask.experiment.setup import prepare
 from fishermask.experiment.streams import stream
 from fishermask.pool import selection
+from fishermask.pool.blocks import BLOCK
 from fishermask.pool.pool import Engine, Freshness, Pool
-from fishermask.pool.shard import BLOCK, moved
+from fishermask.pool.shard import moved
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.embedding import dense, embed, information, information_diagonal, product, quadratic, take
 from fishermask.tensors.layout import inspect
@@ -169,8 +170,8 @@ FISHER = {"fraction": 0.1, "fisher_samples": 64}
 )
 def test_a_query_on_the_device_chooses_the_batch_of_the_cpu_and_reads_nothing_but_offers(name, params):
     images, model = pixels(BLOCK + 100), cases.model("small_cnn").float()
-    here = query(name, LocalShards(images, GREY, 2), images, model, **params)
-    shards = PretendedShards(images, GREY, 2)
+    here = query(name, LocalShards(images, GRAY, 2), images, model, **params)
+    shards = PretendedShards(images, GRAY, 2)
     there = query(name, shards, images, model, **params)
     assert here[:2] == there[:2]
     # A pick's offer, from each shard: gain, position and whether there is any in one copy; the embedding's tensors.
@@ -196,8 +197,8 @@ def test_whatever_the_engine_the_device_chooses_the_batch_of_the_cpu(name, engin
     monkeypatch.setattr(selection, "RESCORE_AFTER", 2)
     images, model = pixels(200), cases.model("small_cnn").float()
     params = FISHER if name == "fisher_mask" else {}
-    here = query(name, LocalShards(images, GREY), images, model, engine=engine, **params)
-    assert here[:2] == query(name, PretendedShards(images, GREY), images, model, engine=engine, **params)[:2]
+    here = query(name, LocalShards(images, GRAY), images, model, engine=engine, **params)
+    assert here[:2] == query(name, PretendedShards(images, GRAY), images, model, engine=engine, **params)[:2]
     assert name != "fisher_mask" or engine.drift or here[1]["times scores were computed anew"] > 1
 
 

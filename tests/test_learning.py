@@ -7,12 +7,12 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, r
 
 from fishermask.errors import InputError
 from fishermask.experiment.streams import stream
-from fishermask.tensors import models, training
-from fishermask.tensors.images import CROP_PADDING, Statistics, channel_statistics, crop_and_flip, normalise
-from fishermask.tensors.metrics import evaluate
-from fishermask.tensors.training import fit, predict
+from fishermask.learning import models, training
+from fishermask.learning.metrics import evaluate
+from fishermask.learning.training import fit, predict
+from fishermask.tensors.images import CROP_PADDING, Statistics, channel_statistics, crop_and_flip, normalize
 
-GREY = Statistics((0.5,), (0.25,))
+GRAY = Statistics((0.5,), (0.25,))
 SETTINGS = {"learning_rate": 1e-2, "batch_size": 8, "target_accuracy": 0.99, "clip": 0.1, "augmentation": None}
 
 
@@ -78,25 +78,25 @@ def toy():
 def test_training_ends_at_the_target_and_says_so():
     images, labels = toy()
     model = models.build("mlp", {"width": 8}, (1, 8, 8), 2, seed=0)
-    report = fit(model, images, labels, GREY, stream(0, "order"), max_epochs=100, **SETTINGS)
+    report = fit(model, images, labels, GRAY, stream(0, "order"), max_epochs=100, **SETTINGS)
     assert report.ended_by == "target"
     assert report.accuracy >= 0.99
     assert report.epochs < 100
-    assert (predict(model, images, GREY).argmax(-1) == labels).float().mean() >= 0.99
+    assert (predict(model, images, GRAY).argmax(-1) == labels).float().mean() >= 0.99
 
 
 def test_training_ends_at_the_cap_and_says_so():
     images, labels = toy()
     model = models.build("mlp", {"width": 8}, (1, 8, 8), 2, seed=0)
     settings = SETTINGS | {"learning_rate": 1e-9}
-    assert fit(model, images, labels, GREY, stream(0, "order"), max_epochs=3, **settings)[::2] == (3, "cap")
+    assert fit(model, images, labels, GRAY, stream(0, "order"), max_epochs=3, **settings)[::2] == (3, "cap")
 
 
 def test_a_loss_that_is_no_number_is_an_error():
     images, labels = toy()
     model = models.build("mlp", {"width": 8}, (1, 8, 8), 2, seed=0)
     with pytest.raises(FloatingPointError, match="lower training.learning_rate"):
-        fit(model, images, labels, GREY, stream(0, "order"), max_epochs=50, **SETTINGS | {"learning_rate": 1e30})
+        fit(model, images, labels, GRAY, stream(0, "order"), max_epochs=50, **SETTINGS | {"learning_rate": 1e30})
 
 
 class WithBatchNorm(torch.nn.Sequential):
@@ -112,7 +112,7 @@ def test_a_single_image_at_the_end_of_an_epoch_does_not_stop_batch_norm(count, b
     images, labels = (part[:count] for part in toy())
     model = WithBatchNorm()
     report = fit(
-        model, images, labels, GREY, stream(0, "order"), max_epochs=30, **SETTINGS | {"batch_size": batch_size}
+        model, images, labels, GRAY, stream(0, "order"), max_epochs=30, **SETTINGS | {"batch_size": batch_size}
     )
     assert 0 <= report.accuracy <= 1
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
@@ -131,17 +131,17 @@ def test_batches_hold_every_image_and_none_is_of_one(count, size):
 def test_gradients_are_clamped():
     images, labels = toy()
     model = models.build("mlp", {"width": 8}, (1, 8, 8), 2, seed=0)
-    fit(model, images, labels, GREY, stream(0, "order"), max_epochs=1, **SETTINGS | {"clip": 1e-4})
+    fit(model, images, labels, GRAY, stream(0, "order"), max_epochs=1, **SETTINGS | {"clip": 1e-4})
     assert max(float(p.grad.abs().max()) for p in model.parameters()) <= 1e-4
 
 
-def test_statistics_are_those_of_numpy_and_normalising_uses_them():
+def test_statistics_are_those_of_numpy_and_normalizing_uses_them():
     images = torch.randint(0, 256, (50, 3, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     scaled = images.numpy() / 255
     found = channel_statistics(images)
     np.testing.assert_allclose(found.mean, scaled.mean((0, 2, 3)))
     np.testing.assert_allclose(found.std, scaled.std((0, 2, 3)))
-    normal = normalise(images, found, torch.float64)
+    normal = normalize(images, found, torch.float64)
     assert normal.mean((0, 2, 3)).abs().max() < 1e-6
     torch.testing.assert_close(normal.std((0, 2, 3), correction=0), torch.ones(3, dtype=torch.float64))
 

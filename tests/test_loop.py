@@ -95,22 +95,6 @@ def test_a_query_cut_short_goes_on_behind_the_picks_of_its_journal(strategy, tmp
     assert [r["accuracy"] for r in rounds + rest] == [r["accuracy"] for r in undisturbed]
 
 
-def test_more_shards_are_wanted_for_more_work_and_less_memory(monkeypatch):
-    def wanted(**resources):
-        return setup("bait", resources={"shards": "auto", **resources}).wanted_shards()
-
-    monkeypatch.setattr("fishermask.experiment.setup.BLOCK", 10)
-    assert wanted() == 1
-    one = setup("bait").plan(1)
-    monkeypatch.setattr("fishermask.experiment.setup.SECONDS_A_SHARD", one.seconds / 7.5)
-    assert 3 <= wanted() <= 20  # the estimate times the machine
-    monkeypatch.setattr("fishermask.experiment.setup.SECONDS_A_SHARD", one.seconds / 1000)
-    assert wanted() == 33  # of 330 images: more would be empty
-    monkeypatch.setattr("fishermask.experiment.setup.SECONDS_A_SHARD", 1000)
-    whole = setup("bait", resources={"workers": "ray"}).plan(1).shard.total
-    assert wanted(workers="ray", memory=0.999 * whole / 1e9) > 1
-
-
 def test_a_journal_of_another_model_is_not_used(tmp_path, monkeypatch):
     """As it is when a data file was replaced by another with the same ids, in the first round."""
     monkeypatch.setattr(loop, "JOURNAL_SECONDS", 0.0)
@@ -160,7 +144,7 @@ def test_any_module_that_returns_logits_can_be_the_model(tmp_path):
         buffer = io.BytesIO()
         Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).save(buffer, "PNG")
         images.append({"bytes": buffer.getvalue(), "path": f"{i}.png"})
-    file = str(tmp_path / "colour.parquet")
+    file = str(tmp_path / "color.parquet")
     pq.write_table(pa.table({"image": images, "label": [i % 3 for i in range(40)]}), file)
     sizes = {"image_size": 8, "patch_size": 4, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 8}
     prepared = setup(

@@ -1,15 +1,12 @@
 """Numbers that are computed in one place, against values computed by hand."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fishermask.tensors import cost
-from fishermask.tensors.images import channel_statistics, normalise
-from fishermask.tensors.memory import Workload
-from fishermask.tensors.metrics import evaluate
+from fishermask.learning.metrics import evaluate
+from fishermask.tensors.images import channel_statistics, normalize
 
 
 def test_metrics_leave_out_the_classes_that_the_test_set_does_not_hold():
@@ -32,15 +29,6 @@ def test_a_constant_channel_is_normalized_to_zero():
     statistics = channel_statistics(images)
     assert statistics.mean == pytest.approx((9 / 255, 10 / 255))
     assert statistics.std == pytest.approx((1 / 255, 1 / 255))  # one gray level stands in for a deviation of zero
-    normal = normalise(images, statistics, torch.float64)
+    normal = normalize(images, statistics, torch.float64)
     torch.testing.assert_close(normal[:, 0], torch.zeros(5, 4, 4, dtype=torch.float64), rtol=0, atol=1e-12)
     assert sorted(normal[:, 1].unique().tolist()) == pytest.approx([-1, 1])
-
-
-def test_a_query_that_picks_twice_as_many_images_takes_as_long_as_one_of_twice_the_budget():
-    def seconds(query: int, oversample: float) -> float:
-        work = Workload(None, 30, 4, 4, 9, trace=True, ranked=0, oversample=oversample)
-        probe = SimpleNamespace(work=work, diagonal_seconds=0.0, embed_seconds=0.0)
-        return cost.query_seconds(probe, 1000, 1000, query)
-
-    assert seconds(50, 2.0) == seconds(100, 1.0) > seconds(50, 1.0)

@@ -6,31 +6,31 @@ import pytest
 import yaml
 
 from fishermask import strategies
-from fishermask.config import ExperimentConfig, ResourcesConfig, StrategyConfig, parse
+from fishermask.config import ExperimentConfig, StrategyConfig, parse
 from fishermask.errors import InputError
 from fishermask.experiment.setup import prepare
-from fishermask.sweep import plan
+from fishermask.sweep import sweep_file
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
 
 
-def sweep_of(tmp_path, overrides=(), **content) -> plan.Sweep:
+def sweep_of(tmp_path, overrides=(), **content) -> sweep_file.Sweep:
     file = tmp_path / "s.yaml"
     file.write_text(yaml.safe_dump({"name": "s", "output": str(tmp_path / "out")} | content))
-    return plan.expand(plan.load(file, overrides))
+    return sweep_file.expand(sweep_file.load(file, overrides))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_shipped_sweep_loads_and_expands(file):
-    sweep = plan.expand(plan.load(file))
+    sweep = sweep_file.expand(sweep_file.load(file))
     assert sweep.config.name == file.stem
     assert len(sweep.runs) >= 36
     assert sweep.config.description
 
 
 def test_the_shipped_demo_can_be_prepared():
-    prepare(plan.expand(plan.load(ROOT / "sweeps/demo.yaml")).runs[0].config)
+    prepare(sweep_file.expand(sweep_file.load(ROOT / "sweeps/demo.yaml")).runs[0].config)
 
 
 def test_a_grid_means_every_combination_with_the_seed_slowest_and_the_strategy_fastest(tmp_path):
@@ -74,27 +74,6 @@ def test_a_fingerprint_is_of_what_the_result_depends_on():
     assert not same(resources={"gpus": 1})
     assert not same(seed=1)
     assert not same(budget={"query": 3})
-
-
-@pytest.mark.parametrize(
-    ("settings", "wanted", "cpus", "gpus", "shards"),
-    [
-        ({}, 50, 64, 0, 1),
-        ({"shards": 7}, 1, 4, 0, 7),
-        ({"shards": "auto"}, 1, 64, 0, 1),
-        ({"shards": "auto", "cpus": 6.0}, 9, 0, 0, 6),
-        ({"shards": "auto", "cpus": 6.0}, 4, 0, 0, 4),
-        ({"shards": "auto", "cpus": 0.5}, 9, 0, 0, 1),
-        ({"shards": "auto", "workers": "ray"}, 2, 64, 0, 2),
-        ({"shards": "auto", "workers": "ray"}, 50, 64, 0, 50),
-        ({"shards": "auto", "workers": "ray"}, 50, 8, 0, 7),
-        ({"shards": "auto", "workers": "ray", "cpus": 0.7, "cpus_per_shard": 0.1}, 50, 1, 0, 3),
-        ({"shards": "auto", "workers": "ray", "gpus": 1.0, "gpus_per_shard": 0.5}, 50, 64, 4, 6),
-        ({"shards": "auto", "workers": "ray"}, 50, 0, 0, 1),  # a cluster that has yet to start its nodes
-    ],
-)
-def test_automatic_shards_are_as_many_as_wanted_where_there_is_room(settings, wanted, cpus, gpus, shards):
-    assert plan.shards_of(ResourcesConfig(**settings), wanted, cpus, gpus) == shards
 
 
 @pytest.mark.parametrize("value", [0, -1, 10_001, 1.0, True, "many", None])
@@ -176,17 +155,17 @@ def test_another_sweeps_folder_is_refused_and_a_grown_grid_is_welcome(tmp_path):
         return sweep_of(tmp_path, base=BASE | base, grid={"seed": seeds})
 
     first = sweep([0, 1])
-    plan.check_folder(first)
+    sweep_file.check_folder(first)
     for run in first.runs:
         run.folder.create(run.config, [])
     stored = first.config.model_dump(mode="json", exclude={"output"})
     (first.folder / "config.yaml").write_text(yaml.safe_dump(stored))
-    plan.check_folder(sweep([0, 1, 2]))
-    plan.check_folder(sweep([0], resources={"shards": 3}))
+    sweep_file.check_folder(sweep([0, 1, 2]))
+    sweep_file.check_folder(sweep([0], resources={"shards": 3}))
     with pytest.raises(InputError, match="training.max_epochs is 100 there, 5 here; choose another name=NAME"):
-        plan.check_folder(sweep([7], training={"max_epochs": 5}))
+        sweep_file.check_folder(sweep([7], training={"max_epochs": 5}))
     with pytest.raises(InputError, match="varies seed; choose another"):
-        plan.check_folder(sweep_of(tmp_path, grid={"budget.query": [1]}))
+        sweep_file.check_folder(sweep_of(tmp_path, grid={"budget.query": [1]}))
 
 
 def test_a_folder_that_is_no_sweeps_is_refused(tmp_path):
@@ -194,12 +173,12 @@ def test_a_folder_that_is_no_sweeps_is_refused(tmp_path):
     sweep.folder.mkdir(parents=True)
     (sweep.folder / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="is no sweep's results"):
-        plan.check_folder(sweep)
+        sweep_file.check_folder(sweep)
 
 
 def test_numbers_with_an_exponent_are_numbers(tmp_path):
     file = tmp_path / "s.yaml"
     file.write_text("name: s\nbase: {engine: {drift: 1e-4}, training: {learning_rate: 1E-3}}\n")
-    config = plan.load(file, ["resources.memory=5e-1", "engine.drift=2e-4"])
-    run = plan.expand(config).runs[0].config
+    config = sweep_file.load(file, ["resources.memory=5e-1", "engine.drift=2e-4"])
+    run = sweep_file.expand(config).runs[0].config
     assert (run.engine.drift, run.training.learning_rate, run.resources.memory) == (2e-4, 1e-3, 0.5)

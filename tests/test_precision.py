@@ -9,16 +9,16 @@ from queries import choose
 from fishermask.experiment.streams import stream
 from fishermask.pool import selection
 from fishermask.pool.pool import Engine, Freshness, Pool
-from fishermask.pool.selection import TraceOptions, minimise_trace
+from fishermask.pool.selection import TraceOptions, minimize_trace
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.embedding import add_identity, embed, information, take
-from fishermask.tensors.images import Statistics, normalise
+from fishermask.tensors.images import Statistics, normalize
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import last_layer_mask
 from fishermask.tensors.precision import Precision
 from fishermask.tensors.trace import Objective
 
-GREY = Statistics((0.5,), (0.25,))
+GRAY = Statistics((0.5,), (0.25,))
 COUNT, LABELED, BUDGET = 120, [3, 50, 77], 12
 
 
@@ -34,18 +34,18 @@ def certain_model(dtype):
     return model.to(dtype)
 
 
-def minimise(options, dtype=torch.float32, **engine):
+def minimize(options, dtype=torch.float32, **engine):
     model, images = certain_model(dtype), pixels(COUNT)
-    shards = LocalShards(images, GREY, 1)
+    shards = LocalShards(images, GRAY, 1)
     pool = Pool(shards, COUNT, torch.tensor(LABELED), torch.zeros(len(LABELED), dtype=torch.long), model,
                 stream(0, "a"), stream(0, "b"), engine=Engine(**engine))  # fmt: skip
-    mask = last_layer_mask(inspect(model, normalise(images[:4], GREY, dtype)))
-    return minimise_trace(pool, mask, BUDGET, options).tolist(), pool.notes
+    mask = last_layer_mask(inspect(model, normalize(images[:4], GRAY, dtype)))
+    return minimize_trace(pool, mask, BUDGET, options).tolist(), pool.notes
 
 
 def dense(options):
     """Batch and objective from dense matrices in float64, every trace by an inverse of its own."""
-    model, inputs = certain_model(torch.float64), normalise(pixels(COUNT), GREY, torch.float64)
+    model, inputs = certain_model(torch.float64), normalize(pixels(COUNT), GRAY, torch.float64)
     rows = reference.information_rows(model, inputs)[:, :, reference.head_entries(model, "5")]
     if options.class_weighting == "none":
         rows = rows / model(inputs).detach().softmax(-1).sqrt()[:, :, None]
@@ -68,7 +68,7 @@ def dense(options):
 def test_small_damping_gives_the_batch_of_dense_float64_from_float32_embeddings(damping, weighting):
     options = TraceOptions(damping=damping, class_weighting=weighting)
     expected, objective = dense(options)
-    batch, notes = minimise(options)
+    batch, notes = minimize(options)
     assert batch == expected
     assert notes["objective"] == pytest.approx(objective, rel=1e-4)
     assert notes["largest drift of a gain"] < selection.LARGE * Engine().drift
@@ -79,15 +79,15 @@ def test_small_damping_gives_the_batch_of_dense_float64_from_float32_embeddings(
 def test_images_are_taken_back_as_dense_float64_takes_them_back(damping, weighting):
     options = TraceOptions(damping=damping, class_weighting=weighting, oversample=2.0)
     expected, objective = dense(options)
-    batch, notes = minimise(options, torch.float64)
+    batch, notes = minimize(options, torch.float64)
     assert batch == expected
     assert notes["objective"] == pytest.approx(objective, rel=1e-7)
 
 
 def test_the_note_on_float64_is_there_where_float32_is_not_enough_and_only_there():
     hard = TraceOptions(damping=1e-4, class_weighting="none")
-    assert minimise(hard)[1]["picks before scores were kept in float64"] < BUDGET
-    for notes in (minimise(hard, precision=Precision(scores=torch.float64))[1], minimise(TraceOptions())[1]):
+    assert minimize(hard)[1]["picks before scores were kept in float64"] < BUDGET
+    for notes in (minimize(hard, precision=Precision(scores=torch.float64))[1], minimize(TraceOptions())[1]):
         assert "picks before scores were kept in float64" not in notes
 
 
@@ -95,7 +95,7 @@ def test_without_float64_gains_are_far_off(monkeypatch):
     """That the other tests here test something."""
     monkeypatch.setattr(selection.TraceCriterion, "use_float64", lambda self: False)
     worst = max(
-        minimise(TraceOptions(damping=damping, class_weighting="none"))[1]["largest drift of a gain"]
+        minimize(TraceOptions(damping=damping, class_weighting="none"))[1]["largest drift of a gain"]
         for damping in (1e-3, 1e-4)
     )
     assert worst > 0.05
@@ -118,7 +118,7 @@ def test_a_selection_in_float64_goes_on_from_its_journal(trained):
 
 def test_the_estimated_error_of_the_objective_is_of_the_size_of_the_true_one():
     generator = torch.Generator().manual_seed(0)
-    model, inputs = certain_model(torch.float64), normalise(pixels(20), GREY, torch.float64)
+    model, inputs = certain_model(torch.float64), normalize(pixels(20), GRAY, torch.float64)
     kept = embed(model, inputs, last_layer_mask(inspect(model, inputs)))
     start = torch.zeros(kept.size, kept.size, dtype=torch.float64)
     add_identity(start, 0.01, kept.num_classes, len(kept.hidden))
@@ -138,4 +138,4 @@ def test_the_estimated_error_of_the_objective_is_of_the_size_of_the_true_one():
 def test_a_damping_that_float64_cannot_hold_is_refused(damping, oversample):
     options = TraceOptions(damping=damping, oversample=oversample, initial_information=False)
     with pytest.raises(FloatingPointError, match="strategy.params.damping: too small"):
-        minimise(options, torch.float64)
+        minimize(options, torch.float64)

@@ -70,7 +70,7 @@ def test_links_in_documents_lead_somewhere(document):
 
 
 def test_the_readme_is_short_and_its_example_is_a_valid_sweep_and_strategy(tmp_path):
-    from fishermask.sweep import plan
+    from fishermask.sweep import sweep_file
 
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
@@ -78,7 +78,7 @@ def test_the_readme_is_short_and_its_example_is_a_valid_sweep_and_strategy(tmp_p
     assert "make test" in text
     file = tmp_path / "example.yaml"
     file.write_text(re.search(r"```yaml\n(.*?)```", text, re.S).group(1))
-    assert plan.expand(plan.load(file)).runs
+    assert sweep_file.expand(sweep_file.load(file)).runs
     example = re.search(r"```python\n(# strategies/\w+\.py\n.*?)```", text, re.S).group(1)
     assert "def query(pool: Pool, budget: int, params: Params)" in example
     compile(example, "example", "exec")
@@ -99,7 +99,7 @@ def test_every_dependency_has_a_reason():
 def test_nodes_are_compared_by_every_source_file_strategies_included(tmp_path, monkeypatch):
     """In a clone the strategies are a link, which a walk through folders leaves out unless it is told otherwise."""
     import fishermask
-    from fishermask.sweep import package
+    from fishermask.sweep import source_version
 
     folder, linked = tmp_path / "platform/fishermask", tmp_path / "strategies"
     (folder / "pool").mkdir(parents=True)
@@ -109,10 +109,10 @@ def test_nodes_are_compared_by_every_source_file_strategies_included(tmp_path, m
     for file in files:
         file.write_text("x = 1\n")
     monkeypatch.setattr(fishermask, "__spec__", spec_from_file_location("fishermask", files[0]))
-    found = [package.installed()]
+    found = [source_version.installed()]
     for file in files:
         file.write_text("x = 2\n")
-        found.append(package.installed())
+        found.append(source_version.installed())
     assert len(set(found)) == 4
     (folder / "notes.txt").write_text("no source")
-    assert package.installed() == found[-1]
+    assert source_version.installed() == found[-1]

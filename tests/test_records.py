@@ -17,8 +17,8 @@ from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
 from fishermask.results import curves, report
 from fishermask.results.files import RunFolder
-from fishermask.results.tables import METRICS, collect, summarise
-from fishermask.sweep import plan
+from fishermask.results.tables import METRICS, collect, summarize
+from fishermask.sweep import sweep_file
 from fishermask.sweep.tensorboard import RunEvents
 
 STRATEGIES, RATIOS, SEEDS, LABELS = ("bait", "margin", "random"), (1.0, 20.0), (0, 1, 2), (10, 20, 30)
@@ -65,7 +65,7 @@ def written(tmp_path_factory):
 
 def test_the_summary_holds_means_deviations_gains_and_wins_over_seeds(written):
     folder, all_rounds = written
-    summary = summarise(collect(folder))
+    summary = summarize(collect(folder))
     by_key = summary.set_index(["imbalance.ratio", "strategy"])
     for ratio in RATIOS:
         for strategy in STRATEGIES:
@@ -192,14 +192,14 @@ TINY = {
 
 
 @pytest.fixture
-def sweep_file(tmp_path, monkeypatch):
+def tiny_yaml(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
     return "tiny.yaml"
 
 
-def test_the_pool_of_a_run_marks_the_images_that_are_labeled_first(sweep_file):
-    assert cli.main(["run", sweep_file]) == 0
+def test_the_pool_of_a_run_marks_the_images_that_are_labeled_first(tiny_yaml):
+    assert cli.main(["run", tiny_yaml]) == 0
     (folder,) = Path("results").glob("*/runs/*")
     table = pd.read_csv(folder / "pool.csv")
     permutation = torch.randperm(300, generator=oracle.stream(3, "initial")).tolist()
@@ -209,20 +209,20 @@ def test_the_pool_of_a_run_marks_the_images_that_are_labeled_first(sweep_file):
     assert table["class"].value_counts().tolist() == [30] * 10
 
 
-def test_a_failed_run_ends_the_command_with_status_1_and_names_its_log(sweep_file, capsys):
-    assert cli.main(["run", sweep_file, "training.learning_rate=1e30"]) == 1
+def test_a_failed_run_ends_the_command_with_status_1_and_names_its_log(tiny_yaml, capsys):
+    assert cli.main(["run", tiny_yaml, "training.learning_rate=1e30"]) == 1
     message = capsys.readouterr().err
     assert "seed=3 failed: " in message
     log = message.split("log: ")[1].strip()
     assert "lower training.learning_rate" in Path(log).read_text()
 
 
-def test_a_run_that_was_begun_with_other_settings_is_not_continued(sweep_file):
-    sweep = plan.expand(plan.load(Path(sweep_file)))
+def test_a_run_that_was_begun_with_other_settings_is_not_continued(tiny_yaml):
+    sweep = sweep_file.expand(sweep_file.load(Path(tiny_yaml)))
     sweep.folder.mkdir(parents=True)
     resolved = sweep.config.model_dump(exclude={"output"})
     (sweep.folder / "config.yaml").write_text(yaml.safe_dump(resolved))
     other = parse(ExperimentConfig, TINY["base"] | {"seed": 3, "training": {"max_epochs": 7}})
     sweep.runs[0].folder.create(other, [])
     with pytest.raises(InputError, match="training.max_epochs is 7 there, 2 here; choose another name=NAME"):
-        plan.check_folder(sweep)
+        sweep_file.check_folder(sweep)

@@ -16,9 +16,10 @@ import pytest
 import yaml
 from ray.cluster_utils import Cluster
 from rich.console import Console
+from running import run_in_process, run_on_ray
 
 from fishermask.results import report
-from fishermask.sweep import plan, runner, tune_runner
+from fishermask.sweep import runner, sweep_file
 
 QUIET = Console(quiet=True)
 SWEEP = {
@@ -41,7 +42,7 @@ def load(folder, *overrides):
     folder.mkdir(exist_ok=True)
     file = folder / "s.yaml"
     file.write_text(yaml.safe_dump(SWEEP | {"output": str(folder / "results")}))
-    return plan.expand(plan.load(file, overrides))
+    return sweep_file.expand(sweep_file.load(file, overrides))
 
 
 def command(folder, *overrides, **environment):
@@ -107,7 +108,7 @@ def rounds(sweep):
 def undisturbed(tmp_path_factory):
     """The same sweep, run in this process."""
     sweep = load(tmp_path_factory.mktemp("undisturbed"))
-    runner.run_here(sweep, QUIET)
+    run_in_process(sweep, QUIET)
     return sweep
 
 
@@ -130,7 +131,7 @@ def kill_once_there_are_rounds(run, found):
 def test_a_run_whose_process_is_killed_goes_on_from_its_last_round(tmp_path, undisturbed, ray_session):
     sweep, out, killed = load(tmp_path, "strategy=margin"), io.StringIO(), []
     thread = kill_once_there_are_rounds(sweep.runs[0], killed)
-    recorder = tune_runner.run_on_ray(sweep, Console(file=out, soft_wrap=True))
+    recorder = run_on_ray(sweep, Console(file=out, soft_wrap=True))
     thread.join()
     assert killed
     assert recorder.failed == {}
@@ -144,7 +145,7 @@ def test_a_run_whose_process_is_killed_goes_on_from_its_last_round(tmp_path, und
 def test_a_run_that_is_lost_too_often_fails_and_says_why(tmp_path, ray_session):
     sweep = load(tmp_path, "strategy=margin", "resources.restarts=0")
     thread = kill_once_there_are_rounds(sweep.runs[0], killed := [])
-    recorder = tune_runner.run_on_ray(sweep, QUIET)
+    recorder = run_on_ray(sweep, QUIET)
     thread.join()
     assert killed
     assert "its process was lost after 0 restarts; see resources.restarts" in recorder.failed["margin-seed=0"]

@@ -22,11 +22,11 @@ from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
 from fishermask.experiment.loop import run
 from fishermask.experiment.setup import Setup, prepare
-from fishermask.pool.plan import Plan
+from fishermask.planning.memory import Estimate
+from fishermask.planning.query_plan import QueryPlan
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.distances import KCenterScorer
 from fishermask.tensors.mask import last_layer_mask
-from fishermask.tensors.memory import Estimate
 
 CLASSES, TRAIN, TEST = 3, 40, 20
 """Classes, and training and test images of each."""
@@ -300,7 +300,7 @@ def test_channel_statistics_are_the_published_ones_or_those_of_the_pool(files):
         assert setup.statistics.mean == pytest.approx(mean)
         assert setup.statistics.std == pytest.approx(std)
         assert observed(setup)[1][0]["statistics"] == setup.statistics
-    with pytest.raises(InputError, match="data.statistics: there are no published ones for parquet; use pool"):
+    with pytest.raises(InputError, match="data.statistics: no published statistics are known for parquet; use pool"):
         prepared(files, data={"statistics": "published"})
 
     def bundled(name):
@@ -339,7 +339,7 @@ def test_engine_settings_reach_the_shards(files, engine):
 
 
 def test_a_plan_decides_how_many_images_are_differentiated_at_once(files):
-    plan = Plan(32, 5, Estimate({}, "embeds the pool", 32), None, 1.0, 0.0)
+    plan = QueryPlan(1, 32, 5, Estimate({}, "embed the pool"), None, 1.0, 0.0)
     engine = observed(prepared(files), plan=plan)[1][0]["engine"]
     assert (engine.chunk, engine.diagonal_batch) == (32, 5)
 

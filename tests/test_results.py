@@ -10,8 +10,8 @@ from fishermask.config import ExperimentConfig, StrategyConfig, parse
 from fishermask.errors import InputError
 from fishermask.results import report
 from fishermask.results.files import JournalFile, RunFolder, locked, make_folder, write_atomically
-from fishermask.results.tables import collect, short_labels, summarise
-from fishermask.sweep.pace import Pace, time_left
+from fishermask.results.tables import collect, short_labels, summarize
+from fishermask.sweep.eta import StageTimer, time_left
 
 
 def result(index, accuracy, labels=None):
@@ -60,7 +60,7 @@ def test_a_table_has_a_row_a_round_and_a_column_for_each_setting_that_varies(tmp
 
 
 def test_the_summary_pairs_each_strategy_with_random_of_the_same_seed(tmp_path):
-    summary = summarise(collect(make_sweep(tmp_path / "s", FINALS))).set_index(["imbalance.ratio", "strategy"])
+    summary = summarize(collect(make_sweep(tmp_path / "s", FINALS))).set_index(["imbalance.ratio", "strategy"])
     margin = summary.loc[(1.0, "margin")]
     # Balanced accuracy over the rounds: margin (.2 .25) for seeds 0 and 1, random (.15 .275).
     assert margin["balanced_accuracy_curve"] == pytest.approx(0.225)
@@ -76,7 +76,7 @@ def test_unfinished_runs_are_not_compared_with_finished_ones(tmp_path):
     make = RunFolder(folder / "runs/random-1-0")
     make.create(parse(ExperimentConfig, {"strategy": "random", "imbalance": {"kind": "step", "ratio": 1}}), [])
     make.append(result(0, 0.2))
-    summary = summarise(collect(folder)).set_index("strategy")
+    summary = summarize(collect(folder)).set_index("strategy")
     assert summary.loc["margin", "pairs"] == 0
 
 
@@ -253,13 +253,13 @@ def test_a_damaged_journal_is_named(tmp_path):
 
 
 def test_a_stage_says_how_far_it_is_and_when_it_will_be_done():
-    pace = Pace()
-    assert pace.tell("a", "train", 0, 1, 0.0) == "train"
-    assert pace.tell("a", "pick", 0, 100, 10.0) == "pick 0/100"
-    assert pace.tell("a", "pick", 20, 100, 30.0) == "pick 20/100, ETA 1:20"
-    assert pace.tell("b", "pick", 20, 100, 30.0) == "pick 20/100"
-    assert pace.tell("a", "pick", 1, 100, 40.0) == "pick 1/100"  # of the next round
-    assert pace.tell("a", "pick", 2, 100, 140.0) == "pick 2/100, ETA 2:43:20"
+    stage_timer = StageTimer()
+    assert stage_timer.update("a", "train", 0, 1, 0.0) == "train"
+    assert stage_timer.update("a", "pick", 0, 100, 10.0) == "pick 0/100"
+    assert stage_timer.update("a", "pick", 20, 100, 30.0) == "pick 20/100, ETA 1:20"
+    assert stage_timer.update("b", "pick", 20, 100, 30.0) == "pick 20/100"
+    assert stage_timer.update("a", "pick", 1, 100, 40.0) == "pick 1/100"  # of the next round
+    assert stage_timer.update("a", "pick", 2, 100, 140.0) == "pick 2/100, ETA 2:43:20"
 
 
 def test_a_runs_last_round_is_known_to_have_no_query():

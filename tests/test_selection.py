@@ -13,18 +13,19 @@ from fishermask import strategies
 from fishermask.config import ExperimentConfig, parse
 from fishermask.experiment.loop import checked
 from fishermask.experiment.streams import stream
+from fishermask.pool.blocks import BLOCK, shard_slices
 from fishermask.pool.pool import Engine, Pool
 from fishermask.pool.ray_shards import RayShards
-from fishermask.pool.selection import TraceOptions, best_offer, minimise_trace
-from fishermask.pool.shard import BLOCK, Offer, cut
+from fishermask.pool.selection import TraceOptions, best_offer, minimize_trace
+from fishermask.pool.shard import Offer
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.distances import BadgeScorer
-from fishermask.tensors.images import Statistics, normalise
+from fishermask.tensors.images import Statistics, normalize
 from fishermask.tensors.layout import Layout, inspect
 from fishermask.tensors.mask import fisher_diagonal, global_mask, last_layer_mask
 from fishermask.tensors.precision import Precision
 
-GREY = Statistics((0.5,), (0.25,))
+GRAY = Statistics((0.5,), (0.25,))
 
 
 def pixels(count: int, seed: int = 0) -> torch.Tensor:
@@ -34,14 +35,14 @@ def pixels(count: int, seed: int = 0) -> torch.Tensor:
 
 def pool_of(images, model, labeled, shards=1):
     labels = torch.zeros(len(labeled), dtype=torch.long)
-    local = LocalShards(images, GREY, shards)
+    local = LocalShards(images, GRAY, shards)
     return Pool(local, len(images), torch.tensor(labeled), labels, model, stream(0, "a"), stream(0, "b"))
 
 
 def case(body_size):
     """A small network, 24 images, its mask, and the dense rows of its embedding: [n, C, k]."""
     model, images = cases.model("small_cnn"), pixels(24)
-    inputs = normalise(images, GREY, torch.float64)
+    inputs = normalize(images, GRAY, torch.float64)
     layout = inspect(model, inputs[:2])
     diagonal = fisher_diagonal(model, inputs, layout)
     mask = global_mask(diagonal, layout, body_size) if body_size else last_layer_mask(layout)
@@ -69,11 +70,11 @@ def test_the_batch_is_the_one_that_dense_greedy_selection_chooses(body_size, opt
     labeled, budget = [3, 4, 11, 20], 6
     model, images, mask, rows = case(body_size)
     pool = pool_of(images, model, labeled, shards=2)
-    found = minimise_trace(pool, mask, budget, options)
+    found = minimize_trace(pool, mask, budget, options)
 
     if options.class_weighting == "none":
         with torch.no_grad():
-            rows = rows / model(normalise(images, GREY, torch.float64)).softmax(-1).sqrt()[:, :, None]
+            rows = rows / model(normalize(images, GRAY, torch.float64)).softmax(-1).sqrt()[:, :, None]
     every = torch.einsum("nck,ncl->nkl", rows, rows)
     # M = lambda I + nL/(nL+K) I_L; candidates are scaled by sqrt(K/(nL+K)).
     total, eye = len(labeled) + budget, torch.eye(rows.shape[2], dtype=torch.float64)
@@ -109,7 +110,7 @@ def test_images_taken_back_in_float32_are_those_of_float64(trained):
         )
         engine, labels = Engine(Precision(scores=scores)), setup.data.train.labels[labeled]
         pool = Pool(shards, count, labeled, labels, model, *streams, engine=engine)
-        batch = minimise_trace(pool, mask, 40, TraceOptions(damping=1e-3, oversample=2.0))
+        batch = minimize_trace(pool, mask, 40, TraceOptions(damping=1e-3, oversample=2.0))
         found.append((set(batch.tolist()), pool.notes["objective"]))
         shards.close()
     (batch, value), (exact_batch, exact) = found
@@ -120,7 +121,7 @@ def test_images_taken_back_in_float32_are_those_of_float64(trained):
 def test_a_damping_too_small_to_invert_says_so():
     model, images, mask, _ = case(25)
     with pytest.raises(FloatingPointError, match="strategy.params.damping: too small"):
-        minimise_trace(pool_of(images, model, [3, 4]), mask, 2, TraceOptions(damping=1e-300))
+        minimize_trace(pool_of(images, model, [3, 4]), mask, 2, TraceOptions(damping=1e-300))
 
 
 def query(name, model, images, labeled, budget, shards=2):
@@ -133,7 +134,7 @@ def test_coreset_takes_the_image_furthest_from_all_centers():
     model, images, _, _ = case(0)
     labeled, chosen = [3, 11], []
     with torch.no_grad():
-        hidden = model[:-1](normalise(images, GREY, torch.float64))
+        hidden = model[:-1](normalize(images, GRAY, torch.float64))
     distances = torch.cdist(hidden, hidden, compute_mode="donot_use_mm_for_euclid_dist")
     for _ in range(8):
         centers = labeled + chosen
@@ -145,7 +146,7 @@ def test_coreset_takes_the_image_furthest_from_all_centers():
 def test_badge_draws_in_proportion_to_the_squared_distance_of_dense_gradient_embeddings():
     model, images, _, _ = case(0)
     labeled, chosen = [3, 11], []
-    inputs = normalise(images, GREY, torch.float64)
+    inputs = normalize(images, GRAY, torch.float64)
     with torch.no_grad():
         hidden = torch.cat([model[:-1](inputs), torch.ones(len(images), 1, dtype=torch.float64)], dim=1)
         p = model(inputs).softmax(-1)
@@ -196,12 +197,12 @@ def test_a_class_without_any_probability_changes_nothing():
 def test_blocks_in_narrow_parts_choose_the_same_batch(monkeypatch):
     """As they are kept for large masks."""
     model, images = cases.model("small_cnn"), pixels(900)
-    layout = inspect(model, normalise(images[:2], GREY, torch.float64))
-    mask = global_mask(fisher_diagonal(model, normalise(images[:20], GREY, torch.float64), layout), layout, 25)
-    whole = minimise_trace(pool_of(images, model, [3, 600], shards=1), mask, 8, TraceOptions(damping=0.5))
-    monkeypatch.setattr("fishermask.pool.shard.WIDE_BODY", 24)
+    layout = inspect(model, normalize(images[:2], GRAY, torch.float64))
+    mask = global_mask(fisher_diagonal(model, normalize(images[:20], GRAY, torch.float64), layout), layout, 25)
+    whole = minimize_trace(pool_of(images, model, [3, 600], shards=1), mask, 8, TraceOptions(damping=0.5))
+    monkeypatch.setattr("fishermask.pool.blocks.WIDE_BODY", 24)
     pool = pool_of(images, model, [3, 600], shards=1)
-    assert minimise_trace(pool, mask, 8, TraceOptions(damping=0.5)).tolist() == whole.tolist()
+    assert minimize_trace(pool, mask, 8, TraceOptions(damping=0.5)).tolist() == whole.tolist()
 
 
 def test_equal_candidates_are_taken_from_the_lowest_position():
@@ -209,7 +210,7 @@ def test_equal_candidates_are_taken_from_the_lowest_position():
     pair = pixels(2)
     images = pair[torch.arange(2 * BLOCK + 6) % 2]
     model = cases.model("mlp")
-    found = minimise_trace(
+    found = minimize_trace(
         pool_of(images, model, [0, 1], shards=2), last_layer_mask(Layout("5", (), ())), 6, TraceOptions()
     ).tolist()
     for kind in (0, 1):
@@ -220,7 +221,7 @@ def test_equal_candidates_are_taken_from_the_lowest_position():
 def test_slices_cover_the_pool_once_in_whole_blocks():
     for size in (1, 5, BLOCK, BLOCK + 1, 10 * BLOCK + 3):
         for count in (1, 2, 3, 7):
-            slices = cut(size, count)
+            slices = shard_slices(size, count)
             assert len(slices) == count
             assert [i for start, end in slices for i in range(start, end)] == list(range(size))
             assert all(start % BLOCK == 0 or start == end for start, end in slices)
@@ -236,7 +237,7 @@ def test_a_model_that_overflows_is_an_error_not_a_choice():
     with torch.no_grad():
         next(p for p in model.parameters() if p.dim() == 2).mul_(1e200).mul_(1e200)
     with pytest.raises(FloatingPointError, match="not finite"):
-        minimise_trace(
+        minimize_trace(
             pool_of(pixels(10), model, [0]), last_layer_mask(Layout("5", (), ())), 2, TraceOptions(damping=1.0)
         )
 
@@ -289,7 +290,7 @@ def test_baselines_choose_what_their_definitions_say(trained):
     setup, model = trained
     images, n = setup.data.train.images, len(setup.data.train.labels)
     with torch.no_grad():
-        p = model.eval()(normalise(images[:], setup.statistics)).softmax(-1).double()
+        p = model.eval()(normalize(images[:], setup.statistics)).softmax(-1).double()
     ranked = p.sort(descending=True).values
     scores = {
         "margin": ranked[:, 0] - ranked[:, 1],
@@ -303,7 +304,7 @@ def test_baselines_choose_what_their_definitions_say(trained):
 
 
 def test_images_in_any_memory_layout_give_the_same_embedding(trained):
-    """A grey channel may have any stride, for some of which convolutions round differently."""
+    """A gray channel may have any stride, for some of which convolutions round differently."""
     setup, model = trained
     images = setup.data.train.images[:600]
     other = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

@@ -6,8 +6,8 @@ import pytest
 
 from fishermask.config import Config, ExperimentConfig, parse
 from fishermask.errors import InputError
-from fishermask.sweep import plan
-from fishermask.sweep.plan import SweepConfig
+from fishermask.sweep import sweep_file
+from fishermask.sweep.sweep_file import SweepConfig
 
 WITHOUT_EFFECT = {"strategy.label", *(f"resources.{name}" for name in ("shards", "workers", "memory", "restarts"))}
 WITHOUT_EFFECT |= {"resources.cpus_per_shard", "resources.gpus_per_shard"}
@@ -78,7 +78,7 @@ def test_the_runs_of_a_sweep_share_no_settings_with_it_or_with_each_other(tmp_pa
     grid = {"strategy": variants, "training.max_epochs": [3, 5], "seed": [0, 1]}
     config = SweepConfig(name="s", base={"budget": {"query": 7}}, grid=grid, output=str(tmp_path))
     before = config.model_dump_json()
-    runs = plan.expand(config).runs
+    runs = sweep_file.expand(config).runs
     assert config.model_dump_json() == before
     assert [run.config.training.max_epochs for run in runs] == [3, 3, 5, 5] * 2
     assert {run.config.budget.query for run in runs} == {7}

@@ -20,7 +20,7 @@ from fishermask.errors import InputError
 from fishermask.experiment.loop import run
 from fishermask.experiment.setup import prepare
 from fishermask.pool.shards import LocalShards
-from fishermask.tensors.kernels import return_memory
+from fishermask.tensors.runtime import return_memory
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +66,10 @@ def test_rows_without_a_name_or_with_the_name_of_another_keep_the_order_of_the_s
         assert (train.images[:][:, 0].numpy() == PIXELS[SHUFFLED]).all()
 
 
-def test_the_image_of_the_lowest_id_decides_between_grey_and_colour(tmp_path):
-    grey, colour = png(PIXELS[0]), png(np.stack([PIXELS[1]] * 3, -1))
+def test_the_image_of_the_lowest_id_decides_between_gray_and_color(tmp_path):
+    gray, color = png(PIXELS[0]), png(np.stack([PIXELS[1]] * 3, -1))
     for name, order in (("ab", 1), ("ba", -1)):
-        images = [{"bytes": grey, "path": "a"}, {"bytes": colour, "path": "b"}][::order]
+        images = [{"bytes": gray, "path": "a"}, {"bytes": color, "path": "b"}][::order]
         pq.write_table(pa.table({"image": images, "label": [0, 1]}), tmp_path / f"{name}.parquet")
         assert load(tmp_path / f"{name}.parquet").image_shape == (1, 8, 8)
 

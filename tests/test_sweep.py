@@ -9,13 +9,14 @@ import pytest
 import ray
 import yaml
 from rich.console import Console
+from running import run_in_process, run_on_ray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from fishermask.errors import InputError
 from fishermask.results import report
 from fishermask.results.files import RunFolder
-from fishermask.sweep import ledger, plan, runner, tune_runner
+from fishermask.sweep import run_storage, runner, sweep_file
 from fishermask.sweep.recorder import Recorder
 
 QUIET = Console(quiet=True)
@@ -37,7 +38,7 @@ SWEEP = {
 def load(folder, *overrides):
     file = folder / "s.yaml"
     file.write_text(yaml.safe_dump(SWEEP | {"output": str(folder / "results")}))
-    return plan.expand(plan.load(file, overrides))
+    return sweep_file.expand(sweep_file.load(file, overrides))
 
 
 def without_seconds(folder):
@@ -48,8 +49,7 @@ def without_seconds(folder):
 def swept(tmp_path_factory, ray_session):
     folder = tmp_path_factory.mktemp("sweep")
     sweep = load(folder)
-    runner.check(sweep, QUIET)
-    recorder = tune_runner.run_on_ray(sweep, Console(file=(out := io.StringIO()), soft_wrap=True))
+    recorder = run_on_ray(sweep, Console(file=(out := io.StringIO()), soft_wrap=True))
     report.write(sweep.folder)
     return folder, sweep, recorder, out.getvalue()
 
@@ -93,16 +93,16 @@ def test_a_round_that_is_reported_twice_is_written_once(swept, tmp_path):
 
 def test_a_trials_journal_is_a_file_beside_the_driver_and_outlives_the_process_that_writes_it(tmp_path, ray_session):
     folder = RunFolder(tmp_path)
-    books = ledger.start({"a": tmp_path})
-    journal = ledger.LedgerJournal(books, "a")
+    storage = run_storage.start({"a": tmp_path})
+    journal = run_storage.StoredJournal(storage, "a")
     journal.append(2, [["x", 1], ["y", 2]])
     journal.append(2, [["z", 3]])
     assert folder.journal.read(2) == [["x", 1], ["y", 2], ["z", 3]]
-    ray.kill(books, no_restart=False)
+    ray.kill(storage, no_restart=False)
     journal.append(2, [["u", 4]])
-    assert ledger.LedgerJournal(books, "a").read(2) == [["x", 1], ["y", 2], ["z", 3], ["u", 4]]
-    assert ray.get(books.history.remote("a")) == []
-    ray.kill(books)
+    assert run_storage.StoredJournal(storage, "a").read(2) == [["x", 1], ["y", 2], ["z", 3], ["u", 4]]
+    assert ray.get(storage.history.remote("a")) == []
+    ray.kill(storage)
 
 
 def test_the_table_holds_the_finished_rounds(swept):
@@ -139,7 +139,7 @@ def test_the_same_command_again_finishes_what_is_missing_and_repeats_nothing(swe
     lines = cut.folder.rounds.read_text().splitlines(keepends=True)
     cut.folder.rounds.write_text(lines[0] + lines[1][:50])
     before = {path: path.stat().st_mtime_ns for path in whole.folder.path.iterdir()}
-    recorder = tune_runner.run_on_ray(sweep, QUIET)
+    recorder = run_on_ray(sweep, QUIET)
     assert recorder.total == 2 + 3 + 3
     assert {path: path.stat().st_mtime_ns for path in whole.folder.path.iterdir()} == before
     assert cut.folder.rounds.read_text().startswith(lines[0])
@@ -153,7 +153,7 @@ def test_the_same_command_again_finishes_what_is_missing_and_repeats_nothing(swe
 def test_a_run_in_this_process_gives_what_the_trial_gave(swept, tmp_path):
     folder, first, *_ = swept
     sweep = load(tmp_path, "training.learning_rate=0.001", "resources.workers=in_process", "resources.shards=1")
-    runner.run_here(sweep, QUIET)
+    run_in_process(sweep, QUIET)
     for run in sweep.runs:
         assert without_seconds(run.folder) == without_seconds(by_name(first, run.name).folder)
 
@@ -161,7 +161,7 @@ def test_a_run_in_this_process_gives_what_the_trial_gave(swept, tmp_path):
 def test_a_run_that_asks_for_more_than_there_is_is_refused_before_any_starts(tmp_path, ray_session):
     sweep = load(tmp_path, "resources.shards=99")
     with pytest.raises(InputError, match=r"asks for 50.5 CPUs in all, but the cluster has 4 CPUs and 0 GPUs; lower it"):
-        tune_runner.run_on_ray(sweep, QUIET)
+        run_on_ray(sweep, QUIET)
     assert not sweep.folder.exists()
 
 

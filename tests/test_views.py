@@ -13,9 +13,9 @@ from fishermask.data import dataset
 from fishermask.data.ids import Ids
 from fishermask.errors import InputError
 from fishermask.experiment.setup import prepare
+from fishermask.learning.models import mlp
 from fishermask.pool.ray_shards import RayShards
 from fishermask.pool.shards import LocalShards
-from fishermask.tensors.models import mlp
 from fishermask.tensors.precision import Precision
 
 

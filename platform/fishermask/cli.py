@@ -22,8 +22,9 @@ from fishermask.results.tables import METRICS
 from fishermask.stopping import cause, stoppable
 
 if TYPE_CHECKING:
-    from fishermask.sweep.plan import Sweep
+    from fishermask.planning.placement import Cluster
     from fishermask.sweep.recorder import Recorder
+    from fishermask.sweep.sweep_file import Sweep
 
 EXIT_FAILED_RUNS, EXIT_BAD_INPUT, EXIT_PIPE = 1, 2, 141
 STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
@@ -178,50 +179,78 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
-    from fishermask.sweep import plan, runner
+    from fishermask.sweep import runner, sweep_file
 
-    with _checks(str(arguments.file)):
-        config = plan.single(plan.load(arguments.file, arguments.settings))
-        sweep = plan.expand(config)
-        plans = runner.check(sweep, console, here=True)
-    for line in plans:
-        console.print(line)
-    for key, values in config.grid.items():
-        console.print(f"{key} = {values[0]}")
     with ExitStack() as stack:
-        if sweep.runs[0].config.resources.workers == "ray":
-            from fishermask.sweep import cluster
-
-            with guarded("RAY_ADDRESS", "Ray cannot be used"):
-                stack.enter_context(cluster.connected())
-        return _finish(sweep, lambda: runner.run_here(sweep, console), console)
+        with _checks(str(arguments.file)):
+            config = sweep_file.single(sweep_file.load(arguments.file, arguments.settings))
+            sweep = sweep_file.expand(config)
+        ray_shards = sweep.runs[0].config.resources.workers == "ray"
+        nodes = _nodes(stack, join=ray_shards)
+        with _checks(str(arguments.file)):
+            plans = runner.plan_sweep(sweep, nodes, console, in_process=True)
+        for line in runner.describe_plans(plans):
+            console.print(line)
+        for key, values in config.grid.items():
+            console.print(f"{key} = {values[0]}")
+        if ray_shards:
+            _connect(stack, nodes)
+        return _finish(sweep, lambda: runner.run_in_process(sweep, plans, console), console)
 
 
 def _sweep(arguments: argparse.Namespace, console: Console) -> int:
-    from fishermask.sweep import plan, runner
-
-    with _checks(str(arguments.file)):
-        sweep = plan.expand(plan.load(arguments.file, arguments.settings))
-        plans, todo = runner.check(sweep, console), runner.missing(sweep)
-    for line in plans:
-        console.print(line)
-    count = len(sweep.runs)
-    rounds = sum(runner.rounds_of(run) - len(history) for run, history in todo)
-    state = f"{count} runs, {count - len(todo)} finished, {rounds} rounds to go"
-    console.print(f"{sweep.config.name}: {state}; results in {sweep.folder}")
-    if arguments.dry_run:
-        missing = {run.name for run, _ in todo}
-        for run in sweep.runs:
-            console.print(f"  {'missing ' if run.name in missing else 'finished'}  {run.name}")
-        return 0
-    if not todo:
-        return _show(sweep.folder, "balanced_accuracy", console)
-    from fishermask.sweep import cluster, tune_runner
+    from fishermask.sweep import runner, sweep_file
 
     with ExitStack() as stack:
-        with guarded("RAY_ADDRESS", "Ray cannot be used"):
-            stack.enter_context(cluster.connected())
-        return _finish(sweep, lambda: tune_runner.run_on_ray(sweep, console), console)
+        with _checks(str(arguments.file)):
+            sweep = sweep_file.expand(sweep_file.load(arguments.file, arguments.settings))
+        nodes = _nodes(stack, join=not arguments.dry_run)
+        with _checks(str(arguments.file)):
+            plans, todo = runner.plan_sweep(sweep, nodes, console), runner.missing(sweep)
+        for line in runner.describe_plans(plans):
+            console.print(line)
+        count = len(sweep.runs)
+        rounds = sum(runner.rounds_of(run) - len(history) for run, history in todo)
+        state = f"{count} runs, {count - len(todo)} finished, {rounds} rounds to go"
+        console.print(f"{sweep.config.name}: {state}; results in {sweep.folder}")
+        if arguments.dry_run:
+            missing = {run.name for run, _ in todo}
+            for run in sweep.runs:
+                console.print(f"  {'missing ' if run.name in missing else 'finished'}  {run.name}")
+            return 0
+        if not todo:
+            return _show(sweep.folder, "balanced_accuracy", console)
+        from fishermask.sweep import tune_runner
+
+        _connect(stack, nodes)
+        return _finish(sweep, lambda: tune_runner.run_on_ray(sweep, plans, nodes, console), console)
+
+
+def _nodes(stack: ExitStack, join: bool) -> "Cluster":
+    """Return the nodes that runs are planned for: those of the cluster at ``RAY_ADDRESS``, or this machine.
+
+    Args:
+        join: whether to connect to that cluster; otherwise what it has stays unknown.
+    """
+    from fishermask.planning.placement import Cluster, this_machine
+    from fishermask.sweep import runner
+
+    if not runner.joins_cluster():
+        return this_machine()
+    if not join:
+        return Cluster((), autoscaled=True)
+    from fishermask.sweep import cluster
+
+    _connect(stack, None)
+    return cluster.current()
+
+
+def _connect(stack: ExitStack, nodes: "Cluster | None") -> None:
+    """Be connected to a Ray cluster until ``stack`` closes."""
+    from fishermask.sweep import cluster
+
+    with guarded("RAY_ADDRESS", "Ray cannot be used"):
+        stack.enter_context(cluster.connected(nodes))
 
 
 def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) -> int:

@@ -121,9 +121,9 @@ class DataConfig(Config):
     image_size: int | None = Field(None, ge=4, le=4096)
     """Resize images to squares of this many pixels (data set ``parquet``)."""
     statistics: Literal["auto", "published", "pool"] = "auto"
-    """Normalise with published channel statistics or with those of this run's training pool; auto: published if any."""
+    """Normalize with published channel statistics or with those of this run's training pool; auto: published if any."""
     augment: bool | None = None
-    """Random crop and flip in training; as the paper does (colour images only) when not given."""
+    """Random crop and flip in training; as the paper does (color images only) when not given."""
 
 
 class TrainingConfig(Config):

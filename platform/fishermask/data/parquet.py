@@ -183,7 +183,7 @@ def _class_names(schema: pa.Schema, label_column: str) -> list[str]:
 
 
 def _decode(image: dict[str, bytes] | None, place: str, shape: tuple[int, ...] | None, size: int | None) -> np.ndarray:
-    """[channels, height, width], of ``shape`` if one is due; palettes and transparency become colour.
+    """[channels, height, width], of ``shape`` if one is due; palettes and transparency become color.
 
     Raises:
         InputError: it is of another size, or of a type whose range is not known.
@@ -194,8 +194,8 @@ def _decode(image: dict[str, bytes] | None, place: str, shape: tuple[int, ...] |
         raise ValueError("it has no bytes")
     with Image.open(io.BytesIO(content), formats=_formats()) as opened:
         picture = _eight_bits(ImageOps.exif_transpose(opened), opened.format)
-    grey = picture.mode in ("L", "1") if shape is None else shape[0] == 1
-    picture = picture.convert("L" if grey else "RGB")
+    gray = picture.mode in ("L", "1") if shape is None else shape[0] == 1
+    picture = picture.convert("L" if gray else "RGB")
     if size is not None and picture.size != (size, size):
         picture = picture.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(picture)

@@ -113,7 +113,7 @@ def write(folder: Path, opened: dict[str, Source]) -> dict[str, Any]:
             f"data.test: its classes are {', '.join(test_classes)}, those of data.train {', '.join(train_classes)}; "
             "the same number must mean the same class in both"
         )
-    # The image with the lowest id decides between grey and colour, wherever it stands in the source.
+    # The image with the lowest id decides between gray and color, wherever it stands in the source.
     shapes = [next(iter(opened[split].pixels(indexed[split][0][:1], None)))[1].shape[1:] for split in SPLITS]
     if shapes[0] != shapes[1]:
         words = [" x ".join(map(str, shape)) for shape in shapes]

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from fishermask.data.ids import Ids
 from fishermask.errors import InputError
 from fishermask.experiment.journal import Journal, NoJournal
-from fishermask.experiment.setup import Setup, precision
+from fishermask.experiment.run_plan import precision
+from fishermask.experiment.setup import Setup
 from fishermask.experiment.streams import stream, stream_seed
 from fishermask.guard import short
-from fishermask.pool.plan import Plan
+from fishermask.learning.metrics import evaluate
+from fishermask.learning.training import fit, predict
+from fishermask.planning.query_plan import QueryPlan
 from fishermask.pool.pool import Engine, Freshness, Pool, Progress
 from fishermask.pool.shards import Shards
 from fishermask.tensors.images import Images
-from fishermask.tensors.kernels import repeatable_gpu
-from fishermask.tensors.metrics import evaluate
-from fishermask.tensors.training import fit, predict
+from fishermask.tensors.runtime import repeatable_gpu
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 JOURNAL_SECONDS = 1.0
@@ -70,11 +71,11 @@ def run(
     history: Sequence[dict[str, Any]] = (),
     progress: Progress = lambda stage, done, total: None,
     journal: Journal = NoJournal(),  # noqa: B008  it has no state
-    plan: Plan | None = None,
+    plan: QueryPlan | None = None,
 ) -> Iterator[RoundResult]:
     """Yield the result of each round, from the first that is not in ``history``.
 
-    The state of a run is what it labelled and the number of the round, so a run goes on from its past results exactly
+    The state of a run is what it labeled and the number of the round, so a run goes on from its past results exactly
     as if it had never stopped. ``journal`` holds the picks of a query under way, which goes on behind them.
     """
     config, pool_data, test = setup.config, setup.data.train, setup.data.test
@@ -94,7 +95,7 @@ def run(
     shards: Shards | None = None
     try:
         for index in range(len(history), num_rounds(budget.initial, budget.query, budget.total)):
-            # Train a fresh model on what is labelled.
+            # Train a fresh model on what is labeled.
             started = time.perf_counter()
             progress("train", 0, 1)
             model = setup.model(index).to(device)
@@ -188,7 +189,7 @@ class _Notebook:
 
 
 def _digest(model: nn.Module, labeled: Tensor) -> str:
-    """What a query begins with: the trained model, in which all data have left their mark, and what is labelled."""
+    """What a query begins with: the trained model, in which all data have left their mark, and what is labeled."""
     digest = hashlib.sha256(labeled.numpy().tobytes())
     for value in model.cpu().state_dict().values():
         digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())

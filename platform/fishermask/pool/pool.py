@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishermask.pool.blocks import CHUNKS, DIAGONAL_BATCH
 from fishermask.pool.shards import Shards
 from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import Embedding
-from fishermask.tensors.kernels import return_memory
 from fishermask.tensors.layout import SIZES, Layout, inspect
 from fishermask.tensors.mask import Mask
-from fishermask.tensors.memory import CHUNKS, DIAGONAL_BATCH
 from fishermask.tensors.precision import Precision
+from fishermask.tensors.runtime import return_memory
 
 PIECES = 20
 """Parts that a pass over the pool is called in, so that its progress can be shown."""
@@ -58,11 +58,11 @@ class Engine:
 
 
 class Pool:
-    """The pool in one round, with the model trained on what is labelled so far.
+    """The pool in one round, with the model trained on what is labeled so far.
 
     Attributes:
         candidates: positions that may be queried, ascending, [u].
-        labeled: positions that are labelled, in the order of labelling, [l].
+        labeled: positions that are labeled, in the order of labeling, [l].
         labels: their labels, [l].
         generator: the strategy's own random stream of this round.
         model: the trained model, in eval mode.

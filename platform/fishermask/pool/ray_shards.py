@@ -14,8 +14,9 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, R
 from torch import Tensor
 
 from fishermask.errors import InputError
+from fishermask.pool.blocks import shard_slices
 from fishermask.pool.packing import pack, unpack
-from fishermask.pool.shard import Shard, cut
+from fishermask.pool.shard import Shard
 from fishermask.pool.shards import summed
 from fishermask.tensors.images import Images, Statistics
 
@@ -64,7 +65,7 @@ class RayShards:
         device = "cuda" if gpus else "cpu"
         asked = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory}
         options = ShardActor.options(**asked)  # type: ignore[attr-defined]
-        slices = [(images.narrow(0, start, end - start), start) for start, end in cut(len(images), count)]
+        slices = [(images.narrow(0, start, end - start), start) for start, end in shard_slices(len(images), count)]
         self._make = [lambda own=own: options.remote(own[0], own[1], statistics, device) for own in slices]
         self._log: list[tuple[str, list[Any]]] = []
         self._last: tuple[Any, Any] = (None, None)

@@ -7,8 +7,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from fishermask.pool.blocks import NARROW
 from fishermask.pool.pool import Freshness, Pool
-from fishermask.pool.shard import NARROW, Offer, Scorer, moved
+from fishermask.pool.shard import Offer, Scorer, moved
 from fishermask.tensors import contrasts
 from fishermask.tensors.approximation import relative_error, sample_size
 from fishermask.tensors.contrasts import Weighting
@@ -126,13 +127,13 @@ class TraceOptions:
     damping: float = 1.0
     """lambda: M begins as lambda times the identity ..."""
     initial_information: bool = True
-    """... plus the labelled images' share of the information."""
+    """... plus the labeled images' share of the information."""
     class_weighting: Weighting = "sqrt"
     """With sqrt, V^T V is the Fisher information; with none, classes count alike, however probable."""
     top_classes: int | None = None
-    """q: an approximation that keeps the q most probable classes of each image, renormalised."""
+    """q: an approximation that keeps the q most probable classes of each image, renormalized."""
     batch_weighting: Literal["bait", "per_sample"] = "bait"
-    """A candidate counts K / (nL + K), as BAIT's code has it, or 1 / (nL + K), as a labelled image does."""
+    """A candidate counts K / (nL + K), as BAIT's code has it, or 1 / (nL + K), as a labeled image does."""
     target: Literal["pool", "identity"] = "pool"
     """F: the mean information of the whole pool, or the identity (A-optimal design)."""
     oversample: float = 1.0
@@ -162,7 +163,7 @@ class DistanceCriterion:
 
 @dataclass
 class TraceCriterion:
-    """Minimise ``tr(M^-1 F)``."""
+    """Minimize ``tr(M^-1 F)``."""
 
     objective: Objective
     dtype: torch.dtype
@@ -193,8 +194,8 @@ class TraceCriterion:
         return moved(update, self.dtype)
 
 
-def minimise_trace(pool: Pool, mask: Mask, budget: int, options: TraceOptions) -> Tensor:
-    """``budget`` candidates, in the order of choice, that greedily minimise ``tr(M^-1 F)`` (Ash et al. 2021).
+def minimize_trace(pool: Pool, mask: Mask, budget: int, options: TraceOptions) -> Tensor:
+    """``budget`` candidates, in the order of choice, that greedily minimize ``tr(M^-1 F)`` (Ash et al. 2021).
 
     Raises:
         FloatingPointError: the information is not finite, or rounding decides what is left of the trace.

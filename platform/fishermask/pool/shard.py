@@ -12,24 +12,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fishermask.pool.blocks import ALIGNMENT, BLOCK, MIN_COLUMNS, PREDICTED, images_per_part
 from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import Embedding, concatenate, embed, information, information_diagonal, take
-from fishermask.tensors.images import Images, Statistics, normalise
-from fishermask.tensors.kernels import repeatable_gpu, return_memory
+from fishermask.tensors.images import Images, Statistics, normalize
 from fishermask.tensors.layout import Layout
 from fishermask.tensors.mask import Mask, fisher_diagonal
-from fishermask.tensors.memory import ALIGNMENT, PREDICTED
 from fishermask.tensors.precision import Precision
+from fishermask.tensors.runtime import repeatable_gpu, return_memory
 from fishermask.tensors.slow_gradients import copy_model
-
-BLOCK = 2048
-"""Pool positions in a block; shards begin at multiples of it."""
-WIDE_BODY = 1024
-"""Masked parameters outside the head from which on a block is kept in narrower parts: a product then reads the
-embeddings in an order that the memory delivers faster (see docs/performance.md)."""
-NARROW = 256
-FEW = 128
-"""Products of fewer columns may take another path, with another rounding: equal images would not score equally."""
 
 
 class Scorer(Protocol):
@@ -53,18 +44,6 @@ class Offer(NamedTuple):
     """In the whole pool."""
     embedding: Embedding
     """Of this one image."""
-
-
-def cut(size: int, num_shards: int) -> list[tuple[int, int]]:
-    """``num_shards`` slices (start, end) of ``size`` pool positions, whole blocks each, as even as that allows."""
-    blocks = -(-size // BLOCK)
-    edges = [min(size, BLOCK * (blocks * s // num_shards)) for s in range(num_shards + 1)]
-    return list(zip(edges, edges[1:], strict=False))
-
-
-def rows_together(body_size: int) -> int:
-    """Images whose embeddings are kept together."""
-    return BLOCK if body_size <= WIDE_BODY else NARROW
 
 
 class Shard:
@@ -115,7 +94,7 @@ class Shard:
 
     def inputs_at(self, positions: Tensor) -> Tensor:
         """The images at those of the ascending pool ``positions`` that lie in this slice, normalized."""
-        return normalise(self.images_at(positions), self.statistics, self._dtype())
+        return normalize(self.images_at(positions), self.statistics, self._dtype())
 
     @torch.no_grad()
     def probabilities(self, piece: int, pieces: int) -> Tensor:
@@ -155,14 +134,14 @@ class Shard:
             chunk: images differentiated at once, a multiple of ``ALIGNMENT`` that divides ``NARROW``.
         """
         mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
-        rows = rows_together(mask.body_size)
+        rows = images_per_part(mask.body_size)
         for block in self._run(piece, pieces):
             for part in self.images[block].split(rows):
                 found = None
                 for first in range(0, len(part), chunk):
                     own = self._embedded(part[first : first + chunk], mask, weighting, top_classes)
                     if found is None:
-                        found = _empty(own, len(part) + -len(part) % FEW)
+                        found = _empty(own, len(part) + -len(part) % MIN_COLUMNS)
                     _put(found, first, own, len(part))
                     del own
                 assert found is not None
@@ -281,7 +260,7 @@ class Shard:
         return self.blocks[count * piece // pieces : count * (piece + 1) // pieces]
 
     def _normalized(self, images: Tensor) -> Tensor:
-        return normalise(images.to(self.device), self.statistics, self._dtype())
+        return normalize(images.to(self.device), self.statistics, self._dtype())
 
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fishermask.pool.shard import Shard, cut
+from fishermask.pool.blocks import shard_slices
+from fishermask.pool.shard import Shard
 from fishermask.tensors.images import Images, Statistics
 
 
@@ -54,7 +55,7 @@ class LocalShards:
         self.count, self.rebuilt = count, 0
         self.shards = [
             Shard(images.narrow(0, start, end - start), start, statistics, device)
-            for start, end in cut(len(images), count)
+            for start, end in shard_slices(len(images), count)
         ]
         # The number of threads that torch computes with is kept by thread: the caller's own stays as it is.
         self.threads = ThreadPoolExecutor(count, "shard", torch.set_num_threads, (1,))

@@ -2,7 +2,7 @@
 
 results/<sweep>/config.yaml               the sweep as resolved
 results/<sweep>/runs/<run>/config.yaml    the run's settings, defaults included
-results/<sweep>/runs/<run>/pool.csv       id, class, and whether it was labelled at the start
+results/<sweep>/runs/<run>/pool.csv       id, class, and whether it was labeled at the start
 results/<sweep>/runs/<run>/rounds.jsonl   a line a round
 results/<sweep>/runs/<run>/journal.jsonl  picks of the round under way
 results/<sweep>/runs/<run>/error.txt      traceback of the last attempt, if it failed
@@ -152,7 +152,7 @@ class RunFolder:
         return parse(ExperimentConfig, read_yaml(path), str(path)) if path.exists() else None
 
     def create(self, config: ExperimentConfig, pool: Iterable[tuple[str, str, bool]]) -> None:
-        """Make the folder of a run with this config and pool (id, class, labelled at the start).
+        """Make the folder of a run with this config and pool (id, class, labeled at the start).
 
         A run of the same fingerprint may be there already, and is then continued.
 

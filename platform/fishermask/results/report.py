@@ -7,7 +7,7 @@ import pandas as pd
 
 from fishermask.results import curves
 from fishermask.results.files import write_atomically
-from fishermask.results.tables import BASELINE, METRICS, collect, setting_columns, summarise, text
+from fishermask.results.tables import BASELINE, METRICS, collect, setting_columns, summarize, text
 
 FEW_SEEDS = 5
 
@@ -20,7 +20,7 @@ def write(sweep: Path, metric: str = "balanced_accuracy") -> pd.DataFrame:
     write_atomically(sweep / "results.parquet", buffer.getvalue())
     write_atomically(sweep / "results.csv", table.to_csv(index=False))
     curves.save(curves.draw(table, metric, sweep.name), sweep / "curves.png")
-    summary = summarise(table)
+    summary = summarize(table)
     write_atomically(sweep / "summary.md", markdown(summary, table, sweep.name))
     return summary
 

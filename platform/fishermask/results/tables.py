@@ -83,7 +83,7 @@ def setting_columns(table: pd.DataFrame) -> list[str]:
     return names[names.index("strategy") + 1 : names.index("seed")]
 
 
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
+def summarize(table: pd.DataFrame) -> pd.DataFrame:
     """One row for each setting and strategy: means and deviations over seeds, and pairs against random.
 
     Columns: ``runs``; for each metric its mean over a run's rounds (``*_curve``) and in the last round (``*_final``),

@@ -12,11 +12,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import psutil
+import yaml
 
 from fishermask import stopping
 from fishermask.errors import InputError
+from fishermask.planning.placement import Bundle, Cluster
 
 # Read by Ray when it is imported: no telemetry, one TensorBoard tree and one progress display (ours), tracebacks in the
 # runs' folders only, paths in a sweep file mean the same in a trial as outside, and Ctrl-C is ours to handle.
@@ -35,7 +39,7 @@ if not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & os.environ.keys() and "ray" not in sys
 import ray  # noqa: E402
 from ray.experimental.internal_kv import _internal_kv_get  # noqa: E402
 
-from fishermask.sweep import package  # noqa: E402
+from fishermask.sweep import source_version  # noqa: E402
 
 VITAL = ("gcs_server", "raylet")
 """Names of the processes without which a cluster is none."""
@@ -49,11 +53,14 @@ JOIN_TIMEOUT = 30
 
 
 @contextmanager
-def connected() -> Iterator[None]:
+def connected(local: Cluster | None = None) -> Iterator[None]:
     """Be connected to a cluster: the one at ``RAY_ADDRESS``, else one of this machine, which ends with the block.
 
     A connection that is there already is used and kept. If a process that a cluster of this machine cannot do without
     ends, the command is stopped.
+
+    Args:
+        local: what a cluster of this machine has; what Ray finds when not given.
 
     Raises:
         InputError: no cluster answers there, or one with another Python, Ray or fishermask.
@@ -64,9 +71,14 @@ def connected() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
         check_address(address)
+    sizes: dict[str, Any] = {}
+    if address == "local" and local is not None:
+        # Of its own accord Ray sets a third of the memory aside for objects, of which a run has few.
+        sizes = {"num_cpus": int(local.total("CPU")), "_memory": int(local.total("memory"))}
     try:
         ray.init(
             address=address,
+            **sizes,
             include_dashboard=False if address == "local" else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -79,7 +91,7 @@ def connected() -> Iterator[None]:
     watch = _Watch() if address == "local" else None
     try:
         if address != "local":
-            package.check(package.installed())
+            source_version.check(source_version.installed())
         yield
     finally:
         if watch is None or watch.end():
@@ -181,6 +193,35 @@ def why_not(address: str, message: str) -> str:
             f"Python {python_here}; install the same versions"
         )
     return f"no Ray cluster answers at {address} ({' '.join(message.split())})"
+
+
+def current() -> Cluster:
+    """Return the connected cluster's nodes, as if they were idle, and those that its autoscaler may add."""
+    nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
+    return Cluster(nodes, startable_nodes(), autoscaled())
+
+
+def startable_nodes() -> tuple[Bundle, ...]:
+    """Return the nodes that an autoscaler on this machine may start, as the file says that it was started with."""
+    for process in psutil.process_iter(["cmdline"]):
+        for argument in process.info["cmdline"] or ():
+            name, _, value = argument.partition("=")
+            if name == "--autoscaling-config" and value:
+                return _node_types(Path(value).expanduser())
+    return ()
+
+
+def _node_types(file: Path) -> tuple[Bundle, ...]:
+    with suppress(OSError, yaml.YAMLError, AttributeError, TypeError):  # the file is Ray's, and may go at any time
+        config = yaml.safe_load(file.read_text())
+        head, most = config.get("head_node_type"), config.get("max_workers", 0)
+        types = {name: kind for name, kind in config["available_node_types"].items() if name != head}
+        return tuple(
+            kind.get("resources", {})
+            for kind in types.values()
+            for _ in range(min(kind.get("max_workers", most), most))
+        )
+    return ()
 
 
 def autoscaled() -> bool:

@@ -8,8 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fishermask.experiment.loop import num_rounds
 from fishermask.results.files import writing
-from fishermask.sweep.pace import Pace, clock, time_left
-from fishermask.sweep.plan import Run
+from fishermask.sweep.eta import StageTimer, format_duration, time_left
+from fishermask.sweep.sweep_file import Run
 from fishermask.sweep.tensorboard import RunEvents
 
 
@@ -53,7 +53,7 @@ class Recorder:
         self.models: list[float] = []
         self.queries: list[float] = []
         self.started = self.spoke = self.last = time.monotonic()
-        self.pace = Pace()
+        self.stage_timer = StageTimer()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds"))
         self.bar = Progress(
             *columns,
@@ -82,11 +82,11 @@ class Recorder:
         rounds = [rounds_of(run) - len(self.history[run.name]) for run in going]
         batches = sum(max(0, count - 1) for count in rounds)
         left = time_left(self.last - self.started, self.models, self.queries, sum(rounds), batches)
-        return f"ETA {clock(max(0.0, left - (time.monotonic() - self.last)))}"
+        return f"ETA {format_duration(max(0.0, left - (time.monotonic() - self.last)))}"
 
     def stage(self, name: str, stage: str, done: int, total: int) -> None:
         """Show how far the current stage of a round of the run ``name`` is."""
-        text = self.pace.tell(name, stage, done, total)
+        text = self.stage_timer.update(name, stage, done, total)
         self._show(text if self.every_round else f"{name}: {text}")
         if not self.console.is_terminal and time.monotonic() - self.spoke > QUIET_SECONDS:
             rounds = rounds_of(self.runs[name])

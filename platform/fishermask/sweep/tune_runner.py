@@ -15,13 +15,14 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 from ray.tune.error import TuneError
 from rich.console import Console
 
-from fishermask.config import ExperimentConfig
 from fishermask.errors import InputError
+from fishermask.experiment.run_plan import RunPlan
+from fishermask.planning.placement import Cluster, check_placement, equal_reservations
 from fishermask.results.tables import varied_settings
-from fishermask.sweep import ledger, package, room
-from fishermask.sweep.plan import Sweep
+from fishermask.sweep import run_storage, source_version
 from fishermask.sweep.recorder import Recorder
-from fishermask.sweep.runner import Placed, create_folders, describe_failure, missing, placed, rounds
+from fishermask.sweep.runner import Plans, compute_rounds, create_folders, describe_failure, missing, reserved
+from fishermask.sweep.sweep_file import Sweep
 
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 """A process or a node is gone: nothing that the run did, and it may go well on another."""
@@ -33,37 +34,37 @@ STAGE_SECONDS = 2.0
 """Between two looks at how far the runs are."""
 
 
-def run_on_ray(sweep: Sweep, console: Console) -> Recorder:
-    """Run what is missing of a sweep; Ray must be connected.
+def run_on_ray(sweep: Sweep, plans: Plans, nodes: Cluster, console: Console) -> Recorder:
+    """Run what is missing of a sweep; Ray must be connected to the cluster of ``nodes``.
 
     A trial sends its rounds to this process, which alone writes: workers need no common file system. A trial whose
     process is lost starts again where these rounds end.
 
     Raises:
-        InputError: a run asks for more than the cluster has and ever will.
+        InputError: a run requests more than the cluster has and ever will.
     """
     runs = missing(sweep)
-    places, there = placed(runs, ray.cluster_resources()), room.idle_nodes()
-    asked = {
-        run.name: room.bundles(run.config.resources, places[run.name].shards, places[run.name].plan) for run, _ in runs
-    }
-    asked = room.alike({name: room.squeezed(request, there) for name, request in asked.items()}, there)
-    for waits_for in {room.check(request) for request in asked.values()} - {None}:
-        console.print(f"{waits_for}; such runs wait until the autoscaler has started nodes (see ray status)")
-    create_folders(sweep, runs)
+    requests = equal_reservations({run.name: reserved(plans[run.name]) for run, _ in runs}, nodes)
+    for problem in {check_placement(request, nodes) for request in requests.values()} - {None}:
+        console.print(f"{problem}; such runs wait until the autoscaler has started nodes (see ray status)")
+    create_folders(sweep, runs, plans)
     restarts = max((run.config.resources.restarts for run, _ in runs), default=0)
     recorder = Recorder(runs, varied_settings(sweep.folder), console, len(sweep.runs) - len(runs))
-    configs = {
-        run.name: (run.config, places[run.name]._replace(shard_memory=asked[run.name][-1][room.MEMORY]))
-        for run, _ in runs
-    }
-    nodes = {node["NodeID"] for node in ray.nodes()}
-    books = ledger.start({run.name: run.folder.path for run, _ in runs})
+    configs = {run.name: (plans[run.name], requests[run.name][-1]["memory"]) for run, _ in runs}
+    first_nodes = {node["NodeID"] for node in ray.nodes()}
+    storage = run_storage.start({run.name: run.folder.path for run, _ in runs})
     trainable = tune.with_resources(
         functools.partial(
-            trial, runs=configs, books=books, folder=str(Path.cwd()), package_here=package.installed(), nodes=nodes
+            trial,
+            runs=configs,
+            storage=storage,
+            folder=str(Path.cwd()),
+            version=source_version.installed(),
+            nodes=first_nodes,
         ),
-        lambda settings: tune.PlacementGroupFactory(asked[settings["run"]]),
+        lambda settings: tune.PlacementGroupFactory(
+            [{kind: amount for kind, amount in bundle.items() if amount} for bundle in requests[settings["run"]]]
+        ),
     )
     # Tune keeps records of its own, which are of no use once the rounds are written.
     with recorder, tempfile.TemporaryDirectory(prefix="fishermask-") as scratch:
@@ -71,7 +72,7 @@ def run_on_ray(sweep: Sweep, console: Console) -> Recorder:
             name="trials",
             storage_path=scratch,
             verbose=0,
-            callbacks=[_Listener(recorder, restarts, books)],
+            callbacks=[_Listener(recorder, restarts, storage)],
             failure_config=tune.FailureConfig(max_failures=restarts),
         )
         tuner = tune.Tuner(
@@ -84,7 +85,7 @@ def run_on_ray(sweep: Sweep, console: Console) -> Recorder:
             tuner.fit()
         except TuneError as error:  # what the recorder raises, such as a full disk, wrapped by Tune
             raise (_input_error(error) or error) from None
-    ray.kill(books)
+    ray.kill(storage)
     return recorder
 
 
@@ -98,8 +99,8 @@ def _input_error(error: BaseException | None) -> InputError | None:
 class _Listener(tune.Callback):
     """Hands what trials report to a recorder."""
 
-    def __init__(self, recorder: Recorder, restarts: int, books: Any) -> None:
-        self.recorder, self.restarts, self.books = recorder, restarts, books
+    def __init__(self, recorder: Recorder, restarts: int, storage: Any) -> None:
+        self.recorder, self.restarts, self.storage = recorder, restarts, storage
         self.asked = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,7 +110,7 @@ class _Listener(tune.Callback):
     def on_step_end(self, iteration: int, trials: Any, **_: Any) -> None:
         if time.monotonic() - self.asked < STAGE_SECONDS:
             return
-        ready, _late = ray.wait([self.books.told.remote()], timeout=STAGE_SECONDS)
+        ready, _late = ray.wait([self.storage.pop_progress.remote()], timeout=STAGE_SECONDS)
         for told in ray.get(ready):
             for run, (stage, done, total) in told.items():
                 self.recorder.stage(run, stage, done, total)
@@ -136,32 +137,36 @@ class _Listener(tune.Callback):
 
 def trial(
     settings: dict[str, Any],
-    runs: dict[str, tuple[ExperimentConfig, Placed]],
-    books: Any,
+    runs: dict[str, tuple[RunPlan, float]],
+    storage: Any,
     folder: str,
-    package_here: str,
+    version: str,
     nodes: set[str],
 ) -> None:
     """One run as a trial, from where its rounds end now: each round is reported as it ends.
 
     Args:
-        runs: config of each run, and how it is computed.
-        books: the ledger of the runs' folders.
+        runs: plan of each run, and the bytes that each of its Ray shards reserves.
+        storage: the ledger of the runs' folders.
         folder: where relative paths start, if it is there.
-        package_here: what is installed beside the driver; a node that is not one of ``nodes``, those at the start of
+        version: what is installed beside the driver; a node that is not one of ``nodes``, those at the start of
             the sweep, must have the same.
     """
     if Path(folder).is_dir():
         os.chdir(folder)
     name = settings["run"]
-    config, place = runs[name]
+    plan, shard_memory = runs[name]
     try:
         if ray.get_runtime_context().get_node_id() not in nodes:
-            package.require(package_here, package.installed(), ray.util.get_node_ip_address())
-        history = ray.get(books.history.remote(name))
-        journal = ledger.LedgerJournal(books, name)
-        stage = ledger.LedgerStage(books, name)
-        rounds(config, place, history, lambda result: tune.report({"round": json.dumps(result)}), journal, stage)
+            source_version.require(version, source_version.installed(), ray.util.get_node_ip_address())
+        history = ray.get(storage.history.remote(name))
+        journal = run_storage.StoredJournal(storage, name)
+        progress = run_storage.ProgressReporter(storage, name)
+
+        def report(result: dict[str, Any]) -> None:
+            tune.report({"round": json.dumps(result)})
+
+        compute_rounds(plan, history, report, journal, progress, shard_memory)
     except LOST:
         raise
     except (Exception, SystemExit) as error:

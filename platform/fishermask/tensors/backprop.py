@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fishermask.errors import InputError
-from fishermask.tensors.kernels import plain_attention
+from fishermask.tensors.runtime import plain_attention
 from fishermask.tensors.slow_gradients import logit_gradients
 
 

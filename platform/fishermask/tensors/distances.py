@@ -14,16 +14,16 @@ from fishermask.tensors.embedding import Embedding
 
 @dataclass(frozen=True)
 class KCenterScorer:
-    """Squared distance of the last hidden layer's output to the nearest labelled or chosen image.
+    """Squared distance of the last hidden layer's output to the nearest labeled or chosen image.
 
     Attributes:
-        centers: hidden outputs of the labelled images, [E, l].
+        centers: hidden outputs of the labeled images, [E, l].
     """
 
     centers: Tensor
 
     def start(self, embedding: Embedding, first: int) -> Tensor:
-        """Squared distance to the nearest labelled image, [n]; infinite if none is labelled."""
+        """Squared distance to the nearest labeled image, [n]; infinite if none is labeled."""
         state = embedding.hidden.new_full((embedding.hidden.shape[1],), torch.inf)
         for center in self.centers.unbind(1):
             _nearer(state, (embedding.hidden - center[:, None]).square().sum(0))

@@ -12,7 +12,7 @@ order. What is the identity for all k is ``add_identity`` for those.
 The images are the *last* axis of every tensor: all that is done image by image then runs along contiguous memory, and
 all products are few large matrix products in place of many small ones.
 
-With many classes an *approximation* may keep the q most probable classes of each image, renormalised, as if the others
+With many classes an *approximation* may keep the q most probable classes of each image, renormalized, as if the others
 could not occur: q in place of C, everywhere below. ``classes`` then says which they are.
 """
 

@@ -1,4 +1,4 @@
-"""Images stay uint8 [n, channels, height, width]; batches are normalised, and augmented, on the fly."""
+"""Images stay uint8 [n, channels, height, width]; batches are normalized, and augmented, on the fly."""
 
 from typing import NamedTuple, Protocol
 
@@ -36,7 +36,7 @@ class Statistics(NamedTuple):
 def channel_statistics(images: Images) -> Statistics:
     """Statistics of ``images``, read once, a batch at a time."""
     count, channels, height, width = images.shape
-    # How often each channel has each grey level: exact whatever the batch's size, and one pass on one thread.
+    # How often each channel has each gray level: exact whatever the batch's size, and one pass on one thread.
     levels, found = torch.arange(256), torch.zeros(channels, 256, dtype=torch.int64)
     for start in range(0, count, READ_BATCH):
         batch = images[start : start + READ_BATCH].transpose(0, 1).flatten(1)
@@ -44,17 +44,17 @@ def channel_statistics(images: Images) -> Statistics:
     total, squares = (found * levels).sum(1), (found * levels.square()).sum(1)
     count *= height * width
     mean = total.double() / count
-    # A constant channel has no scale of its own; one grey level keeps the division defined.
+    # A constant channel has no scale of its own; one gray level keeps the division defined.
     std = (squares.double() / count - mean.square()).clamp_min(1.0).sqrt()
     return Statistics(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
 
 
-def normalise(images: Tensor, statistics: Statistics, dtype: torch.dtype = torch.float32) -> Tensor:
+def normalize(images: Tensor, statistics: Statistics, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return uint8 images as ``(x / 255 - mean) / std``. Besides the result nothing of its size is ever held."""
     shape = (1, -1, 1, 1)
     mean = torch.tensor(statistics.mean, dtype=dtype, device=images.device).view(shape)
     std = torch.tensor(statistics.std, dtype=dtype, device=images.device).view(shape)
-    # One grey channel may carry any stride, and a convolution takes another path, with another rounding, for some:
+    # One gray channel may carry any stride, and a convolution takes another path, with another rounding, for some:
     # the same pixels must give the same floats wherever they come from.
     images = images.reshape(-1).view(images.shape)
     return images.to(dtype, copy=True).div_(255).sub_(mean).div_(std)

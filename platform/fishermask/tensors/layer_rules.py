@@ -66,7 +66,7 @@ def output_rows(module: nn.Module, gradient: Tensor) -> Tensor:
 
 
 def input_rows(module: nn.Module, given: Tensor) -> Tensor:
-    """Layer input [n, ...] as [n, K, S], all groups of a convolution; for a norm the normalised input [n, O, S]."""
+    """Layer input [n, ...] as [n, K, S], all groups of a convolution; for a norm the normalized input [n, O, S]."""
     if isinstance(module, nn.Conv2d):
         return F.unfold(_padded(module, given), module.kernel_size, module.dilation, 0, module.stride)
     return _plain_rows(module, given)
@@ -185,8 +185,8 @@ def masked_entries(module: nn.Module, given: Tensor, parameter: str, entries: Te
     if parameter == "bias":
         return lambda gradient: output_rows(module, gradient).sum(-1)[:, entries]
     if isinstance(module, ELEMENTWISE):
-        normalised = _plain_rows(module, given)[:, entries]
-        return lambda gradient: (output_rows(module, gradient)[:, entries] * normalised).sum(-1)
+        normalized = _plain_rows(module, given)[:, entries]
+        return lambda gradient: (output_rows(module, gradient)[:, entries] * normalized).sum(-1)
     assert isinstance(module, nn.Linear | nn.Conv2d)
     width = module.weight[0].numel()
     out_row, in_row = entries // width, entries % width

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fishermask.errors import InputError
 from fishermask.tensors.backprop import by_sample
-from fishermask.tensors.kernels import plain_attention
 from fishermask.tensors.layer_rules import has_rule, own_parameters
+from fishermask.tensors.runtime import plain_attention
 from fishermask.tensors.slow_gradients import clear_caches, copy_model, logit_gradients
 from fishermask.tensors.verification import (
     Batch,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fishermask.tensors.kernels import plain_attention
+from fishermask.tensors.runtime import plain_attention
 
 CHUNK = 16
 """Images that ``vmap`` differentiates at once: each holds a gradient of all parameters."""

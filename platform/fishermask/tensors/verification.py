@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fishermask.errors import InputError
 from fishermask.tensors.backprop import forward, output_gradients
-from fishermask.tensors.kernels import plain_attention
 from fishermask.tensors.layer_rules import own_parameters, sample_gradients, split_name
+from fishermask.tensors.runtime import plain_attention
 from fishermask.tensors.slow_gradients import clear_caches, slow_gradients
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fishermask.tensors.kernels import plain_attention, return_memory
+from fishermask.tensors.runtime import plain_attention, return_memory
 
 
 def settings():

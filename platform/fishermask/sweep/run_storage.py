@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from fishermask.results.files import RunFolder
 
 
-class Ledger:
+class RunStorage:
     """Reads and writes run folders on the node that it lives on. All that matters of what it knows is in the files.
 
     Args:
@@ -21,11 +21,11 @@ class Ledger:
         self.folders = folders
         self.stages: dict[str, tuple[str, int, int]] = {}
 
-    def tell(self, run: str, stage: str, done: int, total: int) -> None:
+    def report_progress(self, run: str, stage: str, done: int, total: int) -> None:
         """Note how far ``run`` is."""
         self.stages[run] = stage, done, total
 
-    def told(self) -> dict[str, tuple[str, int, int]]:
+    def pop_progress(self) -> dict[str, tuple[str, int, int]]:
         """What was told since it was last asked for, by run."""
         told, self.stages = self.stages, {}
         return told
@@ -44,40 +44,40 @@ class Ledger:
 
 
 def start(folders: dict[str, Path]) -> Any:
-    """A ``Ledger`` as an actor beside this process, which writes ``rounds.jsonl`` there. It reserves nothing."""
+    """A ``RunStorage`` as an actor beside this process, which writes ``rounds.jsonl`` there. It reserves nothing."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # It has no state and its entries are numbered, so it may start again and repeat what it was asked.
     again = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-    return ray.remote(Ledger).options(scheduling_strategy=here, **again).remote(folders)
+    return ray.remote(RunStorage).options(scheduling_strategy=here, **again).remote(folders)
 
 
-class LedgerJournal:
+class StoredJournal:
     """The journal of one run, written by a ledger; satisfies ``experiment.journal.Journal``."""
 
-    def __init__(self, ledger: Any, run: str) -> None:
-        self.ledger, self.run = ledger, run
+    def __init__(self, storage: Any, run: str) -> None:
+        self.storage, self.run = storage, run
         self._next = ("", 0)  # the query that was read last, and the number of its next entry
 
     def read(self, query: str) -> list[list[Any]]:
-        entries: list[list[Any]] = ray.get(self.ledger.read.remote(self.run, query))
+        entries: list[list[Any]] = ray.get(self.storage.read.remote(self.run, query))
         self._next = (query, len(entries))
         return entries
 
     def append(self, query: str, entries: list[list[Any]]) -> None:
         if self._next[0] != query:
             self.read(query)
-        ray.get(self.ledger.append.remote(self.run, query, entries, self._next[1]))
+        ray.get(self.storage.append.remote(self.run, query, entries, self._next[1]))
         self._next = (query, self._next[1] + len(entries))
 
 
-class LedgerStage:
+class ProgressReporter:
     """Tells a ledger how far a run is, at most once a second."""
 
-    def __init__(self, ledger: Any, run: str) -> None:
-        self.ledger, self.run = ledger, run
+    def __init__(self, storage: Any, run: str) -> None:
+        self.storage, self.run = storage, run
         self._last = -1.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if time.monotonic() - self._last > 1.0:
-            self.ledger.tell.remote(self.run, stage, done, total)
+            self.storage.report_progress.remote(self.run, stage, done, total)
             self._last = time.monotonic()

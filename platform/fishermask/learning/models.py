@@ -90,7 +90,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def build(
     name: str, params: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int, seed: int
 ) -> nn.Module:
-    """A freshly initialised model for images of ``image_shape`` (channels, height, width).
+    """A freshly initialized model for images of ``image_shape`` (channels, height, width).
 
     The global random state is left as it was: initial weights depend on ``seed`` alone.
 

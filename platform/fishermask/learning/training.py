@@ -1,4 +1,4 @@
-"""Training a classifier on the labelled images until it fits them, and predicting with it. Knows no active learning."""
+"""Training a classifier on the labeled images until it fits them, and predicting with it. Knows no active learning."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fishermask.tensors.images import Images, Statistics, crop_and_flip, normalise
+from fishermask.tensors.images import Images, Statistics, crop_and_flip, normalize
 
 PREDICTION_BATCH = 256
 
@@ -55,7 +55,7 @@ def fit(
             inputs = images[batch]
             if augmentation is not None:
                 inputs = crop_and_flip(inputs, augmentation)
-            logits = model(normalise(inputs, statistics))
+            logits = model(normalize(inputs, statistics))
             loss = F.cross_entropy(logits, labels[batch])
             if not torch.isfinite(loss):
                 raise FloatingPointError(
@@ -90,4 +90,4 @@ def predict(model: nn.Module, images: Images, statistics: Statistics) -> Tensor:
     model.eval()
     device = next(model.parameters()).device
     batches = (images[start : start + PREDICTION_BATCH] for start in range(0, len(images), PREDICTION_BATCH))
-    return torch.cat([model(normalise(batch.to(device), statistics)) for batch in batches])
+    return torch.cat([model(normalize(batch.to(device), statistics)) for batch in batches])

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from fishermask.config import SHARDING, Config, ExperimentConfig, PathText, ResourcesConfig, parse
+from fishermask.config import SHARDING, Config, ExperimentConfig, PathText, parse
 from fishermask.errors import InputError
 from fishermask.guard import guarded, short
 from fishermask.paths import check_text, improper_character
@@ -153,23 +153,6 @@ def single(config: SweepConfig) -> SweepConfig:
     config = config.model_copy(update={"grid": {key: values[:1] for key, values in config.grid.items()}})
     fingerprint = expand(config).runs[0].config.fingerprint()
     return config.model_copy(update={"name": f"{config.name}-{fingerprint[:8]}"})
-
-
-def shards_of(resources: ResourcesConfig, wanted: int, cluster_cpus: float, cluster_gpus: float = 0) -> int:
-    """How many shards a run has; ``auto`` is decided here and nowhere else.
-
-    Args:
-        wanted: as many as memory and work ask for.
-        cluster_cpus, cluster_gpus: all that the cluster has; shards in the run's own process do not need them.
-    """
-    if resources.shards != "auto":
-        return resources.shards
-    if resources.workers == "in_process":
-        return max(1, min(wanted, int(resources.cpus)))
-    room = (cluster_cpus - resources.cpus) / resources.cpus_per_shard
-    if resources.gpus_per_shard:
-        room = min(room, (cluster_gpus - resources.gpus) / resources.gpus_per_shard)
-    return max(1, int(min(room + 1e-9, wanted)))
 
 
 def check_folder(sweep: Sweep) -> None:

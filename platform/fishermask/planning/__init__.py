@@ -1,0 +1,1 @@
+"""Memory, time and placement of queries, estimated before anything starts."""

@@ -24,16 +24,15 @@ def test_the_standard_librarys_platform_is_not_shadowed():
     assert found.stdout.strip() == platform.system()
 
 
-def test_a_wheel_holds_the_strategies_the_data_and_the_command(tmp_path):
+def test_a_clone_without_symbolic_links_gives_a_complete_wheel(tmp_path):
+    """Git on Windows, and archives unpacked there, leave a link as a text file that holds its target."""
     source = tmp_path / "clone"
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    for name in filter(None, tracked):
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in tracked.splitlines():
         target, path = source / name, ROOT / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink():
-            target.symlink_to(path.readlink())
+            target.write_text(str(path.readlink()))
         elif path.exists():
             target.write_bytes(path.read_bytes())
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
@@ -97,7 +96,7 @@ def test_every_dependency_has_a_reason():
 
 
 def test_nodes_are_compared_by_every_source_file_strategies_included(tmp_path, monkeypatch):
-    """In a clone the strategies are a link, which a walk through folders leaves out unless it is told otherwise."""
+    """The strategies may be a linked folder, which ``os.walk`` leaves out by default."""
     import fishermask
     from fishermask.sweep import source_version
 

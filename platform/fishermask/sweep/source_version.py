@@ -25,7 +25,7 @@ def installed() -> str:
     from fishermask import __version__  # not at the top: this function is sent to where there may be none
 
     digest, folder = hashlib.sha256(), Path(spec.origin).parent
-    # The strategies are a link in a clone and a folder in a wheel.
+    # Links are followed: the strategies may be a folder that is linked into the package.
     places = [(Path(at), sorted(names)) for at, _, names in os.walk(folder, followlinks=True)]
     for path in sorted(place / name for place, names in places for name in names if name.endswith(".py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")

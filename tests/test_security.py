@@ -230,7 +230,14 @@ def sweep(tmp_path_factory):
 
 def test_what_listens_during_a_sweep_is_what_the_page_says(sweep):
     everywhere = [Path(name).name for name, address, _ in sweep.listening if address in ("::", "0.0.0.0")]
-    listed = {"gcs_server": 1, "raylet": 2, "python": 1, "ray::RunStorage": 1, "ray::ImplicitFunc": 1, "ray::ShardActor": 1}
+    listed = {
+        "gcs_server": 1,
+        "raylet": 2,
+        "python": 1,
+        "ray::RunStorage": 1,
+        "ray::ImplicitFunc": 1,
+        "ray::ShardActor": 1,
+    }
     for short, count in listed.items():
         assert sum(name.startswith(short) for name in everywhere) == count, (short, everywhere)
     # Ray may have a worker in reserve, which will be a trial or a shard.

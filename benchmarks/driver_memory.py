@@ -51,7 +51,7 @@ def child(case: str, train: str, warmup: str, folder: str) -> None:
     """Print private growth and peak growth of one case, in bytes."""
     from fishermask.config import ExperimentConfig, parse
     from fishermask.experiment.setup import prepare
-    from fishermask.sweep import runner, sweep_file
+    from fishermask.sweeps import runner, sweep_file
 
     def settings(path: str) -> dict:
         data = {"name": "parquet", "train": path, "test": warmup}

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from table import machine, show
 
-from fishermask import strategies
+from fishermask import query_strategies
 from fishermask.config import StrategyConfig
 from fishermask.learning import models
 from fishermask.learning.training import fit, predict
@@ -125,7 +125,7 @@ def query(case: Case, results: Any) -> None:
     with torch.no_grad():  # let batch norm see data once
         model.train()(normalize(images[:64], statistics))
     model.eval()
-    strategy = strategies.load(StrategyConfig(name=case.strategy, params=case.params))
+    strategy = query_strategies.load(StrategyConfig(name=case.strategy, params=case.params))
     example, precision = normalize(images[:2], statistics), Precision(storage=case.storage)
     work = strategy.check(model, example)
     measured = measure(model, example[:1], work, training=bool(case.training_batch))

@@ -6,7 +6,7 @@ C = 10, E = 128, k_body = 150. The points are embeddings of CIFAR-10 images (of 
 thin ResNet-18, repeated with seeded perturbation: drawn by pool position, so they do not depend on the shards.
 """
 
-from fishermask.sweep import cluster  # before anything that imports ray, which reads settings of ours
+from fishermask.sweeps import cluster  # before anything that imports ray, which reads settings of ours
 
 # isort: split
 import argparse
@@ -19,7 +19,7 @@ from networks import CIFAR, trained
 from pools import GREY, blank, fill, local_pool, pool_on, random_embedding
 from table import machine, seconds, show
 
-import fishermask.sweep.cluster  # noqa: F401  what Ray reads when it is imported
+import fishermask.sweeps.cluster  # noqa: F401  what Ray reads when it is imported
 from fishermask.planning import duration
 from fishermask.pool.ray_shards import RayShards
 from fishermask.pool.selection import TraceCriterion, greedy, objective_of

@@ -148,7 +148,7 @@ def key(root: Path, mutant: Mutant) -> str:
 def baseline_key(root: Path, name: str) -> str:
     """Return a digest of a test file and of the whole package that it tests."""
     files = [root / f"tests/test_{name}.py", *sorted((root / PACKAGE).rglob("*.py"))]
-    files += sorted((root / PACKAGE / "strategies").glob("*.py"))
+    files += sorted((root / PACKAGE / "query_strategies").glob("*.py"))
     return "baseline " + hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

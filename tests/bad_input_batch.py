@@ -14,7 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
-from fishermask import cli, strategies
+from fishermask import cli, query_strategies
 from fishermask.experiment import setup
 
 SECONDS = 20
@@ -81,7 +81,7 @@ def run(job: dict, output: tuple) -> dict:
 def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
     sys.path.insert(0, jobs["models"])
-    strategies.__path__.append(jobs["strategies"])
+    query_strategies.__path__.append(jobs["strategies"])
     signal.signal(signal.SIGALRM, too_long)
     answers = {}
     with os.fdopen(os.memfd_create("out"), "r+b") as out, os.fdopen(os.memfd_create("err"), "r+b") as err:

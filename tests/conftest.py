@@ -13,7 +13,7 @@ os.environ.pop("RAY_ADDRESS", None)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import fishermask.sweep.cluster  # noqa: E402, F401  sets what else Ray reads at import
+import fishermask.sweeps.cluster  # noqa: E402, F401  sets what else Ray reads at import
 from fishermask.config import ExperimentConfig, parse  # noqa: E402
 from fishermask.experiment.setup import prepare  # noqa: E402
 from fishermask.experiment.streams import stream  # noqa: E402

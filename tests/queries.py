@@ -1,6 +1,6 @@
 """One query of a strategy, on the pool of the ``trained`` fixture."""
 
-from fishermask import strategies
+from fishermask import query_strategies
 from fishermask.config import ExperimentConfig, parse
 from fishermask.experiment.loop import checked
 from fishermask.experiment.streams import stream
@@ -23,7 +23,7 @@ def choose(name, shards, setup, model, budget=15, engine=None, notes=lambda foun
         engine,
     )
     config = parse(ExperimentConfig, {"strategy": {"name": name, "params": params}}).strategy
-    batch = strategies.load(config).query(pool, budget)
+    batch = query_strategies.load(config).query(pool, budget)
     if close:
         shards.close()
     notes(pool.notes)

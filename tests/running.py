@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from fishermask.planning.placement import this_machine
-from fishermask.sweep import cluster, runner, tune_runner
+from fishermask.sweeps import cluster, runner, tune_runner
 
 QUIET = Console(quiet=True)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fishermask import __version__, cli, strategies
+from fishermask import __version__, cli, query_strategies
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -106,8 +106,8 @@ def test_report_makes_the_files_again(sweep, capsys):
 def test_strategies_are_listed_with_their_parameters(capsys):
     assert cli.main(["strategies"]) == 0
     out = capsys.readouterr().out
-    assert [line.split(":")[0] for line in out.splitlines() if line[0] != " "] == strategies.available()
-    assert set(strategies.available()) >= {
+    assert [line.split(":")[0] for line in out.splitlines() if line[0] != " "] == query_strategies.available()
+    assert set(query_strategies.available()) >= {
         "random",
         "margin",
         "entropy",
@@ -203,7 +203,7 @@ def test_a_ray_address_that_cannot_be_joined_is_one_line(sweep, address, message
 def test_a_broken_strategy_file_is_one_line(sweep, capsys, monkeypatch, content, message):
     name = f"broken_{message.split()[0]}"  # a module is imported once
     (sweep / f"{name}.py").write_text(content)
-    monkeypatch.setattr(strategies, "__path__", [*strategies.__path__, str(sweep)])
+    monkeypatch.setattr(query_strategies, "__path__", [*query_strategies.__path__, str(sweep)])
     assert cli.main(["run", "tiny.yaml", f"strategy={name}"]) == 2
     err = capsys.readouterr().err
     assert f"strategies/{name}.py: " in err

@@ -12,7 +12,7 @@ from ray import cloudpickle
 from ray._private.utils import check_version_info
 
 from fishermask.errors import InputError
-from fishermask.sweep import cluster, source_version
+from fishermask.sweeps import cluster, source_version
 
 
 def refusal(function, *args):
@@ -82,12 +82,12 @@ def test_a_node_without_the_package_can_say_so():
 
 
 def test_a_package_is_known_by_its_version_and_every_source_file(tmp_path):
-    (tmp_path / "fishermask/strategies").mkdir(parents=True)
+    (tmp_path / "fishermask/query_strategies").mkdir(parents=True)
     (tmp_path / "fishermask/__init__.py").write_text("__version__ = '7'")
     (tmp_path / "fishermask/notes.txt").write_text("not code")
     found = []
     for content in ("x = 1", "x = 2", "x = 1"):
-        (tmp_path / "fishermask/strategies/own.py").write_text(content)
+        (tmp_path / "fishermask/query_strategies/own.py").write_text(content)
         found.append(installed_elsewhere(f"sys.path.insert(0, {str(tmp_path)!r})"))
     assert all(re.fullmatch(r"7 \([0-9a-f]{12}\)", one) for one in found)
     assert found[0] == found[2] != found[1]

@@ -13,7 +13,7 @@ from pretended import THERE, PretendedDevice, PretendedShards, pretending
 from test_selection import GRAY, pixels
 from torch import Tensor
 
-from fishermask import strategies
+from fishermask import query_strategies
 from fishermask.config import ExperimentConfig, parse
 from fishermask.experiment import loop
 from fishermask.experiment.setup import prepare
@@ -144,7 +144,7 @@ def query(name, shards, images, model, budget=8, engine=None, **params):
     streams = stream(0, "a"), stream(0, "b")
     pool = Pool(shards, len(images), labeled, torch.zeros(4, dtype=torch.long), model, *streams, progress, engine)
     config = parse(ExperimentConfig, {"strategy": {"name": name, "params": params}}).strategy
-    batch = strategies.load(config).query(pool, budget).tolist()
+    batch = query_strategies.load(config).query(pool, budget).tolist()
     shards.close()
     return batch, pool.notes, read
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from bad_input_cases import TINY
 
-from fishermask import cli, guard, strategies
+from fishermask import cli, guard, query_strategies
 from fishermask.errors import InputError
 from fishermask.guard import guarded, held_stderr, one_line, reason, short, write_log
 from fishermask.paths import check_path
@@ -228,7 +228,7 @@ QUERIES = {
 def test_a_query_that_raises_or_returns_junk_is_a_failed_run(folder, capfd, monkeypatch, body):
     name = f"junk_{list(QUERIES).index(body)}"  # a module is imported once
     (folder / f"modules/{name}.py").write_text(f"def query(pool, budget, params):\n    {body}\n")
-    monkeypatch.setattr(strategies, "__path__", [*strategies.__path__, str(folder / "modules")])
+    monkeypatch.setattr(query_strategies, "__path__", [*query_strategies.__path__, str(folder / "modules")])
     assert cli.main(["run", "tiny.yaml", f"strategy={name}"]) == 1
     first, second = capfd.readouterr().err.splitlines()
     assert first.startswith(f"fishermask: {name}-seed=0 failed: {QUERIES[body]}")
@@ -286,7 +286,7 @@ def test_a_sweep_of_failing_runs_prints_two_lines_for_each(folder):
 def test_an_error_of_the_disk_is_found_in_what_tune_makes_of_it():
     from ray.tune.error import TuneError
 
-    from fishermask.sweep.tune_runner import _input_error
+    from fishermask.sweeps.tune_runner import _input_error
 
     full = InputError("output: cannot write rounds.jsonl")
     try:

@@ -22,7 +22,17 @@ def test_the_text_that_each_mutant_replaces_occurs_once_in_its_file():
 def test_the_list_covers_all_layers_and_names_tests_that_exist():
     assert len(MUTANTS) >= 75
     layers = {mutant.file.split("/")[0] for mutant in MUTANTS}
-    assert layers >= {"tensors", "pool", "strategies", "data", "experiment", "results", "sweep", "cli.py", "config.py"}
+    assert layers >= {
+        "tensors",
+        "pool",
+        "query_strategies",
+        "data",
+        "experiment",
+        "results",
+        "sweeps",
+        "cli.py",
+        "config.py",
+    }
     assert len({(mutant.file, mutant.old, mutant.new) for mutant in MUTANTS}) == len(MUTANTS)
     for mutant in MUTANTS:
         for name in mutant.tests.split():
@@ -39,7 +49,7 @@ EXCUSED = SURVIVOR._replace(old="return 0", new="return 00", reason="it is the s
 def tree(tmp_path):
     """A package of one file, with a test for half of it."""
     package, tests = tmp_path / "platform/fishermask", tmp_path / "tests"
-    (package / "strategies").mkdir(parents=True)
+    (package / "query_strategies").mkdir(parents=True)
     tests.mkdir()
     (package / "__init__.py").write_text("")
     (package / "sums.py").write_text(SOURCE)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from fishermask import strategies
+from fishermask import query_strategies
 from fishermask.config import StrategyConfig
 from fishermask.pool.pool import Engine, Pool
 from fishermask.pool.shards import LocalShards
-from fishermask.strategies import fisher_mask
+from fishermask.query_strategies import fisher_mask
 from fishermask.tensors.distances import BadgeScorer
 from fishermask.tensors.images import Statistics
 
@@ -67,7 +67,7 @@ def pool(strategy_seed=STRATEGY_SEED, sample_seed=SAMPLE_SEED, labeled=LABELED, 
 
 
 def queried(name, params, **pool_settings) -> list[int]:
-    strategy = strategies.load(StrategyConfig(name=name, params=params))
+    strategy = query_strategies.load(StrategyConfig(name=name, params=params))
     return strategy.query(pool(**pool_settings), BUDGET).tolist()
 
 
@@ -137,7 +137,7 @@ def named(mask) -> list[int]:
 @pytest.mark.parametrize("change", MASKS.values(), ids=MASKS)
 def test_fisher_mask_masks_the_promised_parameters_and_queries_the_promised_batch(change):
     body = expected_mask(BASE | change)
-    params = strategies.load(StrategyConfig(name="fisher_mask", params=BASE | change)).params
+    params = query_strategies.load(StrategyConfig(name="fisher_mask", params=BASE | change)).params
     assert named(fisher_mask.choose_mask(pool(), params)) == body
     assert queried("fisher_mask", BASE | change) == expected(BASE | change, body)
 
@@ -173,11 +173,11 @@ def test_a_preset_queries_the_batch_of_its_options(params):
 
 def test_the_fisher_sample_and_the_random_mask_follow_their_own_stream():
     for seed in (6, 7, 8):
-        params = strategies.load(StrategyConfig(name="fisher_mask", params=BASE | {"fisher_samples": 2})).params
+        params = query_strategies.load(StrategyConfig(name="fisher_mask", params=BASE | {"fisher_samples": 2})).params
         mask = fisher_mask.choose_mask(pool(sample_seed=seed), params)
         assert named(mask) == expected_mask(params.model_dump(), sample_seed=seed)
     for seed in (5, 9, 10):
-        params = strategies.load(StrategyConfig(name="fisher_mask", params=BASE | {"mask": "random"})).params
+        params = query_strategies.load(StrategyConfig(name="fisher_mask", params=BASE | {"mask": "random"})).params
         mask = fisher_mask.choose_mask(pool(strategy_seed=seed, sample_seed=seed + 50), params)
         assert named(mask) == expected_mask(params.model_dump(), strategy_seed=seed)
     few = BASE | {"fisher_samples": 2}
@@ -217,7 +217,7 @@ def test_images_are_taken_back_by_an_objective_that_is_computed_again_when_its_e
     counts = []
     for drift in (0.0, 1e9):
         own = pool(engine=Engine(drift=drift))
-        batch = strategies.load(StrategyConfig(name="fisher_mask", params=params)).query(own, BUDGET).tolist()
+        batch = query_strategies.load(StrategyConfig(name="fisher_mask", params=params)).query(own, BUDGET).tolist()
         assert batch == expected(params, expected_mask(params))
         counts.append(own.notes.get("times the objective was computed anew", 0))
     assert counts == [BUDGET - 1, 0]  # six images are taken back, and the last one's objective is always exact
@@ -227,9 +227,9 @@ def test_every_parameter_is_varied_here():
     """A parameter that is added must get a test."""
     varied = {key for change in [BASE, *MASKS.values(), *OBJECTIVES.values()] for key in change}
     assert varied | {"preset"} == set(fisher_mask.Params.model_fields)
-    assert {key for change in BAIT.values() for key in change} == set(strategies.describe("bait")[1].model_fields)
-    without = set(strategies.available()) - {"bait", "fisher_mask"}
-    assert {name for name in without if strategies.describe(name)[1].model_fields} == set()
+    assert {key for change in BAIT.values() for key in change} == set(query_strategies.describe("bait")[1].model_fields)
+    without = set(query_strategies.available()) - {"bait", "fisher_mask"}
+    assert {name for name in without if query_strategies.describe(name)[1].model_fields} == set()
 
 
 def hidden() -> torch.Tensor:

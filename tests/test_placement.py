@@ -19,7 +19,7 @@ from fishermask.planning import placement
 from fishermask.planning.memory import Estimate
 from fishermask.planning.placement import Cluster
 from fishermask.planning.query_plan import PROCESS_BYTES, QueryPlan
-from fishermask.sweep import cluster, runner, sweep_file, tune_runner
+from fishermask.sweeps import cluster, runner, sweep_file, tune_runner
 
 QUIET = Console(quiet=True)
 GB = 1e9

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fishermask import strategies
+from fishermask import query_strategies
 from fishermask.config import ExperimentConfig, StrategyConfig, parse
 from fishermask.errors import InputError
 from fishermask.experiment.setup import prepare
-from fishermask.sweep import sweep_file
+from fishermask.sweeps import sweep_file
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -140,7 +140,7 @@ def test_settings_that_do_not_go_with_the_data_are_one_line_before_anything_is_t
 
 def test_a_preset_sets_what_is_not_given():
     def params(**given):
-        return strategies.load(StrategyConfig(name="fisher_mask", params=given)).params
+        return query_strategies.load(StrategyConfig(name="fisher_mask", params=given)).params
 
     released = params(preset="fishermask-released", fraction=0.02)
     assert (released.class_weighting, released.fisher_sample, released.fraction) == ("none", "first", 0.02)

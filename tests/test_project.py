@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fishermask import strategies
+from fishermask import query_strategies
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +38,7 @@ def test_a_clone_without_symbolic_links_gives_a_complete_wheel(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
     subprocess.run(command, check=True, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    assert {f"fishermask/strategies/{name}.py" for name in strategies.available()} <= set(names)
+    assert {f"fishermask/query_strategies/{name}.py" for name in query_strategies.available()} <= set(names)
     assert {"fishermask/data/fashion_mnist/train.parquet", "fishermask/data/fashion_mnist/LICENSE"} <= set(names)
     package = ROOT / "platform/fishermask"
     modules = {f"fishermask/{p.relative_to(package)}" for p in package.glob("**/*.py")}
@@ -69,7 +69,7 @@ def test_links_in_documents_lead_somewhere(document):
 
 
 def test_the_readme_is_short_and_its_example_is_a_valid_sweep_and_strategy(tmp_path):
-    from fishermask.sweep import sweep_file
+    from fishermask.sweeps import sweep_file
 
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
@@ -98,12 +98,12 @@ def test_every_dependency_has_a_reason():
 def test_nodes_are_compared_by_every_source_file_strategies_included(tmp_path, monkeypatch):
     """The strategies may be a linked folder, which ``os.walk`` leaves out by default."""
     import fishermask
-    from fishermask.sweep import source_version
+    from fishermask.sweeps import source_version
 
     folder, linked = tmp_path / "platform/fishermask", tmp_path / "strategies"
     (folder / "pool").mkdir(parents=True)
     linked.mkdir()
-    (folder / "strategies").symlink_to("../../strategies")
+    (folder / "query_strategies").symlink_to("../../strategies")
     files = [folder / "__init__.py", folder / "pool/pool.py", linked / "margin.py"]
     for file in files:
         file.write_text("x = 1\n")

@@ -18,8 +18,8 @@ from fishermask.errors import InputError
 from fishermask.results import curves, report
 from fishermask.results.files import RunFolder
 from fishermask.results.tables import METRICS, collect, summarize
-from fishermask.sweep import sweep_file
-from fishermask.sweep.tensorboard import RunEvents
+from fishermask.sweeps import sweep_file
+from fishermask.sweeps.tensorboard import RunEvents
 
 STRATEGIES, RATIOS, SEEDS, LABELS = ("bait", "margin", "random"), (1.0, 20.0), (0, 1, 2), (10, 20, 30)
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from running import run_in_process, run_on_ray
 
 from fishermask.results import report
-from fishermask.sweep import runner, sweep_file
+from fishermask.sweeps import runner, sweep_file
 
 QUIET = Console(quiet=True)
 SWEEP = {

@@ -17,7 +17,7 @@ import tiny_network
 import torch
 from PIL import Image
 
-from fishermask import strategies
+from fishermask import query_strategies
 from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
 from fishermask.experiment.loop import run
@@ -240,7 +240,7 @@ def test_a_round_trains_other_initial_weights_in_another_order_than_the_round_be
 
 
 STRATEGIES = [
-    *(name for name in strategies.available() if name != "fisher_mask"),
+    *(name for name in query_strategies.available() if name != "fisher_mask"),
     {"name": "fisher_mask", "params": {"fraction": 0.7, "fisher_samples": 9}},
     {"name": "fisher_mask", "params": {"fraction": 0.7, "mask": "random", "oversample": 1.5}},
 ]

@@ -11,7 +11,7 @@ from fishermask.errors import InputError
 from fishermask.results import report
 from fishermask.results.files import JournalFile, RunFolder, locked, make_folder, write_atomically
 from fishermask.results.tables import collect, short_labels, summarize
-from fishermask.sweep.eta import StageTimer, time_left
+from fishermask.sweeps.eta import StageTimer, time_left
 
 
 def result(index, accuracy, labels=None):

@@ -9,7 +9,7 @@ import torch
 from queries import choose
 from torch import nn
 
-from fishermask import strategies
+from fishermask import query_strategies
 from fishermask.config import ExperimentConfig, parse
 from fishermask.experiment.loop import checked
 from fishermask.experiment.streams import stream
@@ -127,7 +127,7 @@ def test_a_damping_too_small_to_invert_says_so():
 def query(name, model, images, labeled, budget, shards=2):
     pool = pool_of(images, model, labeled, shards)
     config = parse(ExperimentConfig, {"strategy": name}).strategy
-    return strategies.load(config).query(pool, budget).tolist()
+    return query_strategies.load(config).query(pool, budget).tolist()
 
 
 def test_coreset_takes_the_image_furthest_from_all_centers():
@@ -178,7 +178,7 @@ def test_the_gumbel_trick_draws_in_proportion():
 
 def test_pools_of_equal_images_are_chosen_from_without_repetition():
     model, images = cases.model("small_cnn"), pixels(1).expand(12, 1, 8, 8).contiguous()
-    for name in strategies.available():
+    for name in query_strategies.available():
         params = {"fraction": 0.5} if name == "fisher_mask" else {}
         batch = query({"name": name, "params": params}, model, images, [0, 5], 10)
         assert sorted(batch) == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
@@ -254,7 +254,7 @@ def test_a_strategy_that_returns_no_row_of_whole_numbers_is_an_error(batch):
         checked(batch, torch.tensor([1, 2, 3]), 3)
 
 
-@pytest.mark.parametrize("name", strategies.available())
+@pytest.mark.parametrize("name", query_strategies.available())
 def test_every_strategy_chooses_the_same_batch_for_any_number_of_shards(name, trained, monkeypatch):
     monkeypatch.setattr("fishermask.pool.shard.BLOCK", 512)  # nine blocks: no shard of seven is empty
     setup, model = trained
@@ -269,7 +269,7 @@ def test_ray_shards_choose_the_batches_that_shards_in_process_choose(count, trai
     setup, model = trained
     images, statistics = setup.data.train.images, setup.statistics
     shards = RayShards(images, statistics, count, 1, 0)
-    for name in strategies.available():
+    for name in query_strategies.available():
         here = choose(name, LocalShards(images, statistics), setup, model)
         assert choose(name, shards, setup, model, close=False) == here, name
     shards.close()

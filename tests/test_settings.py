@@ -6,8 +6,8 @@ import pytest
 
 from fishermask.config import Config, ExperimentConfig, parse
 from fishermask.errors import InputError
-from fishermask.sweep import sweep_file
-from fishermask.sweep.sweep_file import SweepConfig
+from fishermask.sweeps import sweep_file
+from fishermask.sweeps.sweep_file import SweepConfig
 
 WITHOUT_EFFECT = {"strategy.label", *(f"resources.{name}" for name in ("shards", "workers", "memory", "restarts"))}
 WITHOUT_EFFECT |= {"resources.cpus_per_shard", "resources.gpus_per_shard"}

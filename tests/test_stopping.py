@@ -58,7 +58,7 @@ def test_sigterm_ends_a_command_with_one_line_and_status_143(tmp_path, command):
 CLUSTER = """
 import signal, subprocess, sys, time
 from fishermask.stopping import cause, stoppable
-from fishermask.sweep import cluster
+from fishermask.sweeps import cluster
 cluster.REACTION_SECONDS = 3
 children = [subprocess.Popen([path, "60"]) for path in sys.argv[2:]]
 try:

@@ -16,8 +16,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from fishermask.errors import InputError
 from fishermask.results import report
 from fishermask.results.files import RunFolder
-from fishermask.sweep import run_storage, runner, sweep_file
-from fishermask.sweep.recorder import Recorder
+from fishermask.sweeps import run_storage, runner, sweep_file
+from fishermask.sweeps.recorder import Recorder
 
 QUIET = Console(quiet=True)
 SWEEP = {

@@ -23,8 +23,8 @@ from fishermask.stopping import cause, stoppable
 
 if TYPE_CHECKING:
     from fishermask.planning.placement import Cluster
-    from fishermask.sweep.recorder import Recorder
-    from fishermask.sweep.sweep_file import Sweep
+    from fishermask.sweeps.recorder import Recorder
+    from fishermask.sweeps.sweep_file import Sweep
 
 EXIT_FAILED_RUNS, EXIT_BAD_INPUT, EXIT_PIPE = 1, 2, 141
 STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
-    from fishermask.sweep import runner, sweep_file
+    from fishermask.sweeps import runner, sweep_file
 
     with ExitStack() as stack:
         with _checks(str(arguments.file)):
@@ -199,7 +199,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _sweep(arguments: argparse.Namespace, console: Console) -> int:
-    from fishermask.sweep import runner, sweep_file
+    from fishermask.sweeps import runner, sweep_file
 
     with ExitStack() as stack:
         with _checks(str(arguments.file)):
@@ -220,7 +220,7 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
             return 0
         if not todo:
             return _show(sweep.folder, "balanced_accuracy", console)
-        from fishermask.sweep import tune_runner
+        from fishermask.sweeps import tune_runner
 
         _connect(stack, nodes)
         return _finish(sweep, lambda: tune_runner.run_on_ray(sweep, plans, nodes, console), console)
@@ -233,13 +233,13 @@ def _nodes(stack: ExitStack, join: bool) -> "Cluster":
         join: whether to connect to that cluster; otherwise what it has stays unknown.
     """
     from fishermask.planning.placement import Cluster, this_machine
-    from fishermask.sweep import runner
+    from fishermask.sweeps import runner
 
     if not runner.joins_cluster():
         return this_machine()
     if not join:
         return Cluster((), autoscaled=True)
-    from fishermask.sweep import cluster
+    from fishermask.sweeps import cluster
 
     _connect(stack, None)
     return cluster.current()
@@ -247,7 +247,7 @@ def _nodes(stack: ExitStack, join: bool) -> "Cluster":
 
 def _connect(stack: ExitStack, nodes: "Cluster | None") -> None:
     """Be connected to a Ray cluster until ``stack`` closes."""
-    from fishermask.sweep import cluster
+    from fishermask.sweeps import cluster
 
     with guarded("RAY_ADDRESS", "Ray cannot be used"):
         stack.enter_context(cluster.connected(nodes))
@@ -256,7 +256,7 @@ def _connect(stack: ExitStack, nodes: "Cluster | None") -> None:
 def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) -> int:
     """Do the work of a sweep and show what came of it; signals and failed runs leave what is finished."""
     from fishermask.results import files
-    from fishermask.sweep import runner
+    from fishermask.sweeps import runner
 
     try:
         files.make_folder(sweep.folder)
@@ -313,10 +313,10 @@ def _show(folder: Path, metric: str, console: Console) -> int:
 
 
 def _strategies(arguments: argparse.Namespace, console: Console) -> int:
-    from fishermask import strategies
+    from fishermask import query_strategies
 
     with _checks("strategies"):
-        described = {name: strategies.describe(name) for name in strategies.available()}
+        described = {name: query_strategies.describe(name) for name in query_strategies.available()}
     for name, (summary, params) in described.items():
         console.print(f"{name}: {summary}")
         for key, field in params.model_fields.items():

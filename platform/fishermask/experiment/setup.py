@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fishermask import strategies
+from fishermask import query_strategies
 from fishermask.config import DataConfig, ExperimentConfig, Imbalance, NamedConfig
 from fishermask.data import dataset, imbalance
 from fishermask.data.dataset import Dataset
@@ -18,7 +18,7 @@ from fishermask.learning import models
 from fishermask.planning.measurement import Measurement, measure
 from fishermask.planning.query_plan import free_memory
 from fishermask.planning.workload import Workload
-from fishermask.strategies import Strategy
+from fishermask.query_strategies import Strategy
 from fishermask.tensors.images import Statistics, channel_statistics, normalize
 from fishermask.tensors.layout import SIZES
 from fishermask.tensors.slow_gradients import copy_model
@@ -57,7 +57,7 @@ def load_setup(config: ExperimentConfig, statistics: Statistics | None = None) -
     Raises:
         InputError: settings that cannot work; the message names the field and what would be right.
     """
-    strategy = strategies.load(config.strategy)
+    strategy = query_strategies.load(config.strategy)
     data = _pool(config.data, config.imbalance, config.seed)
     size = len(data.train.labels)
     if len(data.classes) < 2:

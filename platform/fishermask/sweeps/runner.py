@@ -25,8 +25,8 @@ from fishermask.pool.pool import Progress
 from fishermask.pool.shards import LocalShards, Shards
 from fishermask.results import files
 from fishermask.results.tables import strategy_label, varied_settings
-from fishermask.sweep.recorder import QUIET_SECONDS, Recorder, rounds_of
-from fishermask.sweep.sweep_file import Run, Sweep, check_folder
+from fishermask.sweeps.recorder import QUIET_SECONDS, Recorder, rounds_of
+from fishermask.sweeps.sweep_file import Run, Sweep, check_folder
 from fishermask.tensors.images import Images
 
 History = list[dict[str, Any]]

@@ -39,7 +39,7 @@ if not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & os.environ.keys() and "ray" not in sys
 import ray  # noqa: E402
 from ray.experimental.internal_kv import _internal_kv_get  # noqa: E402
 
-from fishermask.sweep import source_version  # noqa: E402
+from fishermask.sweeps import source_version  # noqa: E402
 
 VITAL = ("gcs_server", "raylet")
 """Names of the processes without which a cluster is none."""

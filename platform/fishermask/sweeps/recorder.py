@@ -8,9 +8,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fishermask.experiment.loop import num_rounds
 from fishermask.results.files import writing
-from fishermask.sweep.eta import StageTimer, format_duration, time_left
-from fishermask.sweep.sweep_file import Run
-from fishermask.sweep.tensorboard import RunEvents
+from fishermask.sweeps.eta import StageTimer, format_duration, time_left
+from fishermask.sweeps.sweep_file import Run
+from fishermask.sweeps.tensorboard import RunEvents
 
 
 def rounds_of(run: Run) -> int:

@@ -19,10 +19,10 @@ from fishermask.errors import InputError
 from fishermask.experiment.run_plan import RunPlan
 from fishermask.planning.placement import Cluster, check_placement, equal_reservations
 from fishermask.results.tables import varied_settings
-from fishermask.sweep import run_storage, source_version
-from fishermask.sweep.recorder import Recorder
-from fishermask.sweep.runner import Plans, compute_rounds, create_folders, describe_failure, missing, reserved
-from fishermask.sweep.sweep_file import Sweep
+from fishermask.sweeps import run_storage, source_version
+from fishermask.sweeps.recorder import Recorder
+from fishermask.sweeps.runner import Plans, compute_rounds, create_folders, describe_failure, missing, reserved
+from fishermask.sweeps.sweep_file import Sweep
 
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 """A process or a node is gone: nothing that the run did, and it may go well on another."""

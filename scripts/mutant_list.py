@@ -602,7 +602,7 @@ MUTANTS = [
     ),
     Mutant(
         "data/dataset.py",
-        "self.train.take(rows).relabel(renamed)",
+        "self.train.take(rows).relabel(new_labels)",
         "self.train.take(rows)",
         "labels of the pool are not renamed",
         "data",

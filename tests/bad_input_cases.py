@@ -90,7 +90,7 @@ WRONG_VALUES = {
     "model": ["vgg", "5", "null", "''", "[]", "{}", "{params: {}}", LETTERS, "{name: mlp, width: 3}", "{name: 5}"],
     "strategy": ["best", "5", "null", "''", "[]", "{}", LETTERS, "..", "{name: margin, x: 1}", "{name: ../margin}"],
     "strategy.label": ["5", "''", "..", f"'{LETTERS}'", '"a\\nb"', "a/b", "[a]"],
-    "imbalance": ["5", "null", "{}", "step", "{kind: stop}", "{kind: null}", "[step]", "{kind: step}"],
+    "imbalance": ["5", "null", "{}", "step", "stop", "NONE", "[none]", "{kind: stop}", "{kind: null}", "[step]", "{kind: step}"],
     "imbalance.kind": ["stop", "5", "[step]"],
     "imbalance.per_clas": ["1"],
     "data.root": ["5", "''", "'~nosuchuser'", '"a\\0b"', f"'{LETTERS}'"],

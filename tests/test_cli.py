@@ -144,7 +144,7 @@ def test_help_and_version(capsys):
         (["run", "tiny.yaml", "model=vgg"], "model.name: unknown model 'vgg'; there are thin_resnet18"),
         (["run", "tiny.yaml", "data=coco"], "data: "),
         (["run", "tiny.yaml", "data.name=coco"], "data.name: unknown data set 'coco'; there are fashion_mnist_small"),
-        (["run", "tiny.yaml", "imbalance={kind: counts, counts: {0: 3, 1: 4000}}"], "class 1 shall keep 4000 images"),
+        (["run", "tiny.yaml", "imbalance={kind: counts, counts: {0: 3, 1: 4000}}"], "class 1: 4000 images requested"),
         (["sweep", "tiny.yaml", "resources.cpus=1000", "--dry-run"], "resources.cpus: 1000 exceeds the "),
         (["run", "tiny.yaml", "resources.cpus=0.00001"], "resources.cpus: "),
         (["run", "tiny.yaml", "resources.gpus=1"], "resources.gpus: this machine has no GPU"),

@@ -16,13 +16,16 @@ import pytest
 import scipy.io
 import torch
 import torchvision.datasets
+import yaml
 from PIL import Image
 
+from fishermask import cli
 from fishermask.config import DataConfig, ExperimentConfig, parse
 from fishermask.data import dataset
-from fishermask.data.imbalance import choose
+from fishermask.data.imbalance import select_pool
 from fishermask.errors import InputError
 from fishermask.experiment.setup import prepare
+from fishermask.sweep import sweep_file
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "platform/fishermask/data/fashion_mnist"
@@ -268,11 +271,49 @@ def rule(**settings):
 def counts(seed=0, sizes=(100, 100, 100, 100), **settings):
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     generator = torch.Generator().manual_seed(seed)
-    rows, classes = choose(labels, len(sizes), rule(**settings), generator)
+    rows, classes = select_pool(labels, len(sizes), rule(**settings), generator)
     assert rows.tolist() == sorted(set(rows.tolist()))
     kept = torch.bincount(labels[rows], minlength=len(sizes)).tolist()
     assert classes == [c for c, count in enumerate(kept) if count]
     return kept
+
+
+def write_uneven(tmp_path: Path) -> dict:
+    """Write 5, 0 and 3 training images of three classes, and 2 test images of each; return the settings."""
+    for split, labels in (("train", [0] * 5 + [2] * 3), ("test", [0, 0, 1, 1, 2, 2])):
+        write_parquet(tmp_path / f"{split}.parquet", [png((28, 28), 20 * i) for i in range(len(labels))], labels)
+    return {"name": "parquet", "train": str(tmp_path / "train.parquet"), "test": str(tmp_path / "test.parquet")}
+
+
+def test_the_default_pool_is_all_training_images_and_the_test_set_keeps_their_classes(tmp_path):
+    settings = {"data": write_uneven(tmp_path), "strategy": "random", "budget": {"initial": 2, "query": 2, "total": 8}}
+    data = prepare(parse(ExperimentConfig, settings)).data
+    assert data.train.labels.tolist() == [0] * 5 + [1] * 3
+    assert data.test.labels.tolist() == [0, 0, 1, 1]
+    assert data.classes == ["0", "2"]
+    with pytest.raises(InputError, match="^imbalance: class 1 has no training images"):
+        prepare(parse(ExperimentConfig, settings | {"imbalance": "balanced"}))
+
+
+def test_a_dry_run_says_once_what_each_imbalance_drops(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    budget = {"initial": 2, "query": 2, "total": 4}
+    base = {"data": write_uneven(tmp_path), "strategy": "random", "budget": budget, "model": "mlp"}
+    grid = {"imbalance": ["none", {"kind": "counts", "counts": {0: 1, 2: 3}}], "seed": [0, 1]}
+    Path("x.yaml").write_text(yaml.safe_dump({"name": "x", "base": base, "grid": grid}))
+    assert cli.main(["sweep", "x.yaml", "--dry-run"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("pool")] == [
+        "pool: 8 training images, 2 of 3 classes (imbalance: none)",
+        "pool: 4 of 8 training images, 2 of 3 classes (imbalance: {kind: counts, counts: {0: 1, 2: 3}})",
+    ]
+    assert cli.main(["sweep", "x.yaml", "--dry-run", "imbalance=balanced", "imbalance.per_class=1"]) == 2
+    assert "imbalance.per_class: the grid varies imbalance" in capsys.readouterr().err
+
+
+def test_the_name_of_an_imbalance_is_short_for_its_kind():
+    assert rule(kind="balanced") == parse(ExperimentConfig, {"imbalance": "balanced"}).imbalance
+    config = sweep_file.SweepConfig(name="s", base={"imbalance": "balanced"}, grid={"imbalance.per_class": [3]})
+    assert sweep_file.expand(config).runs[0].config.imbalance == rule(kind="balanced", per_class=3)
 
 
 def test_balanced_keeps_as_many_of_each_class_as_the_smallest_has():
@@ -306,8 +347,11 @@ def test_the_seed_draws_which_classes_are_rare_and_repeats_itself():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "balanced", "sizes": (5, 0, 5)}, "class 1 has no training images; use kind counts without it"),
-        ({"kind": "balanced", "per_class": 101}, "class 0 shall keep 101 images but has 100"),
+        (
+            {"kind": "balanced", "sizes": (5, 0, 5)},
+            "class 1 has no training images; use none, or kind counts without this class",
+        ),
+        ({"kind": "balanced", "per_class": 101}, "class 0: 101 images requested, 100 available"),
         ({"kind": "step", "ratio": 1000}, "ratio: 1000 leaves a class without images"),
         ({"kind": "step", "ratio": 2, "rare": 4}, "at most 3 can be rare"),
         ({"kind": "step", "ratio": 2, "rare_classes": [4]}, "no class 4; the data set has classes 0 to 3"),
@@ -322,7 +366,7 @@ def test_an_imbalance_that_the_data_cannot_give_is_one_line(settings, message):
 
 def test_the_test_set_keeps_the_classes_of_the_pool_with_labels_from_zero():
     data = embedded()
-    rows, classes = choose(data.train.labels, 10, rule(kind="counts", counts={2: 5, 7: 9}), torch.Generator())
+    rows, classes = select_pool(data.train.labels, 10, rule(kind="counts", counts={2: 5, 7: 9}), torch.Generator())
     small = data.restrict(rows, classes)
     assert small.classes == [data.classes[2], data.classes[7]]
     assert torch.bincount(small.train.labels).tolist() == [5, 9]

@@ -67,6 +67,7 @@ BUDGET = {"initial": 20, "query": 8, "total": 42}
 def prepared(files, channels=3, *, training=None, data=None, strategy="random", dropout=0.0, **settings) -> Setup:
     base: dict[str, Any] = {
         "data": files[channels] | (data or {}),
+        "imbalance": "balanced",
         "model": {"name": "tiny_network:build", "params": {"channels": channels, "dropout": dropout}},
         "training": TRAINING | (training or {}),
         "budget": BUDGET,

@@ -9,7 +9,16 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fishermask.errors import InputError
 from fishermask.guard import guarded, one_line, short
@@ -59,49 +68,78 @@ class NamedConfig(Config):
         return {"name": value} if isinstance(value, str) else value
 
 
+class Natural(Config):
+    """Keep all training images, whatever the class sizes. Classes without training images leave the test data too."""
+
+    kind: Literal["none"] = "none"
+
+
 class Balanced(Config):
+    """Keep the same number of training images of every class."""
+
     kind: Literal["balanced"] = "balanced"
     per_class: Count | None = None
-    """Training images kept of every class; all classes' smallest count when not given."""
+    """Training images to keep of every class; None for the size of the smallest class."""
 
 
 class Step(Config):
+    """Make some classes rare: they keep ``1 / ratio`` times as many training images as the other classes."""
+
     kind: Literal["step"]
     ratio: float = Field(ge=1)
-    """A common class is this many times as large as a rare one."""
+    """Size of a common class divided by the size of a rare class."""
     rare: Count | None = None
-    """How many classes are rare; half of them when not given."""
+    """Number of rare classes; None for half of the classes."""
     rare_classes: list[int] | None = None
-    """Which classes are rare; drawn by the seed when not given."""
+    """The rare classes; None to draw them with the seed."""
     per_class: Count | None = None
-    """Images kept of a common class."""
+    """Training images to keep of a common class; None for the size of the smallest class."""
 
 
 class LongTail(Config):
+    """Let the class sizes fall exponentially from the largest class to the smallest."""
+
     kind: Literal["long_tail"]
     ratio: float = Field(ge=1)
-    """The largest class is this many times as large as the smallest; the sizes between fall exponentially."""
+    """Size of the largest class divided by the size of the smallest."""
     order: list[int] | None = None
-    """Classes from the most common to the rarest; drawn by the seed when not given."""
+    """Classes from the most common to the rarest; None to draw the order with the seed."""
     per_class: Count | None = None
-    """Images kept of the largest class."""
+    """Training images to keep of the largest class; None for the size of the data set's smallest class."""
 
 
 class Counts(Config):
+    """Keep a given number of training images of each named class."""
+
     kind: Literal["counts"]
     counts: dict[int, Count] = Field(min_length=2)
-    """Class -> training images kept. Classes that are not named leave the training and the test data."""
+    """Class -> training images to keep. Classes that are not named leave the training and the test data."""
     permute: bool = False
-    """Whether the seed deals the counts out to the named classes anew."""
+    """Whether the seed assigns the counts to the named classes in another order."""
 
 
 IMBALANCES: dict[str, type[Config]] = {
+    "none": Natural,
     "balanced": Balanced,
     "step": Step,
     "long_tail": LongTail,
     "counts": Counts,
 }
-Imbalance = Annotated[Balanced | Step | LongTail | Counts, Field(discriminator="kind")]
+
+
+def _expand_imbalance(value: Any) -> Any:
+    """Return ``{"kind": "balanced"}`` for ``"balanced"``, and mappings and configs unchanged."""
+    if isinstance(value, str):
+        return {"kind": value}
+    if not isinstance(value, Mapping | Config):
+        raise ValueError(f"expected one of {', '.join(IMBALANCES)}, or {{kind: ...}}, got {short(value)}")
+    return value
+
+
+Imbalance = Annotated[
+    Natural | Balanced | Step | LongTail | Counts, Field(discriminator="kind"), BeforeValidator(_expand_imbalance)
+]
+"""A rule that chooses the pool from the training images. ``balanced`` is short for ``{kind: balanced}``."""
 
 
 class DataConfig(Config):
@@ -210,7 +248,7 @@ class ExperimentConfig(Config):
     """One run: a data set, an imbalance, a model, a budget, a strategy and a seed."""
 
     data: DataConfig = DataConfig()
-    imbalance: Imbalance = Balanced()
+    imbalance: Imbalance = Natural()
     model: NamedConfig = NamedConfig(name="small_cnn")
     """thin_resnet18, small_cnn, mlp, or ``package.module:factory``, called with ``params`` and ``num_classes``."""
     training: TrainingConfig = TrainingConfig()

@@ -1,6 +1,6 @@
 """What every data set becomes, and finding one by its name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fishermask.config import DataConfig
+from fishermask.config import DataConfig, Imbalance
 from fishermask.data import cache, sources, store
 from fishermask.data.ids import Ids
 from fishermask.data.images import Origin, StoredImages
 from fishermask.data.split import Split
-from fishermask.guard import guarded, short
+from fishermask.guard import guarded, one_line, short
 from fishermask.tensors.images import Statistics
 
 
@@ -25,7 +25,9 @@ class Dataset:
     test: Split
     classes: list[str]
     published: Statistics | None
-    """Channel statistics from the literature, where there are any."""
+    """Channel statistics from the literature; None if there are none."""
+    source_size: tuple[int, int]
+    """Numbers of training images and of classes before ``restrict``."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -33,15 +35,26 @@ class Dataset:
         return self.train.images.shape[1:]
 
     def restrict(self, rows: Tensor, classes: list[int]) -> "Dataset":
-        """The training images ``rows``, ascending, and the test images of ``classes``, also ascending.
+        """Return the training images ``rows`` and the test images of ``classes``; both arguments ascend.
 
         The labels of ``classes`` become 0, 1, 2, ...
         """
-        renamed = torch.full((len(self.classes),), -1)
-        renamed[classes] = torch.arange(len(classes))
-        train = self.train.take(rows).relabel(renamed)
-        test = self.test.take((renamed[self.test.labels] >= 0).nonzero()[:, 0]).relabel(renamed)
-        return Dataset(train, test, [self.classes[c] for c in classes], self.published)
+        new_labels = torch.full((len(self.classes),), -1)
+        new_labels[classes] = torch.arange(len(classes))
+        train = self.train.take(rows).relabel(new_labels)
+        test = self.test.take((new_labels[self.test.labels] >= 0).nonzero()[:, 0]).relabel(new_labels)
+        return replace(self, train=train, test=test, classes=[self.classes[c] for c in classes])
+
+    def describe_pool(self, rule: Imbalance) -> str:
+        """Return the size of the pool that ``rule`` selected, and of the data set, in one line."""
+        num_images, num_classes = self.source_size
+        size, remaining = len(self.train.labels), len(self.classes)
+        images = f"{size:,}" if size == num_images else f"{size:,} of {num_images:,}"
+        classes = f"{remaining:,}" if remaining == num_classes else f"{remaining:,} of {num_classes:,}"
+        settings = rule.model_dump(exclude_defaults=True)
+        text = ", ".join(f"{key}: {value}" for key, value in ({"kind": rule.kind} | settings).items())
+        label = rule.kind if not settings.keys() - {"kind"} else one_line(f"{{{text}}}", 120)
+        return f"pool: {images} training images, {classes} classes (imbalance: {label})"
 
 
 def load(config: DataConfig) -> Dataset:
@@ -55,7 +68,8 @@ def load(config: DataConfig) -> Dataset:
         folder = store.ensure(config)
         note = store.read_note(folder)
     train, test = (_split(folder, note, split, sources.absolute(config)) for split in sources.SPLITS)
-    return Dataset(train, test, note["classes"], sources.published(config))
+    classes = note["classes"]
+    return Dataset(train, test, classes, sources.published(config), (len(train.labels), len(classes)))
 
 
 def _split(folder: Path, note: dict[str, Any], split: str, config: DataConfig) -> Split:

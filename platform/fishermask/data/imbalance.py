@@ -1,22 +1,26 @@
-"""Which training images a run's pool keeps, so that some classes are rare on purpose."""
+"""Selection of the training images that form the pool, by class: all of them, balanced, or with rare classes."""
 
 import torch
 from torch import Tensor
 
-from fishermask.config import Balanced, Counts, Imbalance, LongTail, Step
+from fishermask.config import Balanced, Counts, Imbalance, LongTail, Natural, Step
 from fishermask.errors import InputError
 from fishermask.guard import short
 
 
-def choose(labels: Tensor, num_classes: int, rule: Imbalance, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-    """Rows of ``labels`` [n] to keep, ascending, and the classes that remain.
+def select_pool(
+    labels: Tensor, num_classes: int, rule: Imbalance, generator: torch.Generator
+) -> tuple[Tensor, list[int]]:
+    """Return the rows of ``labels`` [n] that ``rule`` keeps, ascending, and the classes that they belong to.
 
-    Which classes are rare, and which of a class's images stay, is drawn by ``generator``.
+    ``generator`` draws which classes are rare and which images of a class stay.
 
     Raises:
-        InputError: a class has too few images, or the rule names a class that there is not.
+        InputError: a class has too few images, or the rule names a class that the data set does not have.
     """
     sizes = torch.bincount(labels, minlength=num_classes).tolist()
+    if isinstance(rule, Natural):
+        return torch.arange(len(labels)), [c for c, size in enumerate(sizes) if size]
     counts = class_counts(sizes, rule, generator)
     rows = []
     for c in sorted(counts):
@@ -25,32 +29,33 @@ def choose(labels: Tensor, num_classes: int, rule: Imbalance, generator: torch.G
     return torch.cat(rows).sort().values, sorted(counts)
 
 
-def class_counts(sizes: list[int], rule: Imbalance, generator: torch.Generator) -> dict[int, int]:
-    """Class -> images kept, for classes of ``sizes``."""
+def class_counts(
+    sizes: list[int], rule: Balanced | Step | LongTail | Counts, generator: torch.Generator
+) -> dict[int, int]:
+    """Return a map from each class to the number of images to keep, for a data set with classes of ``sizes``."""
     if isinstance(rule, Counts):
         counts = dict(rule.counts)
         _check_classes("imbalance.counts", list(counts), len(sizes))
         if rule.permute:
             classes = sorted(counts)
-            dealt = torch.randperm(len(classes), generator=generator).tolist()
-            counts = {c: rule.counts[classes[i]] for c, i in zip(classes, dealt, strict=True)}
+            order = torch.randperm(len(classes), generator=generator).tolist()
+            counts = {c: rule.counts[classes[i]] for c, i in zip(classes, order, strict=True)}
     else:
         if 0 in sizes:
-            raise InputError(f"imbalance: class {sizes.index(0)} has no training images; use kind counts without it")
+            raise InputError(
+                f"imbalance: class {sizes.index(0)} has no training images; use none, or kind counts without this class"
+            )
         largest = rule.per_class if rule.per_class is not None else min(sizes)
         counts = dict.fromkeys(range(len(sizes)), largest)
         if isinstance(rule, Step):
             for c in _rare_classes(rule, len(sizes), generator):
                 counts[c] = _at_least_one(largest / rule.ratio, rule)
         elif isinstance(rule, LongTail):
-            order = _order(rule, len(sizes), generator)
-            for rank, c in enumerate(order):
+            for rank, c in enumerate(_class_order(rule, len(sizes), generator)):
                 counts[c] = _at_least_one(largest * rule.ratio ** (-rank / max(1, len(sizes) - 1)), rule)
-        else:
-            assert isinstance(rule, Balanced)
     for c, count in counts.items():
         if count > sizes[c]:
-            raise InputError(f"imbalance: class {c} shall keep {count} images but has {sizes[c]}; lower its count")
+            raise InputError(f"imbalance: class {c}: {count} images requested, {sizes[c]} available; lower its count")
     return counts
 
 
@@ -61,7 +66,7 @@ def _at_least_one(count: float, rule: Step | LongTail) -> int:
 
 
 def _rare_classes(rule: Step, num_classes: int, generator: torch.Generator) -> list[int]:
-    # Drawn even when it is not used, so that the images kept of a class do not depend on the choice being fixed.
+    # Drawn even when the rule names the classes: the images that stay of a class must not depend on that.
     drawn = torch.randperm(num_classes, generator=generator).tolist()
     if rule.rare_classes is not None:
         _check_classes("imbalance.rare_classes", rule.rare_classes, num_classes)
@@ -78,7 +83,7 @@ def _rare_classes(rule: Step, num_classes: int, generator: torch.Generator) -> l
     return drawn[:rare]
 
 
-def _order(rule: LongTail, num_classes: int, generator: torch.Generator) -> list[int]:
+def _class_order(rule: LongTail, num_classes: int, generator: torch.Generator) -> list[int]:
     drawn = torch.randperm(num_classes, generator=generator).tolist()
     if rule.order is None:
         return drawn

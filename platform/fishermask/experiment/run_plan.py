@@ -29,6 +29,8 @@ class RunPlan:
     """A checked run, and how its queries are computed."""
 
     config: ExperimentConfig
+    pool: str
+    """The size of the pool, and what the imbalance leaves out of the data set, in one line."""
     statistics: Statistics
     measured: Measurement
     task: Task
@@ -61,7 +63,7 @@ def plan_run(config: ExperimentConfig, cluster: Cluster) -> RunPlan:
     wanted = wanted_shards(measured, task, in_process, shard_limit) if resources.shards == "auto" else 1
     count = num_shards(resources, wanted, cluster)
     query = plan_query(measured, task, count, in_process=in_process, gpu=gpu, limit=limit, shard_limit=shard_limit)
-    return RunPlan(config, setup.statistics, measured, task, query)
+    return RunPlan(config, setup.data.describe_pool(config.imbalance), setup.statistics, measured, task, query)
 
 
 def precision(engine: EngineConfig) -> Precision:

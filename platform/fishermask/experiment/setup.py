@@ -149,7 +149,7 @@ def measure_model(
 def _pool(data: DataConfig, rule: Imbalance, seed: int) -> Dataset:
     """Return the data set after imbalance; the same for all strategies and budgets of a seed."""
     whole = dataset.load(data)
-    rows, classes = imbalance.choose(whole.train.labels, len(whole.classes), rule, stream(seed, "imbalance"))
+    rows, classes = imbalance.select_pool(whole.train.labels, len(whole.classes), rule, stream(seed, "imbalance"))
     return whole.restrict(rows, classes)
 
 

@@ -80,12 +80,16 @@ def reserved(plan: RunPlan, in_process: bool = False) -> list[Bundle]:
 
 
 def describe_plans(plans: Plans) -> list[str]:
-    """Return a line for each strategy: the estimated time and memory of the run that needs the most."""
+    """Return a line for each size of pool and a line for each strategy.
+
+    The line of a strategy has the estimated time and memory of the run that needs the most.
+    """
     largest: Plans = {}
     for plan in plans.values():
         label = strategy_label(plan.config.strategy)
         largest[label] = max(plan, largest.get(label, plan), key=lambda plan: plan.query.largest_bytes)
-    return [f"{label}: {plan.query}" for label, plan in largest.items()]
+    pools = dict.fromkeys(plan.pool for plan in plans.values())
+    return [*pools, *(f"{label}: {plan.query}" for label, plan in largest.items())]
 
 
 def missing(sweep: Sweep) -> list[tuple[Run, History]]:

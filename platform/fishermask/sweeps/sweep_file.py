@@ -217,7 +217,7 @@ def _set(settings: dict[str, Any], path: str, value: Any) -> None:
     for part in parents:
         inner = settings.get(part)
         if isinstance(inner, str):  # strategy: margin is short for strategy: {name: margin}
-            inner = settings[part] = {"name": inner}
+            inner = settings[part] = {"kind" if part == "imbalance" else "name": inner}
         elif inner is None:
             inner = settings[part] = {}
         elif not isinstance(inner, dict):

@@ -17,6 +17,7 @@ import scipy.io
 import torch
 import torchvision.datasets
 import yaml
+from fishermask.sweep import sweep_file
 from PIL import Image
 
 from fishermask import cli
@@ -25,7 +26,6 @@ from fishermask.data import dataset
 from fishermask.data.imbalance import select_pool
 from fishermask.errors import InputError
 from fishermask.experiment.setup import prepare
-from fishermask.sweep import sweep_file
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "platform/fishermask/data/fashion_mnist"

@@ -1,6 +1,7 @@
 """What is of the whole process, which its shards share: settings and memory."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,16 @@ def settings():
     return torch.backends.mha.get_fastpath_enabled(), *fused
 
 
-def test_attention_stays_plain_until_the_last_of_several_is_done():
+def test_attention_stays_plain_until_the_last_thread_leaves():
     before = settings()
     assert any(before)
-    plain_attention.__enter__()  # one thread ...
-    plain_attention.__enter__()  # ... and another,
-    assert not any(settings())
-    plain_attention.__exit__()  # of which the first leaves first
-    assert not any(settings())
-    plain_attention.__exit__()
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        first.submit(plain_attention.__enter__).result()
+        second.submit(plain_attention.__enter__).result()
+        assert not any(settings())
+        first.submit(plain_attention.__exit__).result()
+        assert not any(settings())
+        second.submit(plain_attention.__exit__).result()
     assert settings() == before
     with plain_attention:
         assert not any(settings())

@@ -20,7 +20,7 @@ from fishermask.pool.selection import TraceOptions, best_offer, minimize_trace
 from fishermask.pool.shard import Offer
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.distances import BadgeScorer
-from fishermask.tensors.images import Statistics, normalize
+from fishermask.tensors.images import Statistics, cast, normalize
 from fishermask.tensors.layout import Layout, inspect
 from fishermask.tensors.mask import fisher_diagonal, global_mask, last_layer_mask
 from fishermask.tensors.precision import Precision
@@ -86,13 +86,19 @@ def test_the_batch_is_the_one_that_dense_greedy_selection_chooses(body_size, opt
     candidates = [i for i in range(len(images)) if i not in labeled]
     scale, count = (weight / total) ** 0.5, int(options.oversample * budget)
     expected = reference.greedy(rows, candidates, matrix, target, count, scale)
-    matrix = matrix + scale**2 * every[expected].sum(0)
+    gains, before = {}, reference.trace(matrix, target)
+    for position in expected:
+        value = reference.trace(matrix, target)
+        matrix = matrix + scale**2 * every[position]
+        gains[position] = value - reference.trace(matrix, target)
     while len(expected) > budget:
         values = [reference.trace(matrix - scale**2 * every[i], target) for i in expected]
         worst = expected.pop(min(range(len(values)), key=lambda i: values[i]))
         matrix = matrix - scale**2 * every[worst]
     assert found.tolist() == expected
-    assert pool.notes["objective"] == pytest.approx(reference.trace(matrix, target), rel=1e-6)
+    assert pool.objective == pytest.approx((before, reference.trace(matrix, target)), rel=1e-6)
+    assert pool.notes["objective"] == pool.objective[1]
+    assert pool.gains.tolist() == pytest.approx([gains[position] for position in expected], rel=1e-6)
 
 
 def test_images_taken_back_in_float32_are_those_of_float64(trained):
@@ -125,7 +131,12 @@ def test_a_damping_too_small_to_invert_says_so():
 
 
 def query(name, model, images, labeled, budget, shards=2):
-    pool = pool_of(images, model, labeled, shards)
+    return choose_from(LocalShards(images, GRAY, shards), len(images), name, model, labeled, budget)
+
+
+def choose_from(shards, size, name, model, labeled, budget):
+    labels = torch.zeros(len(labeled), dtype=torch.long)
+    pool = Pool(shards, size, torch.tensor(labeled), labels, model, stream(0, "a"), stream(0, "b"))
     config = parse(ExperimentConfig, {"strategy": name}).strategy
     return query_strategies.load(config).query(pool, budget).tolist()
 
@@ -141,6 +152,32 @@ def test_coreset_takes_the_image_furthest_from_all_centers():
         left = [i for i in range(len(images)) if i not in centers]
         chosen.append(max(left, key=lambda i: (float(distances[i, centers].min()), -i)))
     assert query("coreset", model, images, labeled, 8) == chosen
+
+
+@pytest.mark.parametrize("name", strategies.available())
+def test_a_pool_of_float_features_needs_no_image_shape(name):
+    """Vectors, and integer counts of the same values, which a preprocessing function turns into the model's type."""
+    features = torch.randint(0, 50, (60, 6), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    batches = []
+    strategy = {"name": name, "params": {"fraction": 0.9, "fisher_samples": 32} if name == "fisher_mask" else {}}
+    for pool_samples in (features.float(), features.float().t().contiguous().t(), features):
+        shards = LocalShards(pool_samples, cast, 2)
+        batches.append(choose_from(shards, 60, strategy, model, [3, 11], 5))
+        shards.close()
+    assert batches[0] == batches[1] == batches[2]
+
+
+@pytest.mark.parametrize(("name", "records"), [("badge", True), ("coreset", True), ("margin", False)])
+def test_strategies_by_distance_record_a_gain_for_each_pick_and_no_objective(name, records):
+    model, images, _, _ = case(0)
+    pool = pool_of(images, model, [3, 11])
+    strategies.load(parse(ExperimentConfig, {"strategy": name}).strategy).query(pool, 4)
+    assert pool.objective is None
+    assert (pool.gains is not None) == records
+    if name == "coreset":
+        assert pool.gains.tolist() == sorted(pool.gains.tolist(), reverse=True)
 
 
 def test_badge_draws_in_proportion_to_the_squared_distance_of_dense_gradient_embeddings():

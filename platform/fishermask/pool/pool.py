@@ -68,6 +68,10 @@ class Pool:
         model: the trained model, in eval mode.
         shards: the pool's shards, which hold the same model.
         notes: what is worth knowing of how the batch was found, by name.
+        gains: gain of each pick in the order of choice, float64 [b]: the exact decrease of the objective, or the score
+            of a strategy by distance (NaN for a pick replayed from a journal). With ``oversample``, the gains of the
+            picks that remain. None for a strategy that does not choose by gain.
+        objective: the objective before the first pick and after the last. None for a strategy that has none.
     """
 
     def __init__(
@@ -91,6 +95,8 @@ class Pool:
         self._sample_generator = sample_generator
         self.engine = engine or Engine()
         self.notes: dict[str, float] = {}
+        self.gains: Tensor | None = None
+        self.objective: tuple[float, float] | None = None
         shards.call("set_model", model, self.engine.precision)
 
     @property

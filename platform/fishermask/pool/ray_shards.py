@@ -18,7 +18,7 @@ from fishermask.pool.blocks import shard_slices
 from fishermask.pool.packing import pack, unpack
 from fishermask.pool.shard import Shard
 from fishermask.pool.shards import summed
-from fishermask.tensors.images import Images, Statistics
+from fishermask.tensors.images import Images, Preprocess
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +33,9 @@ SMALL = {"advance"}
 # The coordinator must know of a lost shard: a restarted actor would be empty, and would answer all the same.
 @ray.remote(max_restarts=0, max_task_retries=0)
 class ShardActor(Shard):
-    def __init__(self, images: Images, start: int, statistics: Statistics, device: str) -> None:
+    def __init__(self, images: Images, start: int, preprocess: Preprocess, device: str) -> None:
         torch.set_num_threads(1)
-        super().__init__(images, start, statistics, device)
+        super().__init__(images, start, preprocess, device)
 
     def packed(self, method: str, *pieces: bytes) -> list[bytes]:
         """Call ``method`` with packed arguments; its result, packed."""
@@ -48,13 +48,14 @@ class RayShards:
     Args:
         images: the whole pool. An actor gets a view of its share, which travels as row numbers; it maps the pixels on
             its own machine, or reads them from their source there.
+        preprocess: makes the model's inputs from images.
         restarts: how often in all a lost shard is made again before the run fails.
     """
 
     def __init__(
         self,
         images: Images,
-        statistics: Statistics,
+        preprocess: Preprocess,
         count: int,
         cpus: float,
         gpus: float,
@@ -66,7 +67,7 @@ class RayShards:
         asked = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory}
         options = ShardActor.options(**asked)  # type: ignore[attr-defined]
         slices = [(images.narrow(0, start, end - start), start) for start, end in shard_slices(len(images), count)]
-        self._make = [lambda own=own: options.remote(own[0], own[1], statistics, device) for own in slices]
+        self._make = [lambda own=own: options.remote(own[0], own[1], preprocess, device) for own in slices]
         self._log: list[tuple[str, list[Any]]] = []
         self._last: tuple[Any, Any] = (None, None)
         self.actors = [make() for make in self._make]

@@ -49,8 +49,8 @@ class Criterion(Protocol):
         Where none can, ``scorer`` is asked for before the first pick only.
         """
 
-    def add(self, offer: Offer) -> Any:
-        """Take ``offer``; what that changes in all shards' scores."""
+    def add(self, offer: Offer) -> tuple[float, Any]:
+        """Add ``offer`` to the picks. Return its gain, exact where it can be, and the update of all shards' scores."""
 
 
 def greedy(pool: Pool, criterion: Criterion, budget: int) -> list[Offer]:
@@ -79,8 +79,8 @@ def greedy(pool: Pool, criterion: Criterion, budget: int) -> list[Offer]:
                 offers, fresh = _start(pool, criterion, chosen), len(chosen)
                 continue
             pool.note("largest drift of a gain", drift, max)
-        change = criterion.add(best)
-        chosen.append(best)
+        gain, change = criterion.add(best)
+        chosen.append(best._replace(gain=gain))
         pool.engine.journal(best.position, latest if fresh == len(chosen) - 1 else Freshness.KEPT)
         pool.progress("pick", len(chosen), budget)
         if len(chosen) < budget:
@@ -104,12 +104,13 @@ def _replay(pool: Pool, criterion: Criterion) -> tuple[list[Offer], int, list[Of
     for i, offer in enumerate(past[:fresh]):
         if freshness[i] != Freshness.KEPT:
             criterion.scorer()  # it may gather what came before, which rounds: do all that was done then
-        criterion.add(offer)
+        past[i] = offer._replace(gain=criterion.add(offer)[0])
     if Freshness.EXACT in freshness:
         criterion.use_float64()
     offers = _start(pool, criterion, past[:fresh])
     for i, offer in enumerate(past[fresh:], start=fresh):
-        change = criterion.add(offer)
+        gain, change = criterion.add(offer)
+        past[i] = offer._replace(gain=gain)
         offers = pool.shards.call("advance", change, offer.position, i + 1 == len(past))
         pool.progress("repeat picks", i + 1, len(past))
     return past, fresh, offers
@@ -157,8 +158,8 @@ class DistanceCriterion:
     def drift(self, offer: Offer) -> None:
         return None
 
-    def add(self, offer: Offer) -> Embedding:
-        return offer.embedding
+    def add(self, offer: Offer) -> tuple[float, Embedding]:
+        return offer.gain, offer.embedding
 
 
 @dataclass
@@ -186,12 +187,12 @@ class TraceCriterion:
         least = max(NEGLIGIBLE * abs(self.objective.value), 1e-300)
         return abs(offer.gain - update.gain) / max(abs(update.gain), least)
 
-    def add(self, offer: Offer) -> Update:
+    def add(self, offer: Offer) -> tuple[float, Update]:
         known = self._asked is not None and self._asked[0] == offer.position
         update = self._asked[1] if known and self._asked else self.objective.consider(offer.embedding)
         self.objective.apply(update)
         self._asked = None
-        return moved(update, self.dtype)
+        return update.gain, moved(update, self.dtype)
 
 
 def minimize_trace(pool: Pool, mask: Mask, budget: int, options: TraceOptions) -> Tensor:
@@ -202,6 +203,7 @@ def minimize_trace(pool: Pool, mask: Mask, budget: int, options: TraceOptions) -
     """
     pool.embed(mask, options.class_weighting, options.top_classes)
     objective = objective_of(pool, budget, options)
+    before = objective.value
     count = min(len(pool.candidates), math.ceil(options.oversample * budget))
     chosen = greedy(pool, TraceCriterion(objective, pool.scores_type), count)
     if options.top_classes is not None:
@@ -214,7 +216,14 @@ def minimize_trace(pool: Pool, mask: Mask, budget: int, options: TraceOptions) -
     if objective.value < 0:
         raise FloatingPointError(TOO_SMALL)
     pool.note("objective", objective.value)
-    return torch.tensor([offer.position for offer in chosen])
+    pool.objective = before, objective.value
+    return record_picks(pool, chosen)
+
+
+def record_picks(pool: Pool, picks: list[Offer]) -> Tensor:
+    """Record the gains of ``picks`` in ``pool`` and return their positions, [b]."""
+    pool.gains = torch.tensor([pick.gain for pick in picks], dtype=torch.float64)
+    return torch.tensor([pick.position for pick in picks])
 
 
 def _prune(pool: Pool, objective: Objective, chosen: list[Offer], budget: int) -> tuple[Objective, list[Offer]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fishermask.pool.blocks import ALIGNMENT, BLOCK, MIN_COLUMNS, PREDICTED, images_per_part
 from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import Embedding, concatenate, embed, information, information_diagonal, take
-from fishermask.tensors.images import Images, Statistics, normalize
+from fishermask.tensors.images import Images, Preprocess
 from fishermask.tensors.layout import Layout
 from fishermask.tensors.mask import Mask, fisher_diagonal
 from fishermask.tensors.precision import Precision
@@ -50,13 +50,14 @@ class Shard:
     """The pool's images ``start`` to ``start + n``.
 
     Args:
-        images: uint8 [n, channels, height, width], a tensor or a view of what is on disk.
+        images: samples [n, ...] of any shape, a tensor or a view of what is on disk.
         start: the pool position of the first image, a multiple of ``BLOCK``.
+        preprocess: makes the model's inputs from images.
         device: where to compute.
     """
 
-    def __init__(self, images: Images, start: int, statistics: Statistics, device: str) -> None:
-        self.images, self.start, self.statistics, self.device = images, start, statistics, torch.device(device)
+    def __init__(self, images: Images, start: int, preprocess: Preprocess, device: str) -> None:
+        self.images, self.start, self.preprocess, self.device = images, start, preprocess, torch.device(device)
         if self.device.type == "cuda":
             repeatable_gpu()
         self.blocks = [slice(i, min(i + BLOCK, len(images))) for i in range(0, len(images), BLOCK)]
@@ -93,8 +94,8 @@ class Shard:
         return self.images[positions[inside] - self.start]
 
     def inputs_at(self, positions: Tensor) -> Tensor:
-        """The images at those of the ascending pool ``positions`` that lie in this slice, normalized."""
-        return normalize(self.images_at(positions), self.statistics, self._dtype())
+        """The images at those of the ascending pool ``positions`` that lie in this slice, as inputs of the model."""
+        return self.preprocess(self.images_at(positions), self._dtype())
 
     @torch.no_grad()
     def probabilities(self, piece: int, pieces: int) -> Tensor:
@@ -114,14 +115,14 @@ class Shard:
         return found
 
     def _predict(self, images: Tensor) -> Tensor:
-        inputs = _aligned(self._normalized(images), self.layout)
+        inputs = _aligned(self._inputs(images), self.layout)
         return self.model(inputs).softmax(-1)[: len(images)].cpu()
 
     def fisher_diagonals(self, batches: list[Tensor], layout: Layout) -> list[dict[str, Tensor]]:
-        """Sum of the Fisher diagonal over each batch of uint8 images."""
+        """Sum of the Fisher diagonal over each batch of images."""
         found = []
         for images in batches:
-            diagonal = fisher_diagonal(self.model, self._normalized(images), layout)
+            diagonal = fisher_diagonal(self.model, self._inputs(images), layout)
             found.append({name: value.cpu() for name, value in diagonal.items()})
         return found
 
@@ -151,12 +152,12 @@ class Shard:
             return_memory()
 
     def _embedded(self, images: Tensor, mask: Mask, weighting: Weighting, top_classes: int | None) -> Embedding:
-        inputs = _aligned(self._normalized(images), self.layout)
+        inputs = _aligned(self._inputs(images), self.layout)
         return embed(self.model, inputs, mask, weighting, top_classes, self.precision.autocast)
 
     def embed_images(self, images: Tensor, mask: Mask, weighting: Weighting) -> Embedding:
-        """Exact embeddings of uint8 ``images``, with all classes, not kept here."""
-        inputs = self._normalized(images)
+        """Exact embeddings of ``images``, with all classes, not kept here."""
+        inputs = self._inputs(images)
         mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
         return concatenate([embed(self.model, part, mask, weighting) for part in inputs.split(ALIGNMENT)]).map(
             Tensor.cpu
@@ -259,8 +260,8 @@ class Shard:
         count = len(self.blocks)
         return self.blocks[count * piece // pieces : count * (piece + 1) // pieces]
 
-    def _normalized(self, images: Tensor) -> Tensor:
-        return normalize(images.to(self.device), self.statistics, self._dtype())
+    def _inputs(self, images: Tensor) -> Tensor:
+        return self.preprocess(images.to(self.device), self._dtype())
 
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
@@ -281,7 +282,7 @@ def _aligned(images: Tensor, layout: torch.memory_format) -> Tensor:
     """``images`` repeated at the end up to a multiple of ``ALIGNMENT``: few images at a time may round otherwise."""
     missing = -len(images) % ALIGNMENT
     whole = torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]) if missing else images
-    return whole.contiguous(memory_format=layout)
+    return whole.contiguous(memory_format=layout) if whole.dim() == 4 else whole.contiguous()
 
 
 def _empty(like: Embedding, count: int) -> Embedding:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fishermask.pool.blocks import shard_slices
 from fishermask.pool.shard import Shard
-from fishermask.tensors.images import Images, Statistics
+from fishermask.tensors.images import Images, Preprocess
 
 
 class Shards(Protocol):
@@ -48,13 +48,14 @@ class LocalShards:
     """Shards that live in this process, each on a thread of its own.
 
     Args:
-        images: the whole pool; no shard copies its share.
+        images: the whole pool, [n, ...]; no shard copies its share.
+        preprocess: makes the model's inputs from images.
     """
 
-    def __init__(self, images: Images, statistics: Statistics, count: int = 1, device: str = "cpu") -> None:
+    def __init__(self, images: Images, preprocess: Preprocess, count: int = 1, device: str = "cpu") -> None:
         self.count, self.rebuilt = count, 0
         self.shards = [
-            Shard(images.narrow(0, start, end - start), start, statistics, device)
+            Shard(images.narrow(0, start, end - start), start, preprocess, device)
             for start, end in shard_slices(len(images), count)
         ]
         # The number of threads that torch computes with is kept by thread: the caller's own stays as it is.

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from fishermask.config import Config
 from fishermask.planning.workload import Workload, embedding_workload
 from fishermask.pool.pool import Pool
-from fishermask.pool.selection import DistanceCriterion, greedy
+from fishermask.pool.selection import DistanceCriterion, greedy, record_picks
 from fishermask.tensors.distances import BadgeScorer
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import last_layer_mask
@@ -24,4 +24,4 @@ def query(pool: Pool, budget: int, params: Config) -> Tensor:
     seed = int(torch.randint(2**31, (1,), generator=pool.generator))
     picks = greedy(pool, DistanceCriterion(BadgeScorer(seed), pool.scores_type), budget)
     pool.shards.call("clear")
-    return torch.tensor([pick.position for pick in picks])
+    return record_picks(pool, picks)

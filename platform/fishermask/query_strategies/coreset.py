@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from fishermask.config import Config
 from fishermask.planning.workload import Workload, embedding_workload
 from fishermask.pool.pool import Pool
-from fishermask.pool.selection import DistanceCriterion, greedy
+from fishermask.pool.selection import DistanceCriterion, greedy, record_picks
 from fishermask.tensors.distances import KCenterScorer
 from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import last_layer_mask
@@ -25,4 +25,4 @@ def query(pool: Pool, budget: int, params: Config) -> Tensor:
     criterion = DistanceCriterion(KCenterScorer(torch.cat(labeled, dim=1)), pool.scores_type)
     picks = greedy(pool, criterion, budget)
     pool.shards.call("clear")
-    return torch.tensor([pick.position for pick in picks])
+    return record_picks(pool, picks)

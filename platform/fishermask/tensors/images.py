@@ -1,4 +1,7 @@
-"""Images stay uint8 [n, channels, height, width]; batches are normalized, and augmented, on the fly."""
+"""Samples of a pool, and how a batch of them becomes a model's input.
+
+Images stay uint8 [n, channels, height, width] and are normalized, and augmented, one batch at a time.
+"""
 
 from typing import NamedTuple, Protocol
 
@@ -11,19 +14,32 @@ READ_BATCH = 256
 
 
 class Images(Protocol):
-    """uint8 [n, channels, height, width]: a tensor, or something that reads one from elsewhere when it is indexed."""
+    """Samples [n, ...]: a tensor, or an object that reads a tensor when it is indexed.
+
+    Images of a data set are uint8 [n, channels, height, width]. Other samples, such as features, may have any shape.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """n, channels, height, width"""
+        """The number of samples, then the shape of one sample."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, selection: slice | Tensor, /) -> Tensor:
-        """The images of a slice, or at an index tensor [m] of any order."""
+        """Return the samples of a slice, or at an index tensor [m] of any order."""
 
     def narrow(self, dim: int, start: int, length: int) -> "Images":
-        """``length`` images from ``start``, without a copy; ``dim`` is 0."""
+        """Return ``length`` samples from ``start``, without a copy; ``dim`` is 0."""
+
+
+class Preprocess(Protocol):
+    """Turns samples of the pool into inputs of the model. Ray pickles it: use an object or a function of a module."""
+
+    def __call__(self, samples: Tensor, dtype: torch.dtype, /) -> Tensor:
+        """Return the inputs [n, ...] for ``samples`` [n, ...], of type ``dtype`` and on the same device.
+
+        Equal samples must give equal inputs, whatever the other samples are.
+        """
 
 
 class Statistics(NamedTuple):
@@ -31,6 +47,16 @@ class Statistics(NamedTuple):
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __call__(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return uint8 ``images`` normalized; see ``normalize``."""
+        return normalize(images, self, dtype)
+
+
+def cast(samples: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``samples`` in another type and otherwise unchanged: the preprocessing of samples that need none."""
+    # Rows of one element may carry any stride, and kernels choose their algorithm, and rounding, by strides.
+    return samples.reshape(-1).view(samples.shape).to(dtype)
 
 
 def channel_statistics(images: Images) -> Statistics:

@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from contextlib import ExitStack
+from contextvars import copy_context
 from threading import Lock
 
 import torch
@@ -18,20 +19,22 @@ class _PlainAttention:
 
     def __init__(self) -> None:
         self.lock, self.inside, self.undo = Lock(), 0, ExitStack()
+        # ``sdpa_kernel`` sets a context variable, which the thread that leaves last could not reset in its own context.
+        self.context = copy_context()
 
     def __enter__(self) -> None:
         with self.lock:
             if not self.inside:
                 self.undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
                 torch.backends.mha.set_fastpath_enabled(False)
-                self.undo.enter_context(sdpa_kernel(SDPBackend.MATH))
+                self.context.run(self.undo.enter_context, sdpa_kernel(SDPBackend.MATH))
             self.inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.inside -= 1
             if not self.inside:
-                self.undo.close()
+                self.context.run(self.undo.close)
 
 
 plain_attention = _PlainAttention()

@@ -154,7 +154,7 @@ def test_coreset_takes_the_image_furthest_from_all_centers():
     assert query("coreset", model, images, labeled, 8) == chosen
 
 
-@pytest.mark.parametrize("name", strategies.available())
+@pytest.mark.parametrize("name", query_strategies.available())
 def test_a_pool_of_float_features_needs_no_image_shape(name):
     """Vectors, and integer counts of the same values, which a preprocessing function turns into the model's type."""
     features = torch.randint(0, 50, (60, 6), generator=torch.Generator().manual_seed(0))
@@ -173,7 +173,7 @@ def test_a_pool_of_float_features_needs_no_image_shape(name):
 def test_strategies_by_distance_record_a_gain_for_each_pick_and_no_objective(name, records):
     model, images, _, _ = case(0)
     pool = pool_of(images, model, [3, 11])
-    strategies.load(parse(ExperimentConfig, {"strategy": name}).strategy).query(pool, 4)
+    query_strategies.load(parse(ExperimentConfig, {"strategy": name}).strategy).query(pool, 4)
     assert pool.objective is None
     assert (pool.gains is not None) == records
     if name == "coreset":

@@ -50,7 +50,7 @@ def status(file: str, field: str) -> int:
 def child(case: str, train: str, warmup: str, folder: str) -> None:
     """Print private growth and peak growth of one case, in bytes."""
     from fishermask.config import ExperimentConfig, parse
-    from fishermask.experiment.setup import prepare
+    from fishermask.experiment.inputs import prepare_inputs
     from fishermask.sweeps import runner, sweep_file
 
     def settings(path: str) -> dict:
@@ -58,8 +58,8 @@ def child(case: str, train: str, warmup: str, folder: str) -> None:
         budget = {"initial": 10, "query": 10, "total": 50}
         return {"data": data, "imbalance": CASES[case], "budget": budget, "strategy": "random"}
 
-    prepare(parse(ExperimentConfig, settings(warmup)))
-    prepare(parse(ExperimentConfig, settings(warmup) | {"seed": 1}))
+    prepare_inputs(parse(ExperimentConfig, settings(warmup)))
+    prepare_inputs(parse(ExperimentConfig, settings(warmup) | {"seed": 1}))
     before = status("smaps_rollup", "Private_Dirty"), status("status", "RssAnon")
     peak, done = [before[1]], threading.Event()
 
@@ -73,7 +73,7 @@ def child(case: str, train: str, warmup: str, folder: str) -> None:
         sweep = sweep_file.expand(sweep_file.SweepConfig(name="s", output=folder, base=settings(train)))
         runner.create_folders(sweep, [(run, []) for run in sweep.runs])
     else:
-        kept = prepare(parse(ExperimentConfig, settings(train)))
+        kept = prepare_inputs(parse(ExperimentConfig, settings(train)))
         assert kept
     done.set()
     watcher.join()

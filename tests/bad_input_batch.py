@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from fishermask import cli, query_strategies
-from fishermask.experiment import setup
+from fishermask.experiment import inputs
 
 SECONDS = 20
 """A command that takes longer waits for something that never comes."""
@@ -45,7 +45,7 @@ def run(job: dict, output: tuple) -> dict:
     os.chdir(folder)
     before, environment = snapshot(folder), dict(os.environ)
     os.environ.update(job["env"])
-    setup._pool.cache_clear()  # it would hide a cache or a file that cannot be read
+    inputs.load_pool.cache_clear()  # it would hide a cache or a file that cannot be read
     descriptors = [os.dup(1), os.dup(2)]
     for number, file in zip((1, 2), output, strict=True):
         file.seek(0)

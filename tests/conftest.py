@@ -15,7 +15,7 @@ import torch  # noqa: E402
 
 import fishermask.sweeps.cluster  # noqa: E402, F401  sets what else Ray reads at import
 from fishermask.config import ExperimentConfig, parse  # noqa: E402
-from fishermask.experiment.setup import prepare  # noqa: E402
+from fishermask.experiment.inputs import prepare_inputs  # noqa: E402
 from fishermask.experiment.streams import stream  # noqa: E402
 from fishermask.learning.training import fit  # noqa: E402
 
@@ -44,8 +44,8 @@ def ray_session():
 def trained():
     """A CNN trained on 40 images of the embedded data, and the pool of 4,500 that they come from: three blocks."""
     settings = {"imbalance": {"kind": "balanced", "per_class": 450}, "budget": {"initial": 40}, "strategy": "random"}
-    setup = prepare(parse(ExperimentConfig, settings))
-    model = setup.model(0)
+    setup = prepare_inputs(parse(ExperimentConfig, settings))
+    model = setup.build_model(0)
     training = setup.config.training.model_dump() | {"max_epochs": 20}
     train = setup.data.train
     fit(

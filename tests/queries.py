@@ -2,7 +2,7 @@
 
 from fishermask import query_strategies
 from fishermask.config import ExperimentConfig, parse
-from fishermask.experiment.loop import checked
+from fishermask.experiment.loop import validate_batch
 from fishermask.experiment.streams import stream
 from fishermask.pool.pool import Pool
 
@@ -27,4 +27,4 @@ def choose(name, shards, setup, model, budget=15, engine=None, notes=lambda foun
     if close:
         shards.close()
     notes(pool.notes)
-    return checked(batch, pool.candidates, budget).tolist()
+    return validate_batch(batch, pool.candidates, budget).tolist()

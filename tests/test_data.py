@@ -17,7 +17,7 @@ import scipy.io
 import torch
 import torchvision.datasets
 import yaml
-from fishermask.sweep import sweep_file
+from fishermask.sweeps import sweep_file
 from PIL import Image
 
 from fishermask import cli
@@ -25,7 +25,7 @@ from fishermask.config import DataConfig, ExperimentConfig, parse
 from fishermask.data import dataset
 from fishermask.data.imbalance import select_pool
 from fishermask.errors import InputError
-from fishermask.experiment.setup import prepare
+from fishermask.experiment.inputs import prepare_inputs
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "platform/fishermask/data/fashion_mnist"
@@ -287,12 +287,12 @@ def write_uneven(tmp_path: Path) -> dict:
 
 def test_the_default_pool_is_all_training_images_and_the_test_set_keeps_their_classes(tmp_path):
     settings = {"data": write_uneven(tmp_path), "strategy": "random", "budget": {"initial": 2, "query": 2, "total": 8}}
-    data = prepare(parse(ExperimentConfig, settings)).data
+    data = prepare_inputs(parse(ExperimentConfig, settings)).data
     assert data.train.labels.tolist() == [0] * 5 + [1] * 3
     assert data.test.labels.tolist() == [0, 0, 1, 1]
     assert data.classes == ["0", "2"]
     with pytest.raises(InputError, match="^imbalance: class 1 has no training images"):
-        prepare(parse(ExperimentConfig, settings | {"imbalance": "balanced"}))
+        prepare_inputs(parse(ExperimentConfig, settings | {"imbalance": "balanced"}))
 
 
 def test_a_dry_run_says_once_what_each_imbalance_drops(tmp_path, monkeypatch, capsys):
@@ -381,4 +381,4 @@ def test_images_of_one_class_are_refused(tmp_path):
     data = {"name": "parquet", "train": str(tmp_path / "one.parquet"), "test": str(tmp_path / "one.parquet")}
     settings = {"data": data, "strategy": "random", "budget": {"initial": 2, "query": 2, "total": 4}}
     with pytest.raises(InputError, match="^data: all images belong to one class, '0'; a classifier needs two or more"):
-        prepare(parse(ExperimentConfig, settings))
+        prepare_inputs(parse(ExperimentConfig, settings))

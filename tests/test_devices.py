@@ -16,7 +16,7 @@ from torch import Tensor
 from fishermask import query_strategies
 from fishermask.config import ExperimentConfig, parse
 from fishermask.experiment import loop
-from fishermask.experiment.setup import prepare
+from fishermask.experiment.inputs import prepare_inputs
 from fishermask.experiment.streams import stream
 from fishermask.pool import selection
 from fishermask.pool.blocks import BLOCK
@@ -214,7 +214,7 @@ def test_a_run_on_the_device_gives_the_rounds_of_the_cpu(name, monkeypatch):
     }
 
     def rounds(gpus, shards):
-        setup = prepare(parse(ExperimentConfig, settings | {"resources": {"gpus": gpus}}))
+        setup = prepare_inputs(parse(ExperimentConfig, settings | {"resources": {"gpus": gpus}}))
         found = [result.as_dict() for result in loop.run(setup, shards)]
         return [{key: value for key, value in result.items() if key != "seconds"} for result in found]
 

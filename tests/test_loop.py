@@ -11,9 +11,9 @@ from PIL import Image
 
 from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
-from fishermask.experiment import loop
+from fishermask.experiment import journal as journal_module
+from fishermask.experiment.inputs import prepare_inputs
 from fishermask.experiment.loop import num_rounds, run
-from fishermask.experiment.setup import prepare
 from fishermask.pool.shards import LocalShards
 from fishermask.results.files import JournalFile
 from fishermask.tensors.images import channel_statistics
@@ -27,7 +27,7 @@ def setup(strategy="margin", **settings):
         "training": {"max_epochs": 5},
         "strategy": strategy,
     }
-    return prepare(parse(ExperimentConfig, base | settings))
+    return prepare_inputs(parse(ExperimentConfig, base | settings))
 
 
 def results(prepared, history=()):
@@ -69,7 +69,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("strategy", ["bait", "badge"])
 def test_a_query_cut_short_goes_on_behind_the_picks_of_its_journal(strategy, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(journal_module, "WRITE_SECONDS", 0.0)
     prepared, stages, journal = (
         setup(strategy, budget={"initial": 10, "query": 30, "total": 70}),
         [],
@@ -97,7 +97,7 @@ def test_a_query_cut_short_goes_on_behind_the_picks_of_its_journal(strategy, tmp
 
 def test_a_journal_of_another_model_is_not_used(tmp_path, monkeypatch):
     """As it is when a data file was replaced by another with the same ids, in the first round."""
-    monkeypatch.setattr(loop, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(journal_module, "WRITE_SECONDS", 0.0)
     journal, other = JournalFile(tmp_path / "j"), setup("bait", training={"max_epochs": 4})
     next(run(other, LocalShards, journal=journal))
     journal.append("0-0123456789ab", [["nowhere.png", True]])

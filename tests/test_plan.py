@@ -8,7 +8,7 @@ import yaml
 from fishermask import query_strategies
 from fishermask.config import ExperimentConfig, StrategyConfig, parse
 from fishermask.errors import InputError
-from fishermask.experiment.setup import prepare
+from fishermask.experiment.inputs import prepare_inputs
 from fishermask.sweeps import sweep_file
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,7 @@ def test_every_shipped_sweep_loads_and_expands(file):
 
 
 def test_the_shipped_demo_can_be_prepared():
-    prepare(sweep_file.expand(sweep_file.load(ROOT / "sweeps/demo.yaml")).runs[0].config)
+    prepare_inputs(sweep_file.expand(sweep_file.load(ROOT / "sweeps/demo.yaml")).runs[0].config)
 
 
 def test_a_grid_means_every_combination_with_the_seed_slowest_and_the_strategy_fastest(tmp_path):
@@ -135,7 +135,7 @@ def test_a_wrong_sweep_file_is_one_line_with_field_value_and_remedy(tmp_path, co
 )  # fmt: skip
 def test_settings_that_do_not_go_with_the_data_are_one_line_before_anything_is_trained(settings, message):
     with pytest.raises(InputError, match=message):
-        prepare(parse(ExperimentConfig, {"strategy": "random"} | settings))
+        prepare_inputs(parse(ExperimentConfig, {"strategy": "random"} | settings))
 
 
 def test_a_preset_sets_what_is_not_given():

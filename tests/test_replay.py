@@ -20,8 +20,8 @@ from PIL import Image
 from fishermask import query_strategies
 from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
+from fishermask.experiment.inputs import RunInputs, prepare_inputs
 from fishermask.experiment.loop import run
-from fishermask.experiment.setup import Setup, prepare
 from fishermask.planning.memory import Estimate
 from fishermask.planning.query_plan import QueryPlan
 from fishermask.pool.shards import LocalShards
@@ -64,7 +64,7 @@ TRAINING = {"learning_rate": 0.01, "batch_size": 16, "target_accuracy": 1.0, "ma
 BUDGET = {"initial": 20, "query": 8, "total": 42}
 
 
-def prepared(files, channels=3, *, training=None, data=None, strategy="random", dropout=0.0, **settings) -> Setup:
+def prepared(files, channels=3, *, training=None, data=None, strategy="random", dropout=0.0, **settings) -> RunInputs:
     base: dict[str, Any] = {
         "data": files[channels] | (data or {}),
         "imbalance": "balanced",
@@ -73,7 +73,7 @@ def prepared(files, channels=3, *, training=None, data=None, strategy="random", 
         "budget": BUDGET,
         "strategy": strategy,
     }
-    return prepare(parse(ExperimentConfig, base | settings))
+    return prepare_inputs(parse(ExperimentConfig, base | settings))
 
 
 class Observer:
@@ -97,7 +97,7 @@ class Observer:
         return pool.candidates[order[:budget]]
 
 
-def observed(setup: Setup, **options) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def observed(setup: RunInputs, **options) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The results of all rounds, and what the observer saw in those with a query."""
     observer = Observer()
     results = [r.as_dict() for r in run(dataclasses.replace(setup, strategy=observer), LocalShards, **options)]
@@ -149,7 +149,7 @@ def replayed(
         labeled += rounds[-1]["batch"]
 
 
-def assert_replayed(setup: Setup, expected: list[dict[str, Any]]) -> None:
+def assert_replayed(setup: RunInputs, expected: list[dict[str, Any]]) -> None:
     """That a run's rounds, and the models in them, are the ``expected`` ones."""
     results, seen = observed(setup)
     assert [r["batch"] for r in results] == [e["ids"] for e in expected]
@@ -306,7 +306,7 @@ def test_channel_statistics_are_the_published_ones_or_those_of_the_pool(files):
 
     def bundled(name):
         settings = {"data": {"statistics": name}, "strategy": "random", "imbalance": {"kind": "balanced"}}
-        return prepare(parse(ExperimentConfig, settings))
+        return prepare_inputs(parse(ExperimentConfig, settings))
 
     assert bundled("auto").statistics == bundled("published").statistics == ((0.2860,), (0.3530,))
     own = bundled("pool")

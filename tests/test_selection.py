@@ -11,7 +11,7 @@ from torch import nn
 
 from fishermask import query_strategies
 from fishermask.config import ExperimentConfig, parse
-from fishermask.experiment.loop import checked
+from fishermask.experiment.loop import validate_batch
 from fishermask.experiment.streams import stream
 from fishermask.pool.blocks import BLOCK, shard_slices
 from fishermask.pool.pool import Engine, Pool
@@ -108,7 +108,7 @@ def test_images_taken_back_in_float32_are_those_of_float64(trained):
     with torch.no_grad():
         list(model.children())[-1].weight.mul_(4)  # predictions nearly certain
     count, found = 1500, []
-    mask, labeled = last_layer_mask(inspect(model, setup.example(2))), setup.initial[setup.initial < count]
+    mask, labeled = last_layer_mask(inspect(model, setup.example_images(2))), setup.initial[setup.initial < count]
     for scores in (torch.float32, torch.float64):
         shards, streams = (
             LocalShards(setup.data.train.images[:count], setup.statistics),
@@ -281,14 +281,14 @@ def test_a_model_that_overflows_is_an_error_not_a_choice():
 
 @pytest.mark.parametrize("batch", [[1, 2], [1, 2, 2], [1, 2, 7]])
 def test_a_strategy_that_returns_too_few_or_equal_or_labelled_positions_is_an_error(batch):
-    with pytest.raises(RuntimeError, match="3 distinct candidates were due"):
-        checked(torch.tensor(batch), torch.tensor([1, 2, 3]), 3)
+    with pytest.raises(RuntimeError, match="expected 3 distinct candidates"):
+        validate_batch(torch.tensor(batch), torch.tensor([1, 2, 3]), 3)
 
 
 @pytest.mark.parametrize("batch", [[1, 2, 3], torch.tensor([1.2, 2.0, 3.0]), torch.tensor([[1, 2, 3]])])
 def test_a_strategy_that_returns_no_row_of_whole_numbers_is_an_error(batch):
     with pytest.raises(RuntimeError, match="expected a 1-D integer tensor"):
-        checked(batch, torch.tensor([1, 2, 3]), 3)
+        validate_batch(batch, torch.tensor([1, 2, 3]), 3)
 
 
 @pytest.mark.parametrize("name", query_strategies.available())

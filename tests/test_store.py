@@ -17,8 +17,8 @@ from pictures import BY_NAME, KIND, NAMES, PIXELS, SHUFFLED, SMALL, config, load
 from fishermask.config import ExperimentConfig, parse
 from fishermask.data import cache, dataset
 from fishermask.errors import InputError
+from fishermask.experiment.inputs import prepare_inputs
 from fishermask.experiment.loop import run
-from fishermask.experiment.setup import prepare
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.runtime import return_memory
 
@@ -51,7 +51,7 @@ def test_a_source_in_another_order_gives_the_same_rounds(tmp_path):
             "training": {"max_epochs": 3},
             "strategy": "bait",
         }
-        setup = prepare(parse(ExperimentConfig, settings))
+        setup = prepare_inputs(parse(ExperimentConfig, settings))
         assert len(setup.data.train.ids) == 2 * 30 + 2 * 10
         initial = [setup.data.train.ids[i] for i in setup.initial]
         rounds = [r.as_dict() | {"seconds": None} for r in run(setup, LocalShards)]
@@ -189,7 +189,7 @@ def test_preparing_a_run_takes_no_memory_for_the_pools_pixels(tmp_path):
     for data in (small, big):
         settings = {"data": data.model_dump(), "budget": SMALL, "strategy": "random"}
         before = private_bytes()
-        setup = prepare(parse(ExperimentConfig, settings))
+        setup = prepare_inputs(parse(ExperimentConfig, settings))
         grown = private_bytes() - before
     assert setup.data.train.images.shape == (3000, 3, 128, 128)
     assert grown < 50e6

@@ -6,13 +6,13 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fishermask.experiment.setup import prepare
 from pictures import BY_NAME, NAMES, PIXELS, SHUFFLED, SMALL, config, load, stores, write
 
 from fishermask.config import DataConfig, ExperimentConfig, parse
 from fishermask.data import dataset
 from fishermask.data.ids import Ids
 from fishermask.errors import InputError
-from fishermask.experiment.setup import prepare
 from fishermask.learning.models import mlp
 from fishermask.pool.ray_shards import RayShards
 from fishermask.pool.shards import LocalShards

@@ -1,1 +1,1 @@
-"""One active-learning run: its random streams, its checks, its rounds."""
+"""One active-learning run: random streams, inputs, plan, journal and rounds."""

@@ -1,26 +1,56 @@
-"""Where the picks of a round under way are kept, so that a killed selection goes on where it was."""
+"""The journal of a run: the picks of a query in progress, so that a killed selection resumes after its last pick."""
 
+import time
 from typing import Any, Protocol
+
+from fishermask.data.ids import Ids
+from fishermask.pool.pool import Freshness
+
+WRITE_SECONDS = 1.0
+"""Time between two writes of picks."""
 
 
 class Journal(Protocol):
-    """The picks of one run's query under way. An entry is a list of plain JSON values, such as ``[id, rescored]``.
+    """The picks of one run's query in progress. An entry is a list of plain JSON values, such as ``[id, rescored]``.
 
-    ``query`` names a round and what the query began with: picks of another model or pool are not its own.
+    ``query`` names a round and the state that its query started from, so that picks of another model or pool are
+    never used.
     """
 
     def read(self, query: str) -> list[list[Any]]:
-        """The entries of ``query`` so far, in order; an ``append`` after it goes on behind them."""
+        """Return the entries of ``query`` in order; later calls of ``append`` add entries after them."""
 
     def append(self, query: str, entries: list[list[Any]]) -> None:
         """Add entries to ``query``; they outlive this process once this returns."""
 
 
 class NoJournal:
-    """Keeps nothing."""
+    """A journal that keeps nothing."""
 
     def read(self, query: str) -> list[list[Any]]:
         return []
 
     def append(self, query: str, entries: list[list[Any]]) -> None:
         pass
+
+
+class QueryJournal:
+    """The journal of one query: positions on the query's side, ids on the journal's."""
+
+    def __init__(self, journal: Journal, query: str, ids: Ids) -> None:
+        self.journal, self.query, self.ids = journal, query, ids
+        self.pending: list[list[Any]] = []
+        self.last_write = time.monotonic()
+
+    def past_picks(self) -> list[tuple[int, Freshness]]:
+        """Return the picks that an earlier process made in this query."""
+        entries = self.journal.read(self.query)
+        positions = self.ids.positions([name for name, _ in entries]).tolist()
+        return [(position, Freshness(value)) for position, (_, value) in zip(positions, entries, strict=True)]
+
+    def add(self, position: int, freshness: Freshness) -> None:
+        """Record a pick. The picks of the last second may be lost with the process."""
+        self.pending.append([self.ids[position], int(freshness)])
+        if time.monotonic() - self.last_write > WRITE_SECONDS:
+            self.journal.append(self.query, self.pending)
+            self.pending, self.last_write = [], time.monotonic()

@@ -9,31 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishermask.data.ids import Ids
 from fishermask.errors import InputError
-from fishermask.experiment.journal import Journal, NoJournal
+from fishermask.experiment.inputs import RunInputs
+from fishermask.experiment.journal import Journal, NoJournal, QueryJournal
 from fishermask.experiment.run_plan import precision
-from fishermask.experiment.setup import Setup
 from fishermask.experiment.streams import stream, stream_seed
 from fishermask.guard import short
 from fishermask.learning.metrics import evaluate
 from fishermask.learning.training import fit, predict
 from fishermask.planning.query_plan import QueryPlan
-from fishermask.pool.pool import Engine, Freshness, Pool, Progress
+from fishermask.pool.pool import Engine, Pool, Progress
 from fishermask.pool.shards import Shards
 from fishermask.tensors.images import Images
 from fishermask.tensors.runtime import repeatable_gpu
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-JOURNAL_SECONDS = 1.0
-"""Between two times that picks are written down."""
-
 MakeShards = Callable[[Images, Any], Shards]
 
 
 @dataclass(frozen=True)
 class RoundResult:
-    """One round: a model trained on ``labels`` images, and the batch that was queried with it."""
+    """The result of one round: a model trained on ``labels`` images, and the batch that it queried."""
 
     round: int
     labels: int
@@ -41,72 +37,73 @@ class RoundResult:
     balanced_accuracy: float
     macro_f1: float
     recall: dict[str, float]
-    """By class name."""
+    """By class name; NaN for a class that the test set lacks."""
     epochs: int
     train_accuracy: float
     ended_by: str
-    """``target`` or ``cap``: what ended training."""
+    """Why training ended: ``target`` (accuracy reached) or ``cap`` (maximum number of epochs)."""
     seconds: dict[str, float]
-    """By stage: train, evaluate, query, and within the query ``query: embed`` and so on."""
+    """By stage: train, evaluate, query, and the stages of the query, such as ``query: embed``."""
     batch: list[str]
-    """Ids queried after this round's training, in the order of choice; empty in the last round."""
+    """Ids that were queried after training, in the order of choice; empty in the last round."""
     batch_classes: dict[str, int]
-    """How many of the batch belong to each class."""
+    """Number of images of the batch by class name."""
     notes: dict[str, float]
-    """What is worth knowing of how the batch was found, by name: the objective's value, the largest drift."""
+    """Figures of the query by name, such as the value of the objective and the largest drift."""
+    initial: list[str]
+    """Ids of the images that were labeled at the start; empty after round 0."""
 
     def as_dict(self) -> dict[str, Any]:
-        """What is written to ``rounds.jsonl``."""
+        """Return the record that is written to ``rounds.jsonl``."""
         return asdict(self)
 
 
 def num_rounds(initial: int, query: int, total: int) -> int:
-    """Trained models in a run: one on the initial set and one after each batch."""
+    """Return the number of trained models of a run: one for the initial labels and one after each batch."""
     return 1 - (initial - total) // query
 
 
 def run(
-    setup: Setup,
+    inputs: RunInputs,
     make_shards: MakeShards,
     history: Sequence[dict[str, Any]] = (),
     progress: Progress = lambda stage, done, total: None,
     journal: Journal = NoJournal(),  # noqa: B008  it has no state
     plan: QueryPlan | None = None,
 ) -> Iterator[RoundResult]:
-    """Yield the result of each round, from the first that is not in ``history``.
+    """Yield the result of each round, starting after the rounds in ``history``.
 
-    The state of a run is what it labeled and the number of the round, so a run goes on from its past results exactly
-    as if it had never stopped. ``journal`` holds the picks of a query under way, which goes on behind them.
+    The state of a run is its labeled set and the number of its round, so a resumed run gives the same results as an
+    uninterrupted one. ``journal`` holds the picks of a query in progress, which resumes after them.
+
+    Raises:
+        InputError: ``history`` does not belong to this pool.
     """
-    config, pool_data, test = setup.config, setup.data.train, setup.data.test
+    config, classes, pool_data, test = inputs.config, inputs.data.classes, inputs.data.train, inputs.data.test
     budget, training, seed = config.budget, config.training, config.seed
-    bought = [name for result in history for name in result["batch"]]
-    positions = pool_data.ids.positions(bought)
-    if (positions < 0).any() or len(set(bought)) < len(bought):
-        raise InputError("rounds.jsonl: holds ids that are not in the pool, or one twice; remove it to run again")
-    labeled = torch.cat([setup.initial, positions])
+    labeled = _resume(inputs, history)
     device = torch.device("cuda" if config.resources.gpus else "cpu")
     if device.type == "cuda":
         repeatable_gpu()
-    augment = config.data.augment if config.data.augment is not None else setup.data.image_shape[0] == 3
+    augment = config.data.augment if config.data.augment is not None else inputs.data.image_shape[0] == 3
     engine = Engine(precision(config.engine), config.engine.drift)
     if plan is not None:
         engine = replace(engine, chunk=plan.chunk, diagonal_batch=plan.diagonal_batch)
     shards: Shards | None = None
     try:
         for index in range(len(history), num_rounds(budget.initial, budget.query, budget.total)):
-            # Train a fresh model on what is labeled.
+            # Train a fresh model on the labeled set.
             started = time.perf_counter()
             progress("train", 0, 1)
-            model = setup.model(index).to(device)
-            # Layers such as dropout draw from torch's global generators: seeded here, and left as they were.
+            model = inputs.build_model(index).to(device)
+            # Layers such as dropout draw from torch's global generators: seed them here, and restore them.
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(stream_seed(seed, "dropout", index))
                 report = fit(
                     model,
                     pool_data.images[labeled].to(device),
                     pool_data.labels[labeled].to(device),
-                    setup.statistics,
+                    inputs.statistics,
                     stream(seed, "order", index),
                     **training.model_dump(),
                     augmentation=stream(seed, "augmentation", index) if augment else None,
@@ -114,17 +111,17 @@ def run(
             # Evaluate it on the test set.
             trained = time.perf_counter()
             progress("evaluate", 0, 1)
-            predictions = predict(model, test.images, setup.statistics).argmax(-1).cpu()
-            metrics = evaluate(predictions, test.labels, len(setup.data.classes))
+            predictions = predict(model, test.images, inputs.statistics).argmax(-1).cpu()
+            metrics = evaluate(predictions, test.labels, len(classes))
             evaluated = time.perf_counter()
             # Query the next batch and label it.
             size = min(budget.query, budget.total - len(labeled))
             batch, notes = labeled[:0], dict[str, float]()
             stages = StageClock(progress)
             if size:
-                shards = shards or make_shards(pool_data.images, setup.statistics)
-                lost = shards.rebuilt
-                notebook = _Notebook(journal, f"{index}-{_digest(model, labeled)}", pool_data.ids)
+                shards = shards or make_shards(pool_data.images, inputs.statistics)
+                rebuilt_before = shards.rebuilt
+                query_journal = QueryJournal(journal, f"{index}-{_state_hash(model, labeled)}", pool_data.ids)
                 pool = Pool(
                     shards,
                     len(pool_data.labels),
@@ -134,19 +131,20 @@ def run(
                     stream(seed, f"strategy {config.strategy.name}", index),
                     stream(seed, "fisher sample", index),
                     stages,
-                    replace(engine, past=notebook.past(), journal=notebook.add),
+                    replace(engine, past=query_journal.past_picks(), journal=query_journal.add),
                 )
-                batch = checked(setup.strategy.query(pool, size), pool.candidates, size)
-                notes = pool.notes | ({"shards made again": shards.rebuilt - lost} if shards.rebuilt > lost else {})
+                batch = validate_batch(inputs.strategy.query(pool, size), pool.candidates, size)
+                rebuilt = shards.rebuilt - rebuilt_before
+                notes = pool.notes | ({"rebuilt shards": rebuilt} if rebuilt else {})
             queried = time.perf_counter()
-            counts = torch.bincount(pool_data.labels[batch], minlength=len(setup.data.classes)).tolist()
+            counts = torch.bincount(pool_data.labels[batch], minlength=len(classes)).tolist()
             yield RoundResult(
                 round=index,
                 labels=len(labeled),
                 accuracy=metrics.accuracy,
                 balanced_accuracy=metrics.balanced_accuracy,
                 macro_f1=metrics.macro_f1,
-                recall=dict(zip(setup.data.classes, metrics.recall, strict=True)),
+                recall=dict(zip(classes, metrics.recall, strict=True)),
                 epochs=report.epochs,
                 train_accuracy=report.accuracy,
                 ended_by=report.ended_by,
@@ -157,8 +155,9 @@ def run(
                     **{f"query: {stage}": seconds for stage, seconds in stages.finish().items()},
                 },
                 batch=[pool_data.ids[i] for i in batch.tolist()],
-                batch_classes=dict(zip(setup.data.classes, counts, strict=True)),
+                batch_classes=dict(zip(classes, counts, strict=True)),
                 notes=notes,
+                initial=[] if index else [pool_data.ids[i] for i in labeled.tolist()],
             )
             labeled = torch.cat([labeled, batch])
     finally:
@@ -166,30 +165,21 @@ def run(
             shards.close()
 
 
-class _Notebook:
-    """Between a query, which knows positions, and the journal, which outlives this process and knows ids."""
-
-    def __init__(self, journal: Journal, query: str, ids: Ids) -> None:
-        self.journal, self.query, self.ids = journal, query, ids
-        self.new: list[list[Any]] = []
-        self.written = time.monotonic()
-
-    def past(self) -> list[tuple[int, Freshness]]:
-        """The picks that an earlier process made in this very query."""
-        entries = self.journal.read(self.query)
-        positions = self.ids.positions([name for name, _ in entries]).tolist()
-        return [(position, Freshness(value)) for position, (_, value) in zip(positions, entries, strict=True)]
-
-    def add(self, position: int, freshness: Freshness) -> None:
-        """Keep a pick; those of the last second may be lost."""
-        self.new.append([self.ids[position], int(freshness)])
-        if time.monotonic() - self.written > JOURNAL_SECONDS:
-            self.journal.append(self.query, self.new)
-            self.new, self.written = [], time.monotonic()
+def _resume(inputs: RunInputs, history: Sequence[dict[str, Any]]) -> Tensor:
+    """Return the pool positions that are labeled after ``history``."""
+    ids = inputs.data.train.ids
+    queried = [name for result in history for name in result["batch"]]
+    positions = ids.positions(queried)
+    if (positions < 0).any() or len(set(queried)) < len(queried):
+        raise InputError("rounds.jsonl: holds ids that are not in the pool, or one twice; remove it to run again")
+    initial = [ids[i] for i in inputs.initial.tolist()]
+    if history and history[0].get("initial", initial) != initial:
+        raise InputError("rounds.jsonl: its initial labels are not those of this seed and pool; remove it to run again")
+    return torch.cat([inputs.initial, positions])
 
 
-def _digest(model: nn.Module, labeled: Tensor) -> str:
-    """What a query begins with: the trained model, in which all data have left their mark, and what is labeled."""
+def _state_hash(model: nn.Module, labeled: Tensor) -> str:
+    """Return a hash of the state that a query starts from: the trained model and the labeled set."""
     digest = hashlib.sha256(labeled.numpy().tobytes())
     for value in model.cpu().state_dict().values():
         digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -197,7 +187,7 @@ def _digest(model: nn.Module, labeled: Tensor) -> str:
 
 
 class StageClock:
-    """Passes progress on, and keeps how long each stage was the current one."""
+    """A progress callback that forwards its calls and measures the duration of each stage."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -211,7 +201,7 @@ class StageClock:
         self.progress(stage, done, total)
 
     def finish(self) -> dict[str, float]:
-        """Seconds by stage; the current stage ends now."""
+        """End the current stage and return the seconds of each stage."""
         now = time.perf_counter()
         if self.current:
             self.seconds[self.current] = self.seconds.get(self.current, 0.0) + now - self.since
@@ -219,11 +209,11 @@ class StageClock:
         return self.seconds
 
 
-def checked(batch: Tensor, candidates: Tensor, size: int) -> Tensor:
-    """``batch`` if it is exactly ``size`` distinct candidates.
+def validate_batch(batch: Tensor, candidates: Tensor, size: int) -> Tensor:
+    """Return ``batch`` if it holds exactly ``size`` distinct candidates.
 
     Raises:
-        RuntimeError: the strategy returned something else. Nothing is filled in or cut off in silence.
+        RuntimeError: the strategy returned another value. Batches are never filled up or cut silently.
     """
     if not isinstance(batch, Tensor) or batch.dim() != 1 or batch.dtype not in INTEGERS:
         kind = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else short(batch)
@@ -232,6 +222,6 @@ def checked(batch: Tensor, candidates: Tensor, size: int) -> Tensor:
     if len(batch) != size or len(batch.unique()) != size or not torch.isin(batch, candidates).all():
         raise RuntimeError(
             f"the strategy returned {len(batch)} positions, {len(batch.unique())} distinct, "
-            f"{int(torch.isin(batch, candidates).sum())} of them candidates; {size} distinct candidates were due"
+            f"{int(torch.isin(batch, candidates).sum())} of them candidates; expected {size} distinct candidates"
         )
     return batch

@@ -1,4 +1,4 @@
-"""All that is decided about a run before it starts, once: what is displayed, reserved and computed follows from it."""
+"""The plan of a run: made once, on the driver; the display, the reserved memory and the trial follow it."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from fishermask.config import EngineConfig, ExperimentConfig
-from fishermask.experiment.setup import check_model, load_setup, measure_model
+from fishermask.errors import InputError
+from fishermask.experiment.inputs import RunInputs, load_inputs, measure_model, prepare_inputs, query_workload
 from fishermask.planning.measurement import Measurement
 from fishermask.planning.memory import Task
 from fishermask.planning.placement import Cluster, num_shards
@@ -26,29 +27,44 @@ TYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.b
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A checked run, and how its queries are computed."""
+    """A run that has passed all checks, and the execution plan of its queries."""
 
     config: ExperimentConfig
     pool: str
     """The size of the pool, and what the imbalance leaves out of the data set, in one line."""
     statistics: Statistics
-    measured: Measurement
+    measurement: Measurement
     task: Task
     query: QueryPlan
+
+    def load_inputs(self) -> RunInputs:
+        """Map the run's data on this machine. Nothing is checked, measured or computed again.
+
+        Raises:
+            InputError: the data on this machine differ from the driver's.
+        """
+        inputs = load_inputs(self.config, self.statistics)
+        if (size := len(inputs.data.train.labels)) != self.task.pool_size:
+            raise InputError(
+                f"data: the pool has {size} images on this machine and {self.task.pool_size} on the driver's; copy the "
+                "same files to every machine"
+            )
+        return inputs
 
 
 def plan_run(config: ExperimentConfig, cluster: Cluster) -> RunPlan:
     """Check a run and plan its queries on the nodes of ``cluster``.
 
     Raises:
-        InputError: settings that cannot work; the message names the field and what would be right.
+        InputError: settings that cannot work; the message names the field and a value that would.
     """
-    setup = load_setup(config)
-    measured = measure_model(config.model, setup.data.image_shape, len(setup.data.classes), check_model(setup))
+    inputs = prepare_inputs(config)
+    data = inputs.data
+    measurement = measure_model(config.model, data.image_shape, len(data.classes), query_workload(inputs))
     resources, in_process = config.resources, config.resources.workers == "in_process"
     batch = min(config.budget.query, config.budget.total - config.budget.initial)
     task = Task(
-        pool_size=len(setup.data.train.labels),
+        pool_size=len(data.train.labels),
         query_size=batch,
         num_labeled=config.budget.total - batch,  # before the last query
         precision=precision(config.engine),
@@ -60,10 +76,10 @@ def plan_run(config: ExperimentConfig, cluster: Cluster) -> RunPlan:
     if gpu and resources.memory is None:
         gpu_limit = MEMORY_SHARE * free_memory(gpu=True) if torch.cuda.is_available() else math.inf
         limit, shard_limit = (gpu_limit, gpu_limit) if in_process else (limit, gpu_limit)
-    wanted = wanted_shards(measured, task, in_process, shard_limit) if resources.shards == "auto" else 1
+    wanted = wanted_shards(measurement, task, in_process, shard_limit) if resources.shards == "auto" else 1
     count = num_shards(resources, wanted, cluster)
-    query = plan_query(measured, task, count, in_process=in_process, gpu=gpu, limit=limit, shard_limit=shard_limit)
-    return RunPlan(config, setup.data.describe_pool(config.imbalance), setup.statistics, measured, task, query)
+    query = plan_query(measurement, task, count, in_process=in_process, gpu=gpu, limit=limit, shard_limit=shard_limit)
+    return RunPlan(config, data.describe_pool(config.imbalance), inputs.statistics, measurement, task, query)
 
 
 def precision(engine: EngineConfig) -> Precision:

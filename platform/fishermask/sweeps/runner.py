@@ -15,10 +15,10 @@ from rich.console import Console
 from fishermask.config import ResourcesConfig
 from fishermask.errors import InputError
 from fishermask.experiment import loop
+from fishermask.experiment.inputs import load_inputs
 from fishermask.experiment.journal import Journal
 from fishermask.experiment.loop import MakeShards
 from fishermask.experiment.run_plan import RunPlan, plan_run
-from fishermask.experiment.setup import load_setup
 from fishermask.guard import reason
 from fishermask.planning.placement import Bundle, Cluster, bundles, check_placement
 from fishermask.pool.pool import Progress
@@ -104,11 +104,11 @@ def create_folders(sweep: Sweep, runs: list[tuple[Run, History]], plans: Plans) 
     resolved = sweep.config.model_dump(exclude={"output"})
     files.write_atomically(sweep.folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     for run, _ in runs:
-        setup = load_setup(run.config, plans[run.name].statistics)
-        initial = set(setup.initial.tolist())
-        pool = setup.data.train
+        inputs = load_inputs(run.config, plans[run.name].statistics)
+        initial = set(inputs.initial.tolist())
+        pool = inputs.data.train
         rows = (
-            (name, setup.data.classes[label], position in initial)
+            (name, inputs.data.classes[label], position in initial)
             for position, (name, label) in enumerate(zip(pool.ids, pool.label_numbers(), strict=True))
         )
         run.folder.create(run.config, rows)
@@ -157,14 +157,8 @@ def compute_rounds(
     resources = plan.config.resources
     # One number whatever runs it: a sum over threads depends on how many there are.
     torch.set_num_threads(max(1, int(resources.cpus)))
-    setup = load_setup(plan.config, plan.statistics)
-    if (size := len(setup.data.train.labels)) != plan.task.pool_size:
-        raise InputError(
-            f"data: the pool has {size} images here and {plan.task.pool_size} where the sweep was started; bring the "
-            "same files to every machine"
-        )
     make_shards = shard_maker(plan, shard_memory)
-    for result in loop.run(setup, make_shards, history, progress, journal, plan.query):
+    for result in loop.run(plan.load_inputs(), make_shards, history, progress, journal, plan.query):
         record(result.as_dict())
 
 

@@ -17,7 +17,6 @@ import scipy.io
 import torch
 import torchvision.datasets
 import yaml
-from fishermask.sweeps import sweep_file
 from PIL import Image
 
 from fishermask import cli
@@ -26,6 +25,7 @@ from fishermask.data import dataset
 from fishermask.data.imbalance import select_pool
 from fishermask.errors import InputError
 from fishermask.experiment.inputs import prepare_inputs
+from fishermask.sweeps import sweep_file
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "platform/fishermask/data/fashion_mnist"

@@ -160,7 +160,7 @@ def main():
     if arguments.only == "fit":
         return
     base = base_embedding(arguments.parquet)
-    with cluster.connected():
+    with cluster.connect():
         if arguments.only in (None, "overhead"):
             overhead(base)
         if arguments.only in (None, "scale"):

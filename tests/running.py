@@ -10,7 +10,7 @@ QUIET = Console(quiet=True)
 
 def run_on_ray(sweep, console=QUIET):
     """Plan a sweep for the connected cluster, and run it there."""
-    nodes = cluster.current()
+    nodes = cluster.connected_cluster()
     return tune_runner.run_on_ray(sweep, runner.plan_sweep(sweep, nodes, console), nodes, console)
 
 

@@ -1,4 +1,4 @@
-"""The guard around the user's code, and what lies on its other side: input that is unusual and right."""
+"""Guards around the user's code, errors during a run, and unusual input that is valid."""
 
 import os
 import resource
@@ -14,7 +14,7 @@ from bad_input_cases import TINY
 
 from fishermask import cli, guard, query_strategies
 from fishermask.errors import InputError
-from fishermask.guard import guarded, held_stderr, one_line, reason, short, write_log
+from fishermask.guard import capture_stderr, guarded, one_line, reason, short, write_log
 from fishermask.paths import check_path
 
 MODELS = """
@@ -27,7 +27,7 @@ class Net(nn.Module):
         self.linear = nn.Linear(784, num_classes)
         self.during_training = during_training
     def forward(self, images):
-        if self.training and self.during_training:
+        if self.training and self.during_training and images.any():  # estimates are made with blank images
             self.during_training()
         return self.linear(images.flatten(1))
 
@@ -60,7 +60,7 @@ class Unprintable(Exception):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The working folder, with a sweep file and a module of models that this process and its children can import."""
+    """Return a working folder with a sweep file and an importable module of models."""
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
     (tmp_path / "modules").mkdir()
@@ -88,17 +88,17 @@ def folder(tmp_path, monkeypatch):
         (BaseException("rare"), "BaseException: rare"),
     ],
 )
-def test_any_exception_becomes_an_input_error_with_its_traceback(error, shown):
+def test_any_exception_is_converted_to_an_input_error_with_its_traceback(error, shown):
     with pytest.raises(InputError) as caught, guarded("model.name", "it does not work"):
         raise error
     assert str(caught.value) == f"model.name: it does not work ({shown})"
     assert caught.value.__cause__ is error
     assert "Traceback (most recent call last)" in caught.value.details
-    assert "in test_any_exception" in caught.value.details
+    assert "in test_any_exception_is_converted" in caught.value.details
 
 
 @pytest.mark.parametrize("error", [InputError("seed: wrong"), KeyboardInterrupt()])
-def test_input_errors_and_interrupts_pass_unchanged(error):
+def test_input_errors_and_keyboard_interrupts_pass_unchanged(error):
     with pytest.raises(type(error)) as caught, guarded("model.name", "it does not work"):
         raise error
     assert caught.value is error
@@ -114,7 +114,7 @@ def test_a_guarded_generator_can_be_closed():
     generator.close()
 
 
-def test_text_for_messages_is_short_and_of_one_line():
+def test_text_for_messages_is_truncated_to_one_line():
     assert one_line("a\n\n b\tc\u2028d\0") == "a b c d"
     assert len(one_line("x" * 10**6)) == guard.MAX_REASON
     assert len(short([0] * 10**5)) == 60
@@ -122,31 +122,45 @@ def test_text_for_messages_is_short_and_of_one_line():
     assert "\n" not in reason(ValueError("x\n" * 10))
 
 
-def test_stderr_is_held_at_the_descriptor_and_given_back(capfd):
+def test_stderr_is_captured_at_the_file_descriptor_and_restored(capfd):
     print("before", file=sys.stderr)
-    with held_stderr() as held:
+    with capture_stderr() as captured:
         print("from Python", file=sys.stderr)
         os.write(2, b"from C\n")
         subprocess.run("echo from a process >&2", shell=True, check=True)
-        assert held.text().splitlines() == ["from Python", "from C", "from a process"]
+        assert captured.pop_text().splitlines() == ["from Python", "from C", "from a process"]
         print("later", file=sys.stderr)
-        assert held.text() == "later\n"
+        assert captured.pop_text() == "later\n"
     print("after", file=sys.stderr)
     os.write(2, b"from C again\n")
     assert capfd.readouterr().err == "before\nafter\nfrom C again\n"
 
 
-def test_a_log_handler_that_is_made_while_stderr_is_held_goes_on_working():
+def test_a_log_handler_created_during_the_capture_works_afterwards():
     code = (
-        "import logging, sys\nfrom fishermask.guard import held_stderr\n"
-        "with held_stderr():\n    handler = logging.StreamHandler()\n    logging.getLogger().addHandler(handler)\n"
-        "    logging.error('held')\nlogging.error('shown')\n"
+        "import logging, sys\nfrom fishermask.guard import capture_stderr\n"
+        "with capture_stderr():\n    handler = logging.StreamHandler()\n    logging.getLogger().addHandler(handler)\n"
+        "    logging.error('captured')\nlogging.error('shown')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "shown\n"
 
 
-def test_a_log_is_a_new_file_that_only_the_user_can_read(tmp_path, monkeypatch):
+def test_stderr_is_captured_without_linux_only_calls(monkeypatch):
+    """macOS has no ``os.memfd_create``."""
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    with capture_stderr() as captured:
+        os.write(2, b"text\n")
+        assert captured.pop_text() == "text\n"
+
+
+def test_a_missing_temporary_folder_is_an_input_error(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null")
+    with pytest.raises(InputError, match="^TMPDIR: cannot make a temporary file .*; set TMPDIR"), capture_stderr():
+        pass
+
+
+def test_a_log_is_a_new_file_with_mode_600(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     first, second = Path(write_log("one")), Path(write_log("tw\udcff"))
     assert first.parent == tmp_path
@@ -157,21 +171,21 @@ def test_a_log_is_a_new_file_that_only_the_user_can_read(tmp_path, monkeypatch):
     assert write_log("x") == "none, Not a directory"
 
 
-def test_paths_that_are_right_pass():
+def test_valid_paths_are_accepted():
     for path in (".", "a b/ü ☃.parquet", "/", "~/data", "x" * 255, "data[1].parquet", "C:\\data"):
         assert check_path(path) == path
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_sweep_files_of_other_editors_are_read(folder, capsys, encoding, newline):
+def test_sweep_files_with_other_encodings_and_newlines_are_read(folder, capsys, encoding, newline):
     text = yaml.safe_dump(TINY | {"description": "grün\nund mehr"}, allow_unicode=True)
     Path("swéep ☃.yaml").write_bytes(text.replace("\n", newline).encode(encoding))
     assert cli.main(["sweep", "swéep ☃.yaml", "--dry-run"]) == 0
     assert "1 runs, 0 finished" in capsys.readouterr().out
 
 
-def test_anchors_and_merges_of_a_sensible_size_are_expanded(folder, capsys):
+def test_yaml_anchors_and_merges_are_expanded(folder, capsys):
     Path("merged.yaml").write_text("""
 name: merged
 base:
@@ -186,7 +200,7 @@ grid:
     assert "4 runs, 0 finished, 10 rounds to go" in capsys.readouterr().out
 
 
-def test_a_factory_that_prints_works_and_leaves_stderr_empty(folder, capfd):
+def test_output_of_a_factory_goes_to_stdout(folder, capfd):
     assert cli.main(["sweep", "tiny.yaml", "--dry-run", "model=guard_test_models:talks"]) == 0
     shown = capfd.readouterr()
     assert shown.err == ""
@@ -202,7 +216,7 @@ def test_a_factory_that_prints_works_and_leaves_stderr_empty(folder, capfd):
     ("model", "last"),
     [("raises", "ValueError: first line second line"), ("exits", "SystemExit: it exits with status 3")],
 )
-def test_a_model_that_fails_in_training_is_a_failed_run(folder, capfd, model, last):
+def test_a_model_that_raises_in_training_is_a_failed_run(folder, capfd, model, last):
     assert cli.main(["run", "tiny.yaml", f"model=guard_test_models:{model}"]) == 1
     lines = capfd.readouterr().err.splitlines()
     (log,) = folder.glob("results/*/runs/*/error.txt")
@@ -225,7 +239,7 @@ QUERIES = {
 
 
 @pytest.mark.parametrize("body", QUERIES)
-def test_a_query_that_raises_or_returns_junk_is_a_failed_run(folder, capfd, monkeypatch, body):
+def test_a_query_that_raises_or_returns_invalid_positions_is_a_failed_run(folder, capfd, monkeypatch, body):
     name = f"junk_{list(QUERIES).index(body)}"  # a module is imported once
     (folder / f"modules/{name}.py").write_text(f"def query(pool, budget, params):\n    {body}\n")
     monkeypatch.setattr(query_strategies, "__path__", [*query_strategies.__path__, str(folder / "modules")])
@@ -235,8 +249,8 @@ def test_a_query_that_raises_or_returns_junk_is_a_failed_run(folder, capfd, monk
     assert second.startswith("  log: ")
 
 
-def test_a_factory_that_returns_one_model_again_is_refused(folder, capfd):
-    """Its second round would begin with the weights that the first has trained."""
+def test_a_factory_that_returns_the_same_model_twice_is_refused(folder, capfd):
+    """The second round would start from the weights that the first round trained."""
     assert cli.main(["run", "tiny.yaml", "model=guard_test_models:shared"]) == 2
     error = capfd.readouterr().err
     assert error.startswith("fishermask: model.name: guard_test_models:shared returns a model that it returned before")
@@ -244,8 +258,8 @@ def test_a_factory_that_returns_one_model_again_is_refused(folder, capfd):
 
 
 @pytest.mark.parametrize("limit", [1_000, 8_000, 20_000])
-def test_a_full_disk_is_one_line(folder, capfd, limit):
-    cli.main(["sweep", "tiny.yaml", "--dry-run"])  # which decodes the data
+def test_a_full_disk_is_a_one_line_error(folder, capfd, limit):
+    cli.main(["sweep", "tiny.yaml", "--dry-run"])  # decodes the data
     capfd.readouterr()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
@@ -260,7 +274,7 @@ def test_a_full_disk_is_one_line(folder, capfd, limit):
     assert not list(folder.rglob("*.partial"))
 
 
-def test_an_output_that_takes_nothing_is_one_line():
+def test_stdout_that_cannot_be_written_is_a_one_line_error():
     command = [sys.executable, "-m", "fishermask.cli", "strategies"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
@@ -273,7 +287,7 @@ def test_an_output_that_takes_nothing_is_one_line():
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_a_sweep_of_failing_runs_prints_two_lines_for_each(folder):
+def test_a_failed_run_of_a_sweep_prints_two_lines(folder):
     command = [sys.executable, "-m", "fishermask.cli", "sweep", "tiny.yaml", "model=guard_test_models:exits"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
@@ -283,7 +297,7 @@ def test_a_sweep_of_failing_runs_prints_two_lines_for_each(folder):
     assert "SystemExit: 3" in log.read_text()
 
 
-def test_an_error_of_the_disk_is_found_in_what_tune_makes_of_it():
+def test_an_input_error_is_extracted_from_a_tune_error():
     from ray.tune.error import TuneError
 
     from fishermask.sweeps.tune_runner import _input_error

@@ -161,7 +161,7 @@ LARGE = {"strategy": "bait", "model": {"name": "mlp", "params": {"width": 600, "
 
 
 def test_a_run_that_no_node_has_the_memory_for_is_refused_before_any_starts(tmp_path, small_node):
-    sweep, nodes = sweep_of(tmp_path, **LARGE), cluster.current()
+    sweep, nodes = sweep_of(tmp_path, **LARGE), cluster.connected_cluster()
     with pytest.raises(InputError, match=r"needs 1 CPU, 3.00 GB for its own process, .* 4 CPUs, 800 MB; lower"):
         runner.plan_sweep(sweep, nodes, QUIET)
     plans = runner.plan_sweep(sweep, Cluster(({"CPU": 1, "memory": 4 * GB},)), QUIET)
@@ -173,7 +173,7 @@ def test_a_run_that_no_node_has_the_memory_for_is_refused_before_any_starts(tmp_
 def test_shards_that_no_node_has_the_memory_for_are_refused_where_the_run_is_in_this_process_too(tmp_path, small_node):
     sweep = sweep_of(tmp_path, **LARGE | {"resources": {"memory": 3, "workers": "ray", "shards": 3}})
     with pytest.raises(InputError, match=r"needs 1 CPU, 3.00 GB for each of 3 shards, which do not fit .* 800 MB"):
-        runner.plan_sweep(sweep, cluster.current(), QUIET, in_process=True)
+        runner.plan_sweep(sweep, cluster.connected_cluster(), QUIET, in_process=True)
     assert not sweep.folder.exists()
 
 

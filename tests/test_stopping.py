@@ -1,4 +1,4 @@
-"""Commands that are told to stop, once or twice, or that lose Ray: one line, the right status, rounds kept."""
+"""Signals, and the loss of a Ray process: one line on stderr, the right exit status, finished rounds kept."""
 
 import shutil
 import signal
@@ -23,7 +23,7 @@ SLOW = {
 
 
 def start(folder, command):
-    """A command under way, one of whose rounds is finished."""
+    """Start a command and wait until its first round is finished."""
     (folder / "slow.yaml").write_text(yaml.safe_dump(SLOW | {"output": str(folder / "out")}))
     process = subprocess.Popen(
         [sys.executable, "-m", "fishermask.cli", command, str(folder / "slow.yaml")],
@@ -40,7 +40,7 @@ def start(folder, command):
 @pytest.mark.parametrize("command", ["run", "sweep"])
 def test_sigterm_ends_a_command_with_one_line_and_status_143(tmp_path, command):
     process = start(tmp_path, command)
-    family = psutil.Process(process.pid).children(recursive=True)
+    children = psutil.Process(process.pid).children(recursive=True)
     if command == "run":
         assert not psutil.Process(process.pid).net_connections("inet")  # as docs/security.md says
     process.terminate()
@@ -49,37 +49,39 @@ def test_sigterm_ends_a_command_with_one_line_and_status_143(tmp_path, command):
     assert error.startswith("fishermask: terminated; 0 of 1 runs are finished, and all finished rounds are in ")
     assert error.count("\n") == 1
     assert next(tmp_path.glob("out/*/runs/*/rounds.jsonl")).read_text().count("\n") >= 1
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 
-# A command whose cluster has two processes, played by its children. If it is deaf, it hears no signal, as in a call of
-# Ray that waits for what is gone.
+# A command whose cluster is simulated by two child processes. If "blocked", it ignores SIGTERM, as a blocking call of
+# Ray does.
 CLUSTER = """
 import signal, subprocess, sys, time
-from fishermask.stopping import cause, stoppable
+from fishermask.stopping import handle_signals, stop_reason
 from fishermask.sweeps import cluster
 cluster.REACTION_SECONDS = 3
 children = [subprocess.Popen([path, "60"]) for path in sys.argv[2:]]
 try:
-    with stoppable():
-        watch = cluster._Watch()
+    with handle_signals():
+        monitor = cluster.ClusterMonitor()
         try:
             time.sleep(2)
-            if sys.argv[1] == "deaf":
+            if sys.argv[1] == "blocked":
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             print(*[child.pid for child in children], flush=True)
             time.sleep(60)
         finally:
-            assert not watch.end()
+            assert not monitor.stop()
 except KeyboardInterrupt as interrupt:
-    print(f"fishermask: {cause(interrupt)}; cleaned up", file=sys.stderr)
-    sys.exit(cause(interrupt).status)
+    print(f"fishermask: {stop_reason(interrupt)}; cleaned up", file=sys.stderr)
+    sys.exit(stop_reason(interrupt).status)
 """
 
 
-@pytest.mark.parametrize(("kind", "end"), [("hearing", "cleaned up"), ("deaf", "the same command goes on")])
-def test_a_command_that_lost_its_cluster_ends_with_one_line_and_kills_the_rest(tmp_path, kind, end):
+@pytest.mark.parametrize(
+    ("kind", "end"), [("responsive", "cleaned up"), ("blocked", "run the same command again to continue")]
+)
+def test_loss_of_a_ray_process_ends_the_command_and_kills_the_others(tmp_path, kind, end):
     for name in ("gcs_server", "other"):
         shutil.copy(shutil.which("sleep"), tmp_path / name)
     process = subprocess.Popen(
@@ -96,16 +98,16 @@ def test_a_command_that_lost_its_cluster_ends_with_one_line_and_kills_the_rest(t
     assert not psutil.wait_procs([other], timeout=10)[1]
 
 
-# A command whose cleanup takes long, without any of the package's slow imports.
+# A command with a long cleanup that imports nothing slow.
 CLEANUP = """
 import sys, time
-from fishermask.stopping import cause, stoppable
+from fishermask.stopping import handle_signals, stop_reason
 def wait(seconds):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(0.05)
 try:
-    with stoppable():
+    with handle_signals():
         try:
             print("working", flush=True)
             wait(60)
@@ -114,30 +116,30 @@ try:
             wait({cleanup})
             print("clean", flush=True)
 except KeyboardInterrupt as interrupt:
-    print(cause(interrupt), file=sys.stderr)
-    sys.exit(cause(interrupt).status)
+    print(stop_reason(interrupt), file=sys.stderr)
+    sys.exit(stop_reason(interrupt).status)
 """
 
 
-REPLACED = """
+REPLACED_INTERRUPT = """
 import sys, time
-from fishermask.stopping import cause, stoppable
+from fishermask.stopping import handle_signals, stop_reason
 try:
-    with stoppable():
+    with handle_signals():
         print("working", flush=True)
         try:
             time.sleep(60)
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None
 except KeyboardInterrupt as interrupt:
-    print(cause(interrupt), file=sys.stderr)
-    sys.exit(cause(interrupt).status)
+    print(stop_reason(interrupt), file=sys.stderr)
+    sys.exit(stop_reason(interrupt).status)
 """
 
 
-def test_the_reason_is_known_where_a_library_raises_an_interrupt_of_its_own():
+def test_stop_reason_survives_a_library_that_replaces_the_exception():
     process = subprocess.Popen(
-        [sys.executable, "-c", REPLACED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", REPLACED_INTERRUPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "working\n"
     process.terminate()
@@ -145,8 +147,8 @@ def test_the_reason_is_known_where_a_library_raises_an_interrupt_of_its_own():
     assert process.returncode == 143
 
 
-def signaled(cleanup, first, second, after):
-    """Status, output and errors of a command that gets two signals, the second ``after`` so many seconds."""
+def send_two_signals(cleanup, first, second, delay):
+    """Return status, stdout and stderr of a command that gets two signals, ``delay`` seconds apart."""
     process = subprocess.Popen(
         [sys.executable, "-c", CLEANUP.replace("{cleanup}", str(cleanup))],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -154,7 +156,7 @@ def signaled(cleanup, first, second, after):
     assert process.stdout.readline() == "working\n"
     process.send_signal(first)
     assert process.stdout.readline() == "cleaning\n"
-    time.sleep(after)
+    time.sleep(delay)
     process.send_signal(second)
     out, err = process.communicate(timeout=30)
     return process.returncode, out, err
@@ -164,9 +166,9 @@ def signaled(cleanup, first, second, after):
     ("first", "second", "status"),
     [(signal.SIGTERM, signal.SIGTERM, 143), (signal.SIGINT, signal.SIGINT, 130), (signal.SIGINT, signal.SIGTERM, 130)],
 )
-def test_a_later_signal_ends_a_cleanup_without_a_traceback(first, second, status):
-    assert signaled(40, first, second, after=1.2) == (status, "", "")
+def test_a_later_signal_ends_the_cleanup_without_a_traceback(first, second, status):
+    assert send_two_signals(40, first, second, delay=1.2) == (status, "", "")
 
 
-def test_a_signal_that_comes_twice_at_once_does_not_cut_the_cleanup_short():
-    assert signaled(1, signal.SIGINT, signal.SIGINT, after=0) == (130, "clean\n", "interrupted\n")
+def test_a_duplicated_signal_does_not_end_the_cleanup():
+    assert send_two_signals(1, signal.SIGINT, signal.SIGINT, delay=0) == (130, "clean\n", "interrupted\n")

@@ -16,10 +16,10 @@ from rich.table import Table
 
 from fishermask import __version__
 from fishermask.errors import InputError
-from fishermask.guard import guarded, held_stderr, one_line, short, write_log
+from fishermask.guard import capture_stderr, guarded, one_line, short, write_log
 from fishermask.paths import check_path
 from fishermask.results.tables import METRICS
-from fishermask.stopping import cause, stoppable
+from fishermask.stopping import handle_signals, stop_reason
 
 if TYPE_CHECKING:
     from fishermask.planning.placement import Cluster
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             Path.cwd()  # without one, PyTorch's libraries end the process
         except OSError as error:
             raise InputError(f"the working folder: {error.strerror}; change to another") from None
-        with stoppable():
+        with handle_signals():
             status = int(arguments.command(arguments, console))
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a full disk can still be reported
@@ -79,9 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         _complain(InputError(f"stdout: cannot be written to ({error.strerror})"))
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as interrupt:
-        stop = cause(interrupt)
-        print(f"fishermask: {stop}", file=sys.stderr)
-        return stop.status
+        stopped = stop_reason(interrupt)
+        print(f"fishermask: {stopped}", file=sys.stderr)
+        return stopped.status
 
 
 def _complain(error: InputError) -> None:
@@ -99,15 +99,15 @@ def _checks(what: str) -> Iterator[None]:
 
     What libraries and the user's code write to stderr goes to the log if the check fails, and else to stdout.
     """
-    with held_stderr() as held:
+    with capture_stderr() as captured:
         try:
             with guarded(what, "cannot be used"):
                 yield
         except InputError as error:
-            if error.details and (text := held.text()):
+            if error.details and (text := captured.pop_text()):
                 error.details += f"\nwritten to stderr before:\n{text}"
             raise
-        shown = held.text()
+        shown = captured.pop_text()
     if shown:
         print(shown, end="" if shown.endswith("\n") else "\n")
 
@@ -242,7 +242,7 @@ def _nodes(stack: ExitStack, join: bool) -> "Cluster":
     from fishermask.sweeps import cluster
 
     _connect(stack, None)
-    return cluster.current()
+    return cluster.connected_cluster()
 
 
 def _connect(stack: ExitStack, nodes: "Cluster | None") -> None:
@@ -250,7 +250,7 @@ def _connect(stack: ExitStack, nodes: "Cluster | None") -> None:
     from fishermask.sweeps import cluster
 
     with guarded("RAY_ADDRESS", "Ray cannot be used"):
-        stack.enter_context(cluster.connected(nodes))
+        stack.enter_context(cluster.connect(nodes))
 
 
 def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) -> int:
@@ -263,15 +263,15 @@ def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) ->
         with files.locked(sweep.folder):
             recorder = work()
     except KeyboardInterrupt as interrupt:
-        stop = cause(interrupt)
+        stopped = stop_reason(interrupt)
         left = len(runner.missing(sweep))
         done = len(sweep.runs) - left
         print(
-            f"fishermask: {stop}; {done} of {len(sweep.runs)} runs are finished, and all finished rounds are in "
-            f"{sweep.folder}; the same command goes on",
+            f"fishermask: {stopped}; {done} of {len(sweep.runs)} runs are finished, and all finished rounds are in "
+            f"{sweep.folder}; run the same command again to continue",
             file=sys.stderr,
         )
-        return stop.status
+        return stopped.status
     status = 0
     if any(folder for run in sweep.runs if (folder := run.folder.history())):
         status = _show(sweep.folder, "balanced_accuracy", console)

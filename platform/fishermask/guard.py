@@ -1,4 +1,4 @@
-"""The boundary around code and files of the user: whatever they raise becomes one line that names the setting."""
+"""Guards around calls into the user's code and files: any exception becomes a one-line error that names the setting."""
 
 import os
 import sys
@@ -12,23 +12,24 @@ from typing import IO, Any
 from fishermask.errors import InputError
 
 MAX_REASON = 240
-"""Characters of an exception's message that are shown; the log file has all of it."""
+"""Maximum number of characters of an exception's message in an error; the log file holds the whole message."""
 
 
 @contextmanager
 def guarded(setting: str, problem: str, passing: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
-    """Turn every exception of the block into an ``InputError``: ``setting: problem (type: message)``.
+    """Convert every exception of the block to an ``InputError``: ``setting: problem (type: message)``.
 
-    ``SystemExit``, ``RecursionError`` and ``MemoryError`` are no exception to that. ``InputError`` and
-    ``KeyboardInterrupt`` pass unchanged.
+    This includes ``SystemExit``, ``RecursionError`` and ``MemoryError``. ``InputError`` and ``KeyboardInterrupt``
+    pass unchanged.
 
     Args:
-        setting: the dotted path of the setting, or the file, that the user must correct.
-        problem: what does not work, as a clause: "my.models:make does not make a model".
-        passing: exceptions that pass too. A generator that yields inside the block needs ``GeneratorExit``.
+        setting: dotted path of the setting, or the file, that the user must correct.
+        problem: the problem as a clause: "my.models:make does not return a model".
+        passing: further exception types that pass unchanged. A generator that yields inside the block needs
+            ``GeneratorExit``.
 
     Raises:
-        InputError: the block raised; ``details`` holds the traceback.
+        InputError: the block raised an exception; ``details`` holds the traceback.
     """
     unchanged: tuple[type[BaseException], ...] = (InputError, KeyboardInterrupt, *passing)
     try:
@@ -56,16 +57,16 @@ def reason(error: BaseException) -> str:
 
 
 def one_line(text: str, limit: int = MAX_REASON) -> str:
-    """Return ``text`` without line breaks and control characters, cut to ``limit`` characters."""
+    """Return ``text`` without line breaks and control characters, truncated to ``limit`` characters."""
     words = " ".join("".join(c if c.isprintable() else " " for c in text[: 20 * limit]).split())
     return words if len(words) <= limit else words[: limit - 3] + "..."
 
 
 def short(value: object) -> str:
-    """Return ``repr``, cut to what fits in a message of one line."""
+    """Return ``repr(value)``, truncated to fit in a one-line message."""
     try:
         text = repr(value)
-    except Exception:  # a number too long for Python to print, or an object of the user's
+    except Exception:  # an integer that is too long for Python to print, or an object of the user's
         text = f"a value of type {type(value).__name__}"
     return one_line(text, 60)
 
@@ -73,17 +74,17 @@ def short(value: object) -> str:
 def _traceback(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(error))
-    except BaseException as second:  # the same, or no memory is left
-        return f"{type(error).__name__}; its traceback cannot be shown ({type(second).__name__})\n"
+    except BaseException as failure:  # the exception cannot describe itself, or memory is exhausted
+        return f"{type(error).__name__}; its traceback cannot be shown ({type(failure).__name__})\n"
 
 
 def write_log(text: str) -> str:
-    """Write ``text`` to a new file in the system's folder for temporary files; return its path.
+    """Write ``text`` to a new temporary file that only the user can read, and return its path.
 
-    Only the user can read the file. If no such folder can be written to, the returned text says why.
+    If no temporary folder is writable, return a text that says why there is no file.
     """
     try:
-        # tempfile falls back to the working folder, where nothing must be left behind.
+        # tempfile falls back to the working folder, where the command must not leave files.
         folder = tempfile.gettempdir()
         if Path(folder) == Path.cwd():
             return "none, there is no folder for temporary files"
@@ -95,14 +96,14 @@ def write_log(text: str) -> str:
     return path
 
 
-class Held:
-    """What was written to stderr while it was held."""
+class CapturedStderr:
+    """The text that is written to stderr inside ``capture_stderr``."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
 
-    def text(self) -> str:
-        """Return everything so far, and forget it."""
+    def pop_text(self) -> str:
+        """Return the text written since the last call, and delete it."""
         self._file.seek(0)
         content = self._file.read().decode(errors="replace")
         self._file.seek(0)
@@ -111,30 +112,38 @@ class Held:
 
 
 @contextmanager
-def held_stderr() -> Iterator[Held]:
-    """Keep what the block writes to stderr: warnings, and lines that libraries print from C.
+def capture_stderr() -> Iterator[CapturedStderr]:
+    """Capture what the block writes to stderr: warnings, and lines that libraries print from C.
 
-    The file descriptor is redirected, so that ``sys.stderr``, log handlers that hold on to it and subprocesses follow.
+    The file descriptor is redirected, so ``sys.stderr``, existing log handlers and subprocesses follow.
+
+    Raises:
+        InputError: no temporary file can be made.
     """
-    with os.fdopen(os.memfd_create("fishermask-stderr"), "w+b") as file:
-        before, saved = sys.stderr, None
+    try:
+        temporary_file = tempfile.TemporaryFile(prefix="fishermask-")
+    except OSError as error:
+        problem = f"cannot make a temporary file ({error.strerror}); set TMPDIR to a folder that you can write to"
+        raise InputError(f"TMPDIR: {problem}") from None
+    with temporary_file as file:
+        stderr, saved_descriptor = sys.stderr, None
         with suppress(OSError):  # the descriptor may be closed
-            saved = os.dup(2)
-        if before is not None:
-            before.flush()
-        if saved is not None:
+            saved_descriptor = os.dup(2)
+        if stderr is not None:
+            stderr.flush()
+        if saved_descriptor is not None:
             os.dup2(file.fileno(), 2)
-        if not _writes_to_descriptor(before):
+        if not _writes_to_descriptor(stderr):
             sys.stderr = os.fdopen(os.dup(file.fileno()), "w", 1, encoding="utf-8", errors="backslashreplace")
         try:
-            yield Held(file)
+            yield CapturedStderr(file)
         finally:
             with suppress(OSError, ValueError, AttributeError):
                 sys.stderr.flush()
-            sys.stderr = before
-            if saved is not None:
-                os.dup2(saved, 2)
-                os.close(saved)
+            sys.stderr = stderr
+            if saved_descriptor is not None:
+                os.dup2(saved_descriptor, 2)
+                os.close(saved_descriptor)
 
 
 def _writes_to_descriptor(stream: Any) -> bool:

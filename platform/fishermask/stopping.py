@@ -1,7 +1,7 @@
-"""Stopping a command: the first signal lets it clean up, a later one ends it at once, none gives a traceback.
+"""Stop a command cleanly: the first signal starts the cleanup, a later one ends the process, without a traceback.
 
-Ctrl-C (SIGINT), SIGTERM and the loss of what the command depends on take the same way: ``Stopped`` is raised in the
-main thread, as ``KeyboardInterrupt`` is by default.
+SIGINT (Ctrl-C), SIGTERM and the loss of a process that the command needs are handled alike: ``Stopped`` is raised in
+the main thread, where Python raises ``KeyboardInterrupt`` by default.
 """
 
 import os
@@ -13,17 +13,17 @@ from contextlib import contextmanager
 from types import FrameType
 
 FAILED, INTERRUPTED, TERMINATED = 1, 128 + signal.SIGINT, 128 + signal.SIGTERM
-"""Exit statuses: what the command needs is lost, and a shell's for a command that a signal ended."""
+"""Exit statuses: a process that the command needs is lost; the shell's statuses after SIGINT and SIGTERM."""
 
-SAME = 1.0
-"""Seconds within which a second signal counts as the first: wrappers forward a signal that the terminal sent too."""
+REPEAT_SECONDS = 1.0
+"""A signal within this time after the first counts as the same: wrappers forward signals that the terminal sent too."""
 
 
 class Stopped(KeyboardInterrupt):
-    """The command was told to stop; whatever handles Ctrl-C handles it.
+    """The command must stop. Code that handles Ctrl-C handles this exception too.
 
     Attributes:
-        status: the exit status that the command should have.
+        status: exit status of the command.
     """
 
     def __init__(self, reason: str, status: int) -> None:
@@ -32,69 +32,69 @@ class Stopped(KeyboardInterrupt):
 
 
 class _State:
-    """What has happened to the command that runs in this process."""
+    """State of the command that runs in this process."""
 
-    active = False
+    installed = False
     """Whether the handlers are installed."""
-    loss: str | None = None
-    """What the command depends on and has lost."""
+    failure: str | None = None
+    """Why ``request_stop`` was called."""
     stopped: Stopped | None = None
-    since = 0.0
+    stopped_at = 0.0
 
 
 _state = _State()
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Raise ``Stopped`` in the block at the first SIGINT or SIGTERM; end the process at a later one.
+def handle_signals() -> Iterator[None]:
+    """Raise ``Stopped`` in the block at the first SIGINT or SIGTERM, and end the process at a later one.
 
-    In another thread than the main one, where no signal can be handled, this does nothing.
+    Outside the main thread, where Python handles no signals, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _state.active, _state.loss, _state.stopped = True, None, None
-    before = {number: signal.signal(number, _handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    _state.installed, _state.failure, _state.stopped = True, None, None
+    previous = {number: signal.signal(number, _handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        _state.active = False
-        for number, handler in before.items():
+        _state.installed = False
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def handle_again() -> None:
-    """Install the handlers once more, inside ``stoppable``, after a library has replaced them."""
-    if _state.active and threading.current_thread() is threading.main_thread():
+def reinstall_handlers() -> None:
+    """Install the handlers of ``handle_signals`` again, after a library has replaced them."""
+    if _state.installed and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _handle)
 
 
-def cause(interrupt: KeyboardInterrupt) -> Stopped:
-    """Return why ``interrupt`` was raised: libraries raise one of their own in place of ``Stopped``."""
+def stop_reason(interrupt: KeyboardInterrupt) -> Stopped:
+    """Return the ``Stopped`` behind ``interrupt``: libraries replace it by a ``KeyboardInterrupt`` of their own."""
     if isinstance(interrupt, Stopped):
         return interrupt
     return _state.stopped or Stopped("interrupted", INTERRUPTED)
 
 
-def stop(loss: str) -> None:
-    """Stop the command from any of its threads, because of ``loss``; nothing happens if it stops already."""
-    if _state.active and _state.stopped is None:
-        _state.loss = loss
+def request_stop(reason: str) -> None:
+    """Stop the command, from any thread, with status ``FAILED``. Does nothing if it is stopping already."""
+    if _state.installed and _state.stopped is None:
+        _state.failure = reason
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
     if _state.stopped is None:
-        _state.since = time.monotonic()
-        if _state.loss is not None:
-            _state.stopped = Stopped(_state.loss, FAILED)
+        _state.stopped_at = time.monotonic()
+        if _state.failure is not None:
+            _state.stopped = Stopped(_state.failure, FAILED)
         elif number == signal.SIGTERM:
             _state.stopped = Stopped("terminated", TERMINATED)
         else:
             _state.stopped = Stopped("interrupted", INTERRUPTED)
         raise _state.stopped
-    if time.monotonic() - _state.since > SAME:
-        # What a cleanup leaves behind is what a killed process leaves: files are written to be complete at any time.
+    if time.monotonic() - _state.stopped_at > REPEAT_SECONDS:
+        # As safe as SIGKILL: the files of a run are complete at any time.
         os._exit(_state.stopped.status)

@@ -121,7 +121,7 @@ def capture_stderr() -> Iterator[CapturedStderr]:
         InputError: no temporary file can be made.
     """
     try:
-        temporary_file = tempfile.TemporaryFile(prefix="fishermask-")
+        temporary_file = tempfile.TemporaryFile(prefix="fishermask-")  # noqa: SIM115  closed by the block below
     except OSError as error:
         problem = f"cannot make a temporary file ({error.strerror}); set TMPDIR to a folder that you can write to"
         raise InputError(f"TMPDIR: {problem}") from None

@@ -1,5 +1,5 @@
-# make demo    a small, real sweep on the data that ships with the package
-# make test    every check
+# make demo    run a small sweep on the data that ships with the package
+# make test    run all checks
 PYTHON ?= python3
 BIN := .venv/bin
 

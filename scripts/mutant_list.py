@@ -762,13 +762,17 @@ MUTANTS = [
     ),
     Mutant("results/tables.py", "(gain > 0).sum()", "(gain >= 0).sum()", "ties count as wins", "records results"),
     Mutant(
-        "results/tables.py", "runs.last()", "runs.first()", "the final metrics are those of the first round", "results"
+        "results/tables.py", 'keep="last"', 'keep="first"', "the final metrics are those of the first round", "results"
     ),
     Mutant(
+        "results/tables.py", 'finished = table[table["finished"]]', "finished = table", "unfinished runs count", "results"
+    ),
+    Mutant("results/tables.py", 'finished["round"] > 0', 'finished["round"] >= 0', "means include round 0", "results"),
+    Mutant(
         "results/tables.py",
-        'on=[*settings, "seed", "labels"])',
-        'on=[*settings, "seed"])',
-        "unfinished runs are compared with finished ones",
+        'runs["strategy_name"] == BASELINE',
+        'runs["strategy"] == BASELINE',
+        "the baseline is found by its label",
         "results",
     ),
     Mutant(
@@ -780,8 +784,8 @@ MUTANTS = [
     ),
     Mutant(
         "results/curves.py",
-        'curve["mean"] + spread',
-        'curve["mean"] + 2 * spread',
+        'curve["mean"] + deviation',
+        'curve["mean"] + 2 * deviation',
         "the band is too wide",
         "records results",
     ),
@@ -817,8 +821,8 @@ MUTANTS = [
     ),
     Mutant(
         "sweeps/tensorboard.py",
-        "self.results[-1][metric]",
-        "self.results[0][metric]",
+        "last = self.results[-1]",
+        "last = self.results[0]",
         "TensorBoard's final metrics are those of the first round",
         "records",
     ),

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fishermask.config import ExperimentConfig, parse
+from fishermask.config import BudgetConfig, ExperimentConfig, parse
 from fishermask.errors import InputError
 from fishermask.experiment import journal as journal_module
 from fishermask.experiment.inputs import prepare_inputs
-from fishermask.experiment.loop import num_rounds, run
+from fishermask.experiment.loop import run
 from fishermask.pool.shards import LocalShards
 from fishermask.results.files import JournalFile
 from fishermask.tensors.images import channel_statistics
@@ -51,10 +51,10 @@ def test_rounds_buy_the_budget_exactly_and_the_last_buys_what_is_left(margin_run
 
 
 @pytest.mark.parametrize(
-    ("budget", "rounds"), [((10, 7, 30), 4), ((10, 10, 30), 3), ((10, 50, 30), 2), ((10, 5, 10), 1)]
+    ("initial", "query", "total", "num_rounds"), [(10, 7, 30, 4), (10, 10, 30, 3), (10, 50, 30, 2), (10, 5, 10, 1)]
 )
-def test_the_number_of_rounds_is_known_before(budget, rounds):
-    assert num_rounds(*budget) == rounds
+def test_num_rounds_follows_from_the_budget(initial, query, total, num_rounds):
+    assert BudgetConfig(initial=initial, query=query, total=total).num_rounds == num_rounds
 
 
 def test_a_run_goes_on_from_its_history_as_if_it_had_never_stopped(margin_run):

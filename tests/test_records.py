@@ -17,7 +17,7 @@ from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
 from fishermask.results import curves, report
 from fishermask.results.files import RunFolder
-from fishermask.results.tables import METRICS, collect, summarize
+from fishermask.results.tables import METRICS, read_rounds, summarize
 from fishermask.sweeps import sweep_file
 from fishermask.sweeps.tensorboard import RunEvents
 
@@ -65,29 +65,29 @@ def written(tmp_path_factory):
 
 def test_the_summary_holds_means_deviations_gains_and_wins_over_seeds(written):
     folder, all_rounds = written
-    summary = summarize(collect(folder))
+    summary = summarize(read_rounds(folder)[0])
     by_key = summary.set_index(["imbalance.ratio", "strategy"])
     for ratio in RATIOS:
         for strategy in STRATEGIES:
             found = by_key.loc[(ratio, strategy)]
             runs = [all_rounds[strategy, ratio, seed] for seed in SEEDS]
             for metric in METRICS:
-                over_rounds = [mean(r[metric] for r in run) for run in runs]
+                means = [mean(r[metric] for r in run[1:]) for run in runs]
                 final = [run[-1][metric] for run in runs]
-                for name, values in ((f"{metric}_curve", over_rounds), (f"{metric}_final", final)):
+                for name, values in ((f"mean_{metric}", means), (f"final_{metric}", final)):
                     assert found[name] == pytest.approx(mean(values))
                     assert found[f"{name}_sd"] == pytest.approx(stdev(values))
             gains = []
             for seed in SEEDS:
                 pair = (all_rounds[name, ratio, seed] for name in (strategy, "random"))
-                own, baseline = (mean(r["balanced_accuracy"] for r in run) for run in pair)
-                gains.append(own - baseline)
+                score, baseline = (mean(r["balanced_accuracy"] for r in run[1:]) for run in pair)
+                gains.append(score - baseline)
             assert found["gain"] == pytest.approx(mean(gains))
             assert found["gain_sd"] == pytest.approx(stdev(gains))
-            assert (found["wins"], found["pairs"], found["runs"]) == (sum(gain > 0 for gain in gains), 3, 3)
+            assert (found["wins"], found["pairs"], found["seeds"]) == (sum(gain > 0 for gain in gains), 3, 3)
             assert found["labels"] == 30
     for _, panel in summary.groupby("imbalance.ratio", sort=False):
-        assert panel["balanced_accuracy_curve"].is_monotonic_decreasing
+        assert panel["mean_balanced_accuracy"].is_monotonic_decreasing
     assert summary["imbalance.ratio"].is_monotonic_increasing
 
 
@@ -125,7 +125,7 @@ def test_the_table_holds_every_number_of_every_round(written):
 
 def test_curves_are_means_with_a_band_of_one_deviation_to_each_side(written):
     folder, all_rounds = written
-    figure = curves.draw(collect(folder), "macro_f1", "sweep")
+    figure = curves.draw(read_rounds(folder)[0], "macro_f1", "sweep")
     for axis, ratio in zip(figure.axes, RATIOS, strict=True):
         for line, band, strategy in zip(axis.lines, axis.collections, STRATEGIES, strict=True):
             columns = [[all_rounds[strategy, ratio, seed][i]["macro_f1"] for seed in SEEDS] for i in range(3)]
@@ -144,7 +144,7 @@ def test_the_report_command_draws_the_metric_that_is_asked_for(written, capsys):
     for metric in METRICS:
         assert cli.main(["report", str(folder), "--metric", metric]) == 0
         drawn[metric] = (folder / "curves.png").read_bytes()
-        curves.save(curves.draw(collect(folder), metric, folder.name), folder / "expected.png")
+        curves.save(curves.draw(read_rounds(folder)[0], metric, folder.name), folder / "expected.png")
         assert drawn[metric] == (folder / "expected.png").read_bytes()
     assert len(set(drawn.values())) == 3
 
@@ -170,7 +170,7 @@ def test_tensorboard_holds_every_number_of_every_round_by_labels(tmp_path):
             expected.setdefault(tag, []).append((result["labels"], value))
     for metric in METRICS:
         expected[f"final/{metric}"] = [(30, found[-1][metric])]
-        expected[f"mean/{metric}"] = [(30, mean(r[metric] for r in found))]
+        expected[f"mean/{metric}"] = [(30, mean(r[metric] for r in found[1:]))]
     assert set(stored.Tags()["scalars"]) == set(expected)
     for tag, values in expected.items():
         assert [(event.step, event.value) for event in stored.Scalars(tag)] == [

@@ -1,16 +1,19 @@
 """Files that survive a kill, and tables and pictures made of them."""
 
 import json
+import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
+import fishermask
 from fishermask.config import ExperimentConfig, StrategyConfig, parse
 from fishermask.errors import InputError
-from fishermask.results import report
-from fishermask.results.files import JournalFile, RunFolder, locked, make_folder, write_atomically
-from fishermask.results.tables import collect, short_labels, summarize
+from fishermask.results import curves, report
+from fishermask.results.files import JournalFile, RunFolder, locked, make_folder, run_folders, write_atomically
+from fishermask.results.tables import display_labels, format_value, read_rounds, short_names, summarize
 from fishermask.sweeps.eta import StageTimer, time_left
 
 
@@ -31,17 +34,24 @@ def result(index, accuracy, labels=None):
     }
 
 
-def make_sweep(folder, finals, rounds=2):
-    """finals: (strategy, ratio, seed) -> accuracy in round 1; round 0 is 0.2 for all."""
+BUDGET = {"initial": 10, "query": 10, "total": 30}
+
+
+def make_sweep(folder, grid=()):
+    """Return an empty sweep folder whose runs vary the paths of ``grid``."""
     folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "s", "grid": {"imbalance.ratio": [], "seed": []}}))
-    for (strategy, ratio, seed), accuracy in finals.items():
-        settings = {"strategy": strategy, "imbalance": {"kind": "step", "ratio": ratio}, "seed": seed}
-        run = RunFolder(folder / "runs" / f"{strategy}-{ratio}-{seed}")
-        run.create(parse(ExperimentConfig, settings), [("a", "cat", True)])
-        for index, value in enumerate([0.2, accuracy][:rounds]):
-            run.append(result(index, value))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "s", "grid": dict.fromkeys([*grid, "seed"], [])}))
     return folder
+
+
+def add_run(sweep, strategy, seed=0, accuracies=(0.2, 0.4, 0.6), **settings):
+    """Add a run of three planned rounds; return its folder."""
+    config = parse(ExperimentConfig, {"budget": BUDGET, **settings, "strategy": strategy, "seed": seed})
+    run = RunFolder(sweep / "runs" / f"run-{len(run_folders(sweep)):02d}")
+    run.create(config, [("a", "cat", True)])
+    for index, accuracy in enumerate(accuracies):
+        run.append(result(index, accuracy))
+    return run
 
 
 FINALS = {
@@ -50,57 +60,237 @@ FINALS = {
 }  # fmt: skip
 
 
-def test_a_table_has_a_row_a_round_and_a_column_for_each_setting_that_varies(tmp_path):
-    table = collect(make_sweep(tmp_path / "s", FINALS))
-    assert len(table) == 2 * len(FINALS)
-    assert list(table.columns[:4]) == ["run", "strategy", "imbalance.ratio", "seed"]
+@pytest.fixture
+def sweep(tmp_path):
+    """Six finished runs: accuracy 0.2 in round 0, 0.3 in round 1, the value of FINALS in round 2."""
+    folder = make_sweep(tmp_path / "s", ["imbalance.ratio"])
+    for (strategy, ratio, seed), accuracy in FINALS.items():
+        add_run(folder, strategy, seed, (0.2, 0.3, accuracy), imbalance={"kind": "step", "ratio": ratio})
+    return folder
+
+
+def read_summary(sweep, *index):
+    return summarize(read_rounds(sweep)[0]).set_index([*index, "strategy"])
+
+
+def test_table_has_a_row_per_round_and_a_column_per_varied_setting(sweep):
+    table, unfinished = read_rounds(sweep)
+    assert len(table) == 3 * len(FINALS)
+    assert unfinished == []
+    assert list(table.columns[:6]) == ["run", "strategy_name", "strategy", "imbalance.ratio", "seed", "finished"]
     assert {"labels", "accuracy", "recall.cat", "batch_classes.cat", "seconds.query", "ended_by"} <= set(table.columns)
-    row = table[(table["run"] == "margin-1-1") & (table["round"] == 1)].iloc[0]
-    assert (row["accuracy"], row["seed"], row["labels"], row["imbalance.ratio"]) == (0.8, 1, 20, 1.0)
+    row = table[(table["run"] == "run-01") & (table["round"] == 2)].iloc[0]
+    assert (row["accuracy"], row["seed"], row["labels"], row["imbalance.ratio"]) == (0.8, 1, 30, 1.0)
 
 
-def test_the_summary_pairs_each_strategy_with_random_of_the_same_seed(tmp_path):
-    summary = summarize(collect(make_sweep(tmp_path / "s", FINALS))).set_index(["imbalance.ratio", "strategy"])
+def test_summary_pairs_each_strategy_with_random_of_the_same_seed_and_leaves_out_round_0(sweep):
+    summary = read_summary(sweep, "imbalance.ratio")
     margin = summary.loc[(1.0, "margin")]
-    # Balanced accuracy over the rounds: margin (.2 .25) for seeds 0 and 1, random (.15 .275).
-    assert margin["balanced_accuracy_curve"] == pytest.approx(0.225)
+    # Balanced accuracy in rounds 1 and 2: margin (.15 .30) and (.15 .40), random (.15 .20) and (.15 .45).
+    assert margin["mean_balanced_accuracy"] == pytest.approx((0.225 + 0.275) / 2)
     assert margin["gain"] == pytest.approx((0.05 - 0.025) / 2)
     assert margin["gain_sd"] == pytest.approx(0.075 / 2**0.5)
-    assert (margin["wins"], margin["pairs"], margin["runs"]) == (1, 2, 2)
-    assert margin["accuracy_final"] == pytest.approx(0.7)
+    assert (margin["wins"], margin["pairs"], margin["seeds"], margin["labels"]) == (1, 2, 2, 30)
+    assert margin["final_accuracy"] == pytest.approx(0.7)
     assert pd.isna(summary.loc[(20.0, "margin")]["gain_sd"])
 
 
-def test_unfinished_runs_are_not_compared_with_finished_ones(tmp_path):
-    folder = make_sweep(tmp_path / "s", {("margin", 1, 0): 0.9})
-    make = RunFolder(folder / "runs/random-1-0")
-    make.create(parse(ExperimentConfig, {"strategy": "random", "imbalance": {"kind": "step", "ratio": 1}}), [])
-    make.append(result(0, 0.2))
-    summary = summarize(collect(folder)).set_index("strategy")
-    assert summary.loc["margin", "pairs"] == 0
+def test_unfinished_runs_do_not_count_in_the_summary_and_the_page_lists_them(sweep):
+    before = summarize(read_rounds(sweep)[0])
+    ratio = {"imbalance": {"kind": "step", "ratio": 1}}
+    add_run(sweep, "margin", 2, (0.9, 0.9), **ratio)
+    failed = add_run(sweep, "random", 2, (0.9,), **ratio)
+    failed.error.write_text("Traceback (most recent call last):\n  ...\nFloatingPointError: the loss | is nan\n")
+    add_run(sweep, "bait", 2, (), **ratio)
+    add_run(sweep, "entropy", 2, (0.9, 0.9), **ratio)
+    report.write(sweep)
+    summary = summarize(read_rounds(sweep)[0])
+    pd.testing.assert_frame_equal(summary[summary["seeds"] > 0].reset_index(drop=True), before.reset_index(drop=True))
+    assert summary[summary["seeds"] == 0]["strategy"].tolist() == ["entropy"]
+    page = (sweep / "summary.md").read_text()
+    assert "4 runs are not finished" in page
+    section = page.split("## Unfinished runs")[1].splitlines()
+    assert "| run-06 | 2 of 3 |  |" in section
+    assert "| run-07 | 1 of 3 | FloatingPointError: the loss \\| is nan |" in section
+    assert "| run-08 | 0 of 3 |  |" in section
+    assert "| 1 | entropy | 0 | – | – | – | – | – | – | – |" in page
 
 
-def test_a_report_writes_tables_a_picture_and_a_page(tmp_path):
-    folder = make_sweep(tmp_path / "s", FINALS)
-    report.write(folder)
-    pd.testing.assert_frame_equal(pd.read_parquet(folder / "results.parquet"), collect(folder))
-    assert len(pd.read_csv(folder / "results.csv")) == 2 * len(FINALS)
-    assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    page = (folder / "summary.md").read_text()
+def test_different_numbers_of_seeds_are_said(sweep):
+    page = report.format_notes(report.write(sweep))
+    assert "Cells have different numbers of seeds (1 to 2)." in page
+
+
+def test_baseline_is_the_strategy_random_whatever_the_labels(tmp_path):
+    folder = make_sweep(tmp_path / "s")
+    add_run(folder, {"name": "margin", "label": "random"}, accuracies=(0.2, 0.2, 0.8))
+    add_run(folder, {"name": "random", "label": "uniform"}, accuracies=(0.2, 0.2, 0.4))
+    summary = read_summary(folder)
+    assert summary.loc["random", "gain"] == pytest.approx(0.1)
+    assert pd.isna(summary.loc["uniform", "gain"]) or summary.loc["uniform", "gain"] == 0
+    _, rows = report.format_summary(summary.reset_index()[["strategy_name", "strategy", *summary.columns[1:]]])
+    assert [row[-2] for row in rows] == ["+0.100", "–"]
+
+
+def test_two_strategies_with_one_label_stay_two_rows(tmp_path):
+    folder = make_sweep(tmp_path / "s")
+    add_run(folder, {"name": "margin", "label": "random"}, accuracies=(0.2, 0.2, 0.8))
+    add_run(folder, "random", accuracies=(0.2, 0.2, 0.4))
+    summary = read_summary(folder)
+    assert summary["final_accuracy"].to_dict() == {"random (margin)": 0.8, "random": 0.4}
+    assert summary.loc["random (margin)", "gain"] == pytest.approx(0.1)
+
+
+def test_settings_with_the_same_last_part_stay_two_columns(tmp_path):
+    folder = make_sweep(tmp_path / "s", ["data.name", "model.name", "budget.query"])
+    for data in ("fashion_mnist_small", "MNIST"):
+        for model in ("mlp", "small_cnn"):
+            add_run(folder, "random", data={"name": data}, model={"name": model})
+    written = report.write(folder)
+    header, rows = report.format_summary(written.summary)
+    assert header[:4] == ["data.name", "model.name", "query", "strategy"]
+    assert sorted(row[:3] for row in rows) == [
+        ["MNIST", "mlp", "10"], ["MNIST", "small_cnn", "10"],
+        ["fashion_mnist_small", "mlp", "10"], ["fashion_mnist_small", "small_cnn", "10"],
+    ]  # fmt: skip
+    assert "### data.name = MNIST, model.name = mlp, query = 10" in (folder / "summary.md").read_text()
+    assert short_names(["name", "a.name", "b.a.name", "a.x"]) == {
+        "name": "name", "a.name": "a.name", "b.a.name": "b.a.name", "a.x": "x",
+    }  # fmt: skip
+
+
+MIXED = {
+    "resources.shards": [1, "auto"],
+    "imbalance.rare": [None, 3],
+    "imbalance.rare_classes": [[1, 2], [3]],
+    "model.params": [{"width": 8}, {"width": 8, "depth": 1.5}],
+    "data.augment": [None, True],
+    "training.clip": [None, 0.5],
+    "data.image_column": [None, "image"],
+}
+
+
+@pytest.mark.parametrize("path", MIXED)
+def test_settings_of_mixed_types_are_reported(tmp_path, path):
+    folder = make_sweep(tmp_path / "s", [path])
+    section, field = path.split(".")
+    for value in MIXED[path]:
+        settings = {"imbalance": {"kind": "step", "ratio": 2}, "model": {"name": "mlp"}}
+        settings[section] = settings.get(section, {}) | {field: value}
+        add_run(folder, "random", **settings)
+        add_run(folder, "margin", accuracies=(0.2, 0.4, 0.8), **settings)
+    summary = report.write(folder).summary
+    assert summary["gain"].tolist() == pytest.approx([0.05, 0.0] * 2)
+    _, rows = report.format_summary(summary)
+    expected = {
+        "resources.shards": {"1", "auto"},
+        "imbalance.rare": {"null", "3"},
+        "imbalance.rare_classes": {"[1, 2]", "[3]"},
+        "model.params": {"width=8", "width=8 depth=1.5"},
+        "data.augment": {"null", "true"},
+        "training.clip": {"null", "0.5"},
+        "data.image_column": {"null", "image"},
+    }
+    assert {row[0] for row in rows} == expected[path]
+    assert len(pd.read_parquet(folder / "results.parquet")) == len(pd.read_csv(folder / "results.csv")) == 12
+    assert len(curves.draw(read_rounds(folder)[0], "accuracy", "s").axes) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(20.0, "20"), (1234567.0, "1234567"), (0.123456789, "0.123456789"), (1e30, "1e+30"), (False, "false"),
+     (math.nan, "null"), ([[1], ["a"]], "[[1], [a]]")],
+)  # fmt: skip
+def test_settings_are_written_without_loss(value, text):
+    assert format_value(value) == text
+
+
+def test_null_metrics_are_read_as_nan(sweep):
+    for path in sweep.glob("runs/*/rounds.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[-1]["macro_f1"] = None
+        for line in lines:
+            line["recall"]["T-shirt/top"] = None
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.write(sweep)
+    table = pd.read_parquet(sweep / "results.parquet")
+    assert table["recall.T-shirt/top"].dtype == table["macro_f1"].dtype == float
+    assert table["recall.T-shirt/top"].isna().all()
+    assert table[table["round"] == 2]["macro_f1"].isna().all()
+    assert summarize(table)["final_macro_f1"].isna().all()
+    assert summarize(table)["final_accuracy"].notna().all()
+
+
+def test_report_writes_tables_a_picture_and_a_page(sweep):
+    report.write(sweep)
+    pd.testing.assert_frame_equal(pd.read_parquet(sweep / "results.parquet"), read_rounds(sweep)[0])
+    assert len(pd.read_csv(sweep / "results.csv")) == 3 * len(FINALS)
+    assert (sweep / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page = (sweep / "summary.md").read_text()
     assert "smoke test" in page
     assert "0.700±0.141" in page
     assert "1 of 2" in page
-    assert "in 6 of 12 rounds" in page
-    assert not list(folder.glob(".*partial"))
+    assert "in 12 of 18 rounds" in page
+    assert not list(sweep.glob(".*partial"))
 
 
-def test_curves_have_one_panel_a_setting_and_one_line_a_strategy(tmp_path):
-    from fishermask.results.curves import draw
-
-    figure = draw(collect(make_sweep(tmp_path / "s", FINALS)), "accuracy", "s")
+def test_curves_have_one_panel_per_setting_and_one_line_per_strategy(sweep):
+    figure = curves.draw(read_rounds(sweep)[0], "accuracy", "s")
     assert [axis.get_title() for axis in figure.axes] == ["ratio = 1", "ratio = 20"]
     assert [line.get_label() for line in figure.axes[0].lines] == ["margin", "random"]
-    assert list(figure.axes[0].lines[0].get_ydata()) == pytest.approx([0.2, 0.7])
+    assert list(figure.axes[0].lines[0].get_ydata()) == pytest.approx([0.2, 0.3, 0.7])
+
+
+def test_curves_leave_out_unfinished_runs_where_the_cell_has_finished_ones(sweep):
+    add_run(sweep, "margin", 2, (0.9, 0.9), imbalance={"kind": "step", "ratio": 1})
+    add_run(sweep, "bait", 2, (0.5, 0.7), imbalance={"kind": "step", "ratio": 1})
+    figure = curves.draw(read_rounds(sweep)[0], "accuracy", "s")
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert lines["margin"] == pytest.approx([0.2, 0.3, 0.7])
+    assert lines["bait"] == pytest.approx([0.5, 0.7])
+
+
+def picture_table(strategies, panels=1):
+    """Return a table of runs of these strategies (label -> name)."""
+    rows = [
+        {"run": f"{label}-{panel}", "strategy_name": name, "strategy": label, "panel": panel, "seed": 0}
+        | {"finished": True, "round": i, "labels": 10 * i, "accuracy": 0.1 * i}
+        for label, name in strategies.items()
+        for panel in range(panels)
+        for i in range(3)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_every_strategy_has_its_own_style_in_all_pictures():
+    names = [path.stem for path in Path(fishermask.__file__).parent.glob("query_strategies/[a-z]*.py")]
+    assert len(names) == 8
+    labels = {name: name for name in names} | {"bait(damping=2.0)": "bait", "mine": "mine", "yours": "yours"}
+    styles = curves.strategy_styles(picture_table(labels))
+    assert len({tuple(style.values()) for style in styles.values()}) == len(labels)
+    for part in ("color", "marker"):
+        assert len({styles[name][part] for name in names}) == 8
+    assert styles["random"] == {"color": "#7F7F7F", "marker": ".", "linestyle": "--"}
+    few = {name: labels[name] for name in ("bait", "margin", "random")}
+    assert curves.strategy_styles(picture_table(few)) == {name: styles[name] for name in few}
+    assert len({tuple(curves.style(number).values()) for number in range(77)}) == 77
+
+
+@pytest.mark.parametrize("panels", [1, 2, 4, 61])
+def test_legend_and_titles_stay_within_the_picture(panels):
+    long = "fisher_mask(body_size=1024,fisher_samples=1024,damping=1.0,top_classes=10,oversample=2.0)"
+    labels = {long: "fisher_mask"} | {name: name for name in (*curves.NAMES[1:], "random", "mine")}
+    figure = curves.draw(picture_table(labels, panels), "accuracy", "s" * 100)
+    figure.draw_without_rendering()
+    assert len(figure.axes) == min(panels, curves.MAX_PANELS)
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == len(labels)
+    assert legend.get_texts()[0].get_text().replace("\n", "") == long
+    renderer = figure.canvas.get_renderer()
+    texts = [figure._suptitle, *(axis.title for axis in figure.axes), legend]
+    for box in (text.get_window_extent(renderer) for text in texts):
+        assert 0 <= box.x0 <= box.x1 <= figure.bbox.width
+        assert 0 <= box.y0 <= box.y1 <= figure.bbox.height
 
 
 def test_a_round_that_a_kill_cut_short_does_not_count_and_is_overwritten(tmp_path):
@@ -152,10 +342,10 @@ def test_one_process_at_a_time_writes_to_a_sweep(tmp_path):
 def test_a_damaged_sweep_file_is_one_line(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(InputError, match="config.yaml: is damaged"):
-        collect(tmp_path)
+        read_rounds(tmp_path)
 
 
-def test_strategies_go_by_name_where_one_variant_was_run(tmp_path):
+def test_strategies_are_labeled_by_name_unless_there_are_variants():
     variants = [
         ("bait", {"damping": 1.0}),
         ("bait", {"damping": 2.0}),
@@ -163,7 +353,7 @@ def test_strategies_go_by_name_where_one_variant_was_run(tmp_path):
         ("random", {}),
     ]
     strategies = [StrategyConfig(name=name, params=params) for name, params in variants]
-    assert list(short_labels(strategies).values()) == [
+    assert list(display_labels(strategies).values()) == [
         "bait(damping=1.0)",
         "bait(damping=2.0)",
         "fisher_mask",

@@ -293,8 +293,8 @@ def _show(folder: Path, metric: str, console: Console) -> int:
     from fishermask.results import report
 
     with _checks(str(folder)):
-        summary = report.write(folder, metric)
-        header, rows = report.cells(summary, brief=True)
+        written = report.write(folder, metric)
+        header, rows = report.format_summary(written.summary, brief=True)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, *cells in zip(header, *rows, strict=True):
         table.add_column(name, min_width=max(map(len, cells)))  # headers may break over lines, numbers may not
@@ -303,7 +303,7 @@ def _show(folder: Path, metric: str, console: Console) -> int:
     console.print(table, soft_wrap=False)
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     for line in (
-        report.caveat(summary),
+        " ".join(report.format_notes(written)),
         f"curves:      {shown / 'curves.png'}",
         f"tables:      {shown / 'summary.md'}, {shown / 'results.csv'}",
         f"tensorboard: tensorboard --logdir {shown}",

@@ -189,6 +189,11 @@ class BudgetConfig(Config):
             raise ValueError(f"total {self.total} is below initial {self.initial}; raise total or lower initial")
         return self
 
+    @property
+    def num_rounds(self) -> int:
+        """Number of trained models of a run: one for the initial labels and one after each batch."""
+        return 1 - (self.initial - self.total) // self.query
+
 
 class StrategyConfig(NamedConfig):
     label: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.,=()+-]{0,79}$")

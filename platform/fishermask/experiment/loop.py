@@ -58,11 +58,6 @@ class RoundResult:
         return asdict(self)
 
 
-def num_rounds(initial: int, query: int, total: int) -> int:
-    """Return the number of trained models of a run: one for the initial labels and one after each batch."""
-    return 1 - (initial - total) // query
-
-
 def run(
     inputs: RunInputs,
     make_shards: MakeShards,
@@ -91,7 +86,7 @@ def run(
         engine = replace(engine, chunk=plan.chunk, diagonal_batch=plan.diagonal_batch)
     shards: Shards | None = None
     try:
-        for index in range(len(history), num_rounds(budget.initial, budget.query, budget.total)):
+        for index in range(len(history), budget.num_rounds):
             # Train a fresh model on the labeled set.
             started = time.perf_counter()
             progress("train", 0, 1)

@@ -1,73 +1,154 @@
-"""Learning curves: a metric against the number of labels, one panel a setting, bands over seeds."""
+"""Learning curves: a metric against the number of labels, one panel per combination of settings, bands over seeds."""
 
 import io
+import textwrap
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import pandas as pd
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fishermask.results.files import write_atomically
-from fishermask.results.tables import setting_columns, text
+from fishermask.results.tables import (
+    BASELINE,
+    METRICS,
+    describe_settings,
+    group_settings,
+    rounds_to_show,
+    setting_columns,
+)
 
-COLUMNS = 3
-COLORS = matplotlib.color_sequences["tab10"]
+MAX_COLUMNS = 3
+MAX_PANELS = 60
+"""A picture with more would be too large to open."""
+PANEL_WIDTH, PANEL_HEIGHT = 4.6, 3.4
+"""In inches."""
+MIN_WIDTH = 6.4
+DPI = 130
+
+# Okabe and Ito (2008), for readers with any color vision; without yellow, which is too pale for lines.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
+LINE_STYLES = ("-", "-.", ":", (0, (6, 1)))
+BASELINE_STYLE = {"color": "#7F7F7F", "marker": ".", "linestyle": "--"}
+NAMES = ("fisher_mask", "margin", "bait", "badge", "coreset", "entropy", "least_confidence")
+"""Strategies with a style of their own in all pictures. Others, and variants, take the next styles in their order."""
 
 
-def panel_title(settings: list[str], values: tuple[object, ...]) -> str:
-    """``ratio = 20, query = 40``: the last part of each dotted path and its value."""
-    return ", ".join(f"{path.rpartition('.')[2]} = {text(value)}" for path, value in zip(settings, values, strict=True))
+def style(number: int) -> dict[str, Any]:
+    """Return color, marker and line style; different for each ``number`` below 77."""
+    color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+    return {"color": color, "marker": marker, "linestyle": LINE_STYLES[number // len(COLORS) % len(LINE_STYLES)]}
+
+
+def strategy_styles(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Return the style of each strategy of a sweep by its label, in the order of labels."""
+    names = table.drop_duplicates("strategy").set_index("strategy")["strategy_name"].sort_index()
+    styles: dict[str, dict[str, Any]] = {}
+    taken = set()
+    additional = len(NAMES)
+    for label, name in names.items():
+        number = NAMES.index(name) if name in NAMES and name not in taken else additional
+        if name == BASELINE and name not in taken:
+            styles[str(label)] = BASELINE_STYLE
+        else:
+            styles[str(label)] = style(number)
+            additional += number == additional
+        taken.add(name)
+    return styles
 
 
 def draw(table: pd.DataFrame, metric: str, title: str) -> Figure:
-    """The figure: line the mean over seeds, band one standard deviation to each side, points the measurements."""
-    settings = setting_columns(table)
-    panels = list(table.groupby(settings, dropna=False)) if settings else [((), table)]
-    strategies = sorted(table["strategy"].unique())
-    rows, columns = -(-len(panels) // COLUMNS), min(COLUMNS, len(panels))
-    if len(panels) == 4:
-        rows = columns = 2
-    figure = Figure(figsize=(4.6 * columns, 3.4 * rows + 0.9), layout="constrained")
+    """Return the figure: lines are means over seeds, bands one standard deviation to each side.
+
+    Curves are of finished runs, or of all runs in a cell without a finished run.
+    """
+    styles = strategy_styles(table)
+    table = rounds_to_show(table)
+    settings, panels = setting_columns(table), group_settings(table)
+    omitted = len(panels) - MAX_PANELS
+    panels = panels[:MAX_PANELS]
+    columns = 2 if len(panels) == 4 else min(MAX_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    width = max(MIN_WIDTH, PANEL_WIDTH * columns)
+    figure = Figure(figsize=(width, PANEL_HEIGHT * rows + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for axis, (values, panel) in zip(axes, panels, strict=False):
-        for i, strategy in enumerate(strategies):
-            curve = panel[panel["strategy"] == strategy].groupby("labels")[metric].agg(["mean", "std"])
-            if curve.empty:
-                continue
-            color = COLORS[i % len(COLORS)]
-            axis.plot(curve.index, curve["mean"], "o-", markersize=3.5, color=color, label=strategy)
-            spread = curve["std"].fillna(0)
-            axis.fill_between(
-                curve.index,
-                curve["mean"] - spread,
-                curve["mean"] + spread,
-                color=color,
-                alpha=0.15,
-                linewidth=0,
-            )
+        _draw_panel(axis, panel, metric, styles)
         if settings:
-            axis.set_title(panel_title(settings, values), fontsize=10)
-        axis.set_xlabel("labels")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+            panel_width = width / columns
+            axis.set_title(_wrap(describe_settings(settings, values), panel_width, 10), fontsize=10)
     for axis in axes[len(panels) :]:
         axis.remove()
-    for row in range(rows):
-        axes[row * columns].set_ylabel(metric.replace("_", " "))
-    handles: dict[str, Artist] = {}
-    for axis in axes[: len(panels)]:
-        lines, labels = axis.get_legend_handles_labels()
-        handles |= dict(zip(labels, lines, strict=True))
-    figure.suptitle(title)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(4, len(handles)))
+    for axis in axes[: len(panels) : columns]:
+        axis.set_ylabel(METRICS[metric])
+    seeds = table.groupby([*settings, "strategy"], dropna=False)["seed"].nunique()
+    lines = [_wrap(title, width, 11), _describe_bands(seeds), *_describe_omitted(omitted)]
+    figure.suptitle("\n".join(lines), fontsize=11)
+    _add_legend(figure, axes[: len(panels)], list(styles))
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write ``figure`` as PNG, whole or not at all."""
+def _draw_panel(axis: Axes, panel: pd.DataFrame, metric: str, styles: dict[str, dict[str, Any]]) -> None:
+    # The baseline is drawn last, because its thin marks would not hide what lies below.
+    for label in sorted(styles, key=lambda label: styles[label] == BASELINE_STYLE):
+        curve = panel[panel["strategy"] == label].groupby("labels")[metric].agg(["mean", "std"])
+        if curve.empty:
+            continue
+        axis.plot(curve.index, curve["mean"], markersize=4.5, linewidth=1.4, label=label, **styles[label])
+        deviation = curve["std"].fillna(0)
+        lower, upper = curve["mean"] - deviation, curve["mean"] + deviation
+        axis.fill_between(curve.index, lower, upper, color=styles[label]["color"], alpha=0.12, linewidth=0)
+    axis.set_xlabel("number of labels")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _describe_bands(seeds: "pd.Series[int]") -> str:
+    if seeds.max() == 1:
+        return "one seed"
+    count = f"{seeds.max()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
+    return f"mean over {count} seeds, band: ± 1 standard deviation"
+
+
+def _describe_omitted(panels: int) -> list[str]:
+    return [f"{panels} more combinations of settings are not drawn"] if panels > 0 else []
+
+
+def _add_legend(figure: Figure, axes: Any, labels: list[str]) -> None:
+    """Put a legend below the panels, with as many columns as fit into the figure."""
+    lines: dict[str, Artist] = {}
+    for axis in axes:
+        lines |= {line.get_label(): line for line in axis.get_lines()}
+    labels = [label for label in labels if label in lines]
+    texts = [_wrap(label, figure.get_figwidth() - 1, 9) for label in labels]
+    for columns in range(min(5, len(labels)), 0, -1):
+        legend = figure.legend(
+            [lines[label] for label in labels],
+            texts,
+            loc="outside lower center",
+            ncols=columns,
+            fontsize=9,
+            handlelength=3.5,
+            frameon=False,
+        )
+        if columns == 1 or legend.get_window_extent().width <= 0.98 * figure.bbox.width:
+            return
+        legend.remove()
+
+
+def _wrap(text: str, inches: float, points: float) -> str:
+    """Break ``text`` into lines that fit into ``inches`` at a font size of ``points``."""
+    # A letter of the default font is about 0.6 times as wide as the font size.
+    return textwrap.fill(text, max(20, int(72 * inches / (0.6 * points))))
+
+
+def save(figure: Figure, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write ``figure`` as PNG with ``metadata``, completely or not at all."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    figure.savefig(buffer, format="png", dpi=DPI, metadata=metadata)
     write_atomically(path, buffer.getvalue())

@@ -1,49 +1,96 @@
-"""All rounds of a sweep as one table, and what is read off it."""
+"""All rounds of a sweep as one table, and the summary of its finished runs."""
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from fishermask.config import ExperimentConfig, StrategyConfig
 from fishermask.errors import InputError
-from fishermask.results.files import run_folders
+from fishermask.paths import require_file
+from fishermask.results.files import RunFolder, run_folders
 from fishermask.yaml_files import read_yaml
 
-METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
+METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
+"""Column of each metric -> its name in text."""
 BASELINE = "random"
+"""Name of the strategy that others are compared with."""
+
+
+class UnfinishedRun(NamedTuple):
+    """A run that does not have all its rounds."""
+
+    name: str
+    num_rounds: int
+    """Finished rounds."""
+    planned_rounds: int
+    error: str
+    """The error that ended its last attempt, in one line; empty if there was none."""
 
 
 def setting(config: ExperimentConfig, path: str) -> Any:
-    """The value at a dotted path of a config, as one cell: numbers and text as they are, the rest as text."""
+    """Return the value at a dotted path of a config as one cell: lists and mappings as text, others unchanged."""
     value: Any = config.model_dump()
     for part in path.split("."):
         value = value.get(part) if isinstance(value, dict) else None
+    return format_value(value) if isinstance(value, dict | list) else value
+
+
+def format_value(value: Any) -> str:
+    """Return a setting as a sweep file writes it: ``20`` rather than ``20.0``, ``null``, ``true``, ``[1, 2]``."""
     if isinstance(value, dict):
-        return " ".join(f"{key}={inner}" for key, inner in value.items() if inner not in (None, {}, []))
-    return ",".join(map(str, value)) if isinstance(value, list) else value
-
-
-def text(value: Any) -> str:
-    """A cell as people read it: ``20``, not ``20.0``."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return " ".join(f"{key}={format_value(inner)}" for key, inner in value.items() if inner not in (None, {}, []))
+    if isinstance(value, list):
+        return f"[{', '.join(map(format_value, value))}]"
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(float(value)).removesuffix(".0")
+    return str(value)
 
 
 def strategy_label(strategy: StrategyConfig) -> str:
-    """The strategy with the parameters that were given, or the label that was."""
-    given = ",".join(f"{key}={value}" for key, value in strategy.params.items())
-    return strategy.label or (f"{strategy.name}({given})" if given else strategy.name)
+    """Return the label of a strategy, or else its name with the parameters that its settings list."""
+    return strategy.label or _with_params(strategy)
 
 
-def short_labels(strategies: Iterable[StrategyConfig]) -> dict[str, str]:
-    """Full label -> what tables and pictures say: the name alone where one variant of it was run."""
-    names = {strategy_label(strategy): strategy.label or strategy.name for strategy in strategies}
-    return {label: name if list(names.values()).count(name) == 1 else label for label, name in names.items()}
+def _with_params(strategy: StrategyConfig) -> str:
+    params = ",".join(f"{key}={value}" for key, value in strategy.params.items())
+    return f"{strategy.name}({params})" if params else strategy.name
+
+
+def display_labels(strategies: Iterable[StrategyConfig]) -> dict[StrategyConfig, str]:
+    """Return the label of each strategy in tables and pictures, distinct even where two strategies share a label.
+
+    That is its label or name, where no other strategy has it; else its name with parameters.
+    """
+    forms: dict[StrategyConfig, list[str]] = {}
+    for strategy in strategies:
+        full = _with_params(strategy)
+        forms[strategy] = [strategy.label or strategy.name, strategy.label or full]
+        forms[strategy] += [f"{strategy.label} ({full})"] if strategy.label else [full]
+    counts = Counter(text for texts in forms.values() for text in set(texts))
+    return {
+        strategy: next((text for text in texts if counts[text] == 1), texts[-1]) for strategy, texts in forms.items()
+    }
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Return the shortest suffix of each dotted path that no other path ends with; else the whole path."""
+    parts = {path: path.split(".") for path in paths}
+    counts = Counter(".".join(names[i:]) for names in parts.values() for i in range(len(names)))
+    suffixes = {path: [".".join(names[i:]) for i in reversed(range(len(names)))] for path, names in parts.items()}
+    return {path: next((name for name in names if counts[name] == 1), path) for path, names in suffixes.items()}
 
 
 def varied_settings(sweep: Path) -> list[str]:
-    """Dotted paths that a sweep varies, but for strategy and seed, which have columns of their own."""
+    """Return the dotted paths that a sweep varies, except for strategy and seed, which have columns of their own."""
     path = sweep / "config.yaml"
     if not path.exists() and not path.is_symlink():
         raise InputError(f"{sweep}: holds no results of a sweep (no config.yaml)")
@@ -54,61 +101,125 @@ def varied_settings(sweep: Path) -> list[str]:
     return [key for key in grid if key not in ("strategy", "strategy.name", "seed")]
 
 
-def collect(sweep: Path) -> pd.DataFrame:
-    """One row a round: run, strategy, seed, each setting that varies, labels, metrics, recalls, seconds.
+def read_rounds(sweep: Path) -> tuple[pd.DataFrame, list[UnfinishedRun]]:
+    """Return the rounds of all runs of a sweep, and its unfinished runs.
+
+    A row is one round. Its columns: the run; the strategy's name and its label in tables; each setting that the sweep
+    varies; the seed; whether the run is finished; and all that ``rounds.jsonl`` has of the round, except for the ids
+    of the batch. A missing value is NaN or None.
 
     Raises:
         InputError: the folder holds no finished round.
     """
     varied = varied_settings(sweep)
-    rows = []
     runs = [(folder, config) for folder in run_folders(sweep) if (config := folder.config()) is not None]
-    names = short_labels(config.strategy for _, config in runs)
+    labels = display_labels(config.strategy for _, config in runs)
+    rows: list[dict[str, Any]] = []
+    unfinished = []
     for folder, config in runs:
-        start = {"run": folder.path.name, "strategy": names[strategy_label(config.strategy)]}
-        start |= {path: setting(config, path) for path in varied} | {"seed": config.seed}
-        for result in folder.history():
+        history, planned = folder.history(), config.budget.num_rounds
+        if len(history) < planned:
+            unfinished.append(UnfinishedRun(folder.path.name, len(history), planned, _last_error(folder)))
+        start: dict[str, Any] = {"run": folder.path.name, "strategy_name": config.strategy.name}
+        start["strategy"] = labels[config.strategy]
+        start |= {path: setting(config, path) for path in varied}
+        start |= {"seed": config.seed, "finished": len(history) >= planned}
+        for result in history:
             row = {key: value for key, value in result.items() if not isinstance(value, dict | list)}
-            for group in ("recall", "batch_classes", "seconds"):
-                row |= {f"{group}.{name}": value for name, value in result[group].items()}
+            for group, values in result.items():
+                if isinstance(values, dict):
+                    row |= {f"{group}.{name}": value for name, value in values.items()}
             rows.append(start | row)
     if not rows:
         raise InputError(f"{sweep}: no round is finished yet")
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).apply(_of_one_type), unfinished
+
+
+def _last_error(folder: RunFolder) -> str:
+    if not folder.error.exists():
+        return ""
+    require_file(folder.error)
+    return error_line(folder.error.read_text(encoding="utf-8", errors="replace"))
+
+
+def error_line(traceback: str) -> str:
+    """Return the last line of a traceback, which holds the error."""
+    lines = traceback.strip().splitlines()
+    return lines[-1] if lines else "unknown error"
+
+
+def _of_one_type(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Return a column whose values have one type, as Parquet requires: numbers, or else text."""
+    if column.dtype != object:
+        return column
+    values = column.dropna()
+    types = set(map(type, values))
+    if types <= {int, float} and all(abs(value) < 2**63 for value in values):
+        return pd.to_numeric(column)
+    return column.map(format_value, na_action="ignore") if types - {bool, str} or len(types) > 1 else column
 
 
 def setting_columns(table: pd.DataFrame) -> list[str]:
-    """The columns that hold varied settings."""
+    """Return the columns that hold varied settings."""
     names = list(table.columns)
     return names[names.index("strategy") + 1 : names.index("seed")]
 
 
 def summarize(table: pd.DataFrame) -> pd.DataFrame:
-    """One row for each setting and strategy: means and deviations over seeds, and pairs against random.
+    """Return one row for each cell, which is a strategy under one combination of settings.
 
-    Columns: ``runs``; for each metric its mean over a run's rounds (``*_curve``) and in the last round (``*_final``),
-    each with ``_sd``; ``gain`` and ``gain_sd``: the difference in balanced accuracy over the rounds to random with the
-    same seed, ``wins`` of ``pairs`` such seeds. Runs that are not finished count with the rounds they have.
+    Only finished runs count, those with all rounds of their budget. Columns:
+
+    * ``seeds``: finished runs of the cell. ``labels``: labels of their last round.
+    * ``final_METRIC``: metric of the last round, at the end of the budget; the mean over seeds.
+    * ``mean_METRIC``: mean of the metric over the rounds after round 0; the mean over seeds. All strategies of a seed
+      share round 0, its labeled set and its model, so it says nothing of a strategy.
+    * ``gain``: difference in ``mean_balanced_accuracy`` between the run and the run of ``random`` with the same
+      settings and seed; the mean over seeds with both runs finished, of which there are ``pairs``.
+    * ``wins``: pairs with a positive difference.
+
+    ``*_sd`` is the standard deviation over seeds. Cells are sorted by settings, then by ``mean_balanced_accuracy``.
     """
-    settings = setting_columns(table)
-    keys = [*settings, "strategy", "seed"]
-    runs = table.sort_values("labels").groupby(keys, sort=False, dropna=False)[list(METRICS)]
-    curve, final = runs.mean().add_suffix("_curve"), runs.last().add_suffix("_final")
-    per_run = pd.concat([curve, final, table.groupby(keys, dropna=False)["labels"].max()], axis=1).reset_index()
-    score = "balanced_accuracy_curve"
-    baseline = per_run[per_run["strategy"] == BASELINE]
-    baseline = baseline[[*settings, "seed", "labels", score]].rename(columns={score: "baseline"})
-    # Only runs that got as far as their partner are compared with it.
-    paired = per_run.merge(baseline, how="left", on=[*settings, "seed", "labels"])
-    paired["gain"] = paired[score] - paired["baseline"]
+    settings, score = setting_columns(table), "mean_balanced_accuracy"
+    cell = [*settings, "strategy_name", "strategy"]
+    finished = table[table["finished"]].sort_values("round")
+    last = finished.drop_duplicates("run", keep="last").set_index("run")
+    means = finished[finished["round"] > 0].groupby("run")[list(METRICS)].mean()
+    runs = last[[*cell, "seed", "labels"]].join([last[list(METRICS)].add_prefix("final_"), means.add_prefix("mean_")])
+    # A strategy without parameters gives the same runs under any label.
+    baseline = runs[runs["strategy_name"] == BASELINE].drop_duplicates([*settings, "seed"])
+    baseline = baseline[[*settings, "seed", score]].rename(columns={score: "baseline"})
+    runs = runs.merge(baseline, how="left", on=[*settings, "seed"])
+    runs["gain"] = runs[score] - runs["baseline"]
     rows = []
-    for values, group in paired.groupby([*settings, "strategy"], sort=False, dropna=False):
-        row = dict(zip([*settings, "strategy"], values, strict=True)) | {"runs": len(group)}
-        row |= {"labels": group["labels"].max()}
-        for column in [f"{metric}_{kind}" for metric in METRICS for kind in ("curve", "final")]:
+    all_cells = table[cell].drop_duplicates().merge(runs, how="left", on=cell)
+    for values, group in all_cells.groupby(cell, sort=False, dropna=False):
+        row = dict(zip(cell, values, strict=True))
+        row |= {"seeds": int(group["seed"].notna().sum()), "labels": group["labels"].max()}
+        for column in [f"{kind}_{metric}" for metric in METRICS for kind in ("final", "mean")]:
             row |= {column: group[column].mean(), f"{column}_sd": group[column].std()}
         gain = group["gain"].dropna()
         row |= {"gain": gain.mean(), "gain_sd": gain.std(), "wins": int((gain > 0).sum()), "pairs": len(gain)}
         rows.append(row)
     order = [*settings, score]
     return pd.DataFrame(rows).sort_values(order, ascending=[True] * len(settings) + [False], kind="stable")
+
+
+def rounds_to_show(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rounds that curves show: of finished runs, and of every run in a cell that has no finished run."""
+    finished = table.groupby([*setting_columns(table), "strategy"], dropna=False)["finished"].transform("any")
+    return table[table["finished"] | ~finished]
+
+
+def group_settings(table: pd.DataFrame) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """Return the rounds of each combination of settings, with the values of the settings."""
+    settings = setting_columns(table)
+    if not settings:
+        return [((), table)]
+    return [(values, group) for values, group in table.groupby(settings, dropna=False)]
+
+
+def describe_settings(settings: list[str], values: tuple[Any, ...]) -> str:
+    """Return a text such as ``ratio = 20, query = 40``."""
+    names = short_names(settings)
+    return ", ".join(f"{names[path]} = {format_value(value)}" for path, value in zip(settings, values, strict=True))

@@ -6,7 +6,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fishermask.experiment.loop import num_rounds
 from fishermask.results.files import writing
 from fishermask.sweeps.eta import StageTimer, format_duration, time_left
 from fishermask.sweeps.sweep_file import Run
@@ -15,8 +14,7 @@ from fishermask.sweeps.tensorboard import RunEvents
 
 def rounds_of(run: Run) -> int:
     """Rounds that a finished run has."""
-    budget = run.config.budget
-    return num_rounds(budget.initial, budget.query, budget.total)
+    return run.config.budget.num_rounds
 
 
 QUIET_SECONDS = 30.0

@@ -1,4 +1,4 @@
-"""TensorBoard event files of a run, beside its other files: metrics by number of labels, and the HParams tab."""
+"""TensorBoard event files of a run: metrics by number of labels, and the HParams tab."""
 
 import math
 from typing import Any
@@ -7,11 +7,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fishermask.config import ExperimentConfig
 from fishermask.results.files import RunFolder
-from fishermask.results.tables import METRICS, setting, strategy_label
+from fishermask.results.tables import METRICS, format_value, setting, strategy_label
 
 
 class RunEvents:
-    """Writes one run's events. What an earlier attempt left is replaced by ``history``, so nothing stands twice."""
+    """Writer of one run's events, beside its other files.
+
+    It replaces the events of an earlier attempt by those of ``history``, so that no round appears twice.
+    """
 
     def __init__(
         self, folder: RunFolder, config: ExperimentConfig, varied: list[str], history: list[dict[str, Any]]
@@ -25,26 +28,38 @@ class RunEvents:
             self.add(result)
 
     def add(self, result: dict[str, Any]) -> None:
-        """Write a round; it can be seen at once."""
-        labels = result["labels"]
+        """Write a round, and flush it."""
         scalars = {f"metrics/{metric}": result[metric] for metric in METRICS}
-        scalars |= {f"recall/{name}": value for name, value in result["recall"].items() if math.isfinite(value)}
+        scalars |= {f"recall/{name}": value for name, value in result["recall"].items()}
         scalars |= {f"batch/{name}": count for name, count in result["batch_classes"].items() if result["batch"]}
         scalars |= {f"seconds/{stage}": value for stage, value in result["seconds"].items()}
         scalars |= {f"notes/{name}": value for name, value in result.get("notes", {}).items()}
         scalars |= {"training/epochs": result["epochs"], "training/accuracy": result["train_accuracy"]}
         for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, labels)
+            if value is not None and math.isfinite(value):
+                self.writer.add_scalar(tag, value, result["labels"])
         self.writer.flush()
         self.results.append(result)
 
     def finish(self) -> None:
-        """Write the hyper-parameters with the final and mean metrics, and close."""
-        cells = {path: setting(self.config, path) for path in self.varied}
-        cells |= {"strategy": strategy_label(self.config.strategy), "seed": self.config.seed}
-        values = {key: value if isinstance(value, int | float | str) else str(value) for key, value in cells.items()}
-        count = len(self.results)
-        final = {f"final/{metric}": self.results[-1][metric] for metric in METRICS}
-        mean = {f"mean/{metric}": sum(r[metric] for r in self.results) / count for metric in METRICS}
-        self.writer.add_hparams(values, final | mean, run_name=".", global_step=self.results[-1]["labels"])
+        """Write the hyper-parameters with the metrics of the last round and their means, and close.
+
+        The means are over the rounds after round 0, as in ``results.tables.summarize``.
+        """
+        settings = {path: setting(self.config, path) for path in self.varied}
+        settings |= {"strategy": strategy_label(self.config.strategy), "seed": self.config.seed}
+        columns = {
+            path: value if isinstance(value, int | float) else format_value(value) for path, value in settings.items()
+        }
+        last = self.results[-1]
+        metrics = {f"final/{metric}": _mean([last[metric]]) for metric in METRICS}
+        metrics |= {f"mean/{metric}": _mean([r[metric] for r in self.results[1:]]) for metric in METRICS}
+        known = {tag: value for tag, value in metrics.items() if math.isfinite(value)}
+        self.writer.add_hparams(columns, known, run_name=".", global_step=last["labels"])
         self.writer.close()
+
+
+def _mean(values: list[float | None]) -> float:
+    """Return the mean of the values that are not None; NaN if there is none."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else math.nan

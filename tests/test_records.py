@@ -55,6 +55,7 @@ def written(tmp_path_factory):
         one["balanced_accuracy"] = tied["balanced_accuracy"]
     for (strategy, ratio, seed), found in all_rounds.items():
         settings = {"strategy": strategy, "imbalance": {"kind": "step", "ratio": ratio}, "seed": seed}
+        settings["budget"] = {"initial": 10, "query": 10, "total": 30}
         run = RunFolder(folder / "runs" / f"{strategy}-{ratio}-{seed}")
         run.create(parse(ExperimentConfig, settings), [("a", "cat", True)])
         for result in found:

@@ -765,7 +765,11 @@ MUTANTS = [
         "results/tables.py", 'keep="last"', 'keep="first"', "the final metrics are those of the first round", "results"
     ),
     Mutant(
-        "results/tables.py", 'finished = table[table["finished"]]', "finished = table", "unfinished runs count", "results"
+        "results/tables.py",
+        'finished = table[table["finished"]]',
+        "finished = table",
+        "unfinished runs count",
+        "results",
     ),
     Mutant("results/tables.py", 'finished["round"] > 0', 'finished["round"] >= 0', "means include round 0", "results"),
     Mutant(

@@ -725,7 +725,7 @@ MUTANTS = [
     ),
     Mutant(
         "experiment/loop.py",
-        'f"strategy {config.strategy.name}"',
+        'f"strategy {config.strategy.short_name}"',
         '"strategy"',
         "all strategies draw from one stream",
         "replay",

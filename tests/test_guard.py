@@ -228,7 +228,7 @@ QUERIES = {
     "raise KeyError('boom')": "KeyError: 'boom'",
     "raise SystemExit(7)": "RuntimeError: the strategy raises SystemExit (status 7)",
     "return None": "RuntimeError: the strategy returned NoneType None; expected a 1-D integer tensor",
-    "return list(range(10))": "RuntimeError: the strategy returned list [0, 1, ",
+    "return [0.5] * budget": "RuntimeError: the strategy returned list [0.5, ",
     "return pool.candidates[:budget].double()": "RuntimeError: the strategy returned Tensor torch.float64 (10,); ",
     "return pool.candidates[:budget] > 0": "RuntimeError: the strategy returned Tensor torch.bool (10,); ",
     "return pool.candidates[:budget][None]": "RuntimeError: the strategy returned Tensor torch.int64 (1, 10); ",

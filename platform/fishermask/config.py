@@ -23,6 +23,7 @@ from pydantic import (
 from fishermask.errors import InputError
 from fishermask.guard import guarded, one_line, short
 from fishermask.paths import check_path, check_word
+from fishermask.user_modules import split_file_name
 
 MAX_SHARDS = 10_000
 MAX_COUNT = 10**9
@@ -44,6 +45,13 @@ class Config(BaseModel):
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
+
+
+class StrategyParams(Config):
+    """Base class of a strategy's parameters: one typed field for each, with a default.
+
+    Instances are frozen. Unknown names and values of another type are errors.
+    """
 
 
 def _finite(value: Any) -> Any:
@@ -198,6 +206,13 @@ class BudgetConfig(Config):
 class StrategyConfig(NamedConfig):
     label: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.,=()+-]{0,79}$")
     """Name in tables, pictures and folders; the strategy's name, with its parameters where that is not enough."""
+
+    @property
+    def short_name(self) -> str:
+        """The name; of the user's ``folder/FILE.py:FUNCTION``, ``FILE:FUNCTION``."""
+        if (parts := split_file_name(self.name)) is None:
+            return self.name
+        return parts[0].stem + (f":{parts[1]}" if parts[1] else "")
 
 
 class EngineConfig(Config):

@@ -123,7 +123,7 @@ def run(
                     labeled,
                     pool_data.labels[labeled],
                     model.cpu(),
-                    stream(seed, f"strategy {config.strategy.name}", index),
+                    stream(seed, f"strategy {config.strategy.short_name}", index),
                     stream(seed, "fisher sample", index),
                     stages,
                     replace(engine, past=query_journal.past_picks(), journal=query_journal.add),

@@ -1,96 +1,186 @@
-"""One strategy a file. A file ``strategies/NAME.py`` is the strategy ``NAME``; there is no list to add it to.
+"""The query strategies, one in each file. ``strategies/NAME.py`` is the strategy ``NAME``; no list names them.
 
-A strategy file holds
+A strategy is a module with
 
-* a docstring whose first line says what it chooses, and where it is published;
-* ``query(pool, budget, params)``: the positions of ``budget`` distinct candidates, as an integer tensor;
-* if it has parameters, ``class Params(Config)``;
-* if it does more than to look at predictions, or some parameters do not go with some models,
-  ``check(params, model, images)``, which raises ``InputError`` and returns what memory and time are estimated from: the
-  ``embedding_workload`` of a query that embeds the pool; ``prediction_workload`` of one that only predicts it, which is
-  what a strategy without ``check`` is taken for; None if no image is looked at.
+* a docstring, whose first line says which samples the strategy chooses, and where it was published;
+* ``query(pool, budget, params)`` or ``query(pool, budget)``: returns the positions of ``budget`` distinct candidates in
+  the order of choice, as a tensor, a NumPy array or a list of integers;
+* ``class Params(StrategyParams)``, if the strategy has parameters;
+* ``check(params, model, images)``, if a query does more than predict the pool, or if some parameters do not suit some
+  models. It raises ``InputError``, and returns the workload that memory and time are estimated from: the
+  ``embedding_workload`` of a query that embeds the pool, the ``prediction_workload`` of a query that only predicts it
+  (as without ``check``), or None if the query reads no sample.
+
+Settings name a strategy in one of three ways:
+
+* ``NAME``: a file of this package, or an entry point ``NAME`` in the group ``fishermask.strategies`` of an installed
+  package, which refers to such a module;
+* ``./FILE.py``: a file beside the sweep file; ``./FILE.py:FUNCTION`` if its function is not called ``query``.
+
+``fishermask.select`` also takes a function.
 """
 
+import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from fishermask.config import Config, StrategyConfig, parse
+from fishermask.config import Config, StrategyConfig, StrategyParams, parse
 from fishermask.errors import InputError
 from fishermask.guard import guarded, short
 from fishermask.planning.workload import Workload, prediction_workload
 from fishermask.pool.pool import Pool
+from fishermask.user_modules import attribute_of, import_file, split_file_name
+
+GROUP = "fishermask.strategies"
+"""Group of the entry points by which installed packages add strategies."""
+
+Query = Callable[..., Any]
+"""``query(pool, budget)`` or ``query(pool, budget, params)``."""
+Check = Callable[[Any, nn.Module, Tensor], Workload | None]
 
 
 @dataclass(frozen=True)
 class Strategy:
     """A strategy with its parameters."""
 
-    module: ModuleType
-    params: Config
+    file: str
+    """The file or the function, as messages name it."""
+    query_function: Query
+    check_function: Check | None
+    params: Any
 
     def query(self, pool: Pool, budget: int) -> Tensor:
-        """Positions of ``budget`` candidates, in the order of choice.
+        """Return the positions of ``budget`` candidates, in the order of choice.
 
         Raises:
-            RuntimeError: the strategy tried to exit, which would take the process of the run with it.
+            RuntimeError: the strategy tried to exit, which would end the process of the run.
         """
+        arguments = (pool, budget, self.params)[: _num_arguments(self.query_function)]
         try:
-            return self.module.query(pool, budget, self.params)
+            positions = self.query_function(*arguments)
         except SystemExit as error:
             raise RuntimeError(f"the strategy raises SystemExit (status {error.code})") from error
+        return torch.from_numpy(np.array(positions)) if _holds_integers(positions) else positions
 
     def check(self, model: nn.Module, images: Tensor) -> Workload | None:
-        """What a query computes with ``model``, which takes ``images`` [n, ...]; None if it looks at no image.
+        """Return the workload of a query with ``model``, which takes ``images`` [n, ...]; None if it reads no sample.
 
         Raises:
-            InputError: the parameters do not go with the model.
+            InputError: the parameters do not suit the model.
         """
-        check: Callable[[Config, nn.Module, Tensor], Workload | None] | None
-        check = getattr(self.module, "check", None)
-        work = prediction_workload(model, images) if check is None else check(self.params, model, images)
-        if not isinstance(work, Workload | None):
-            raise InputError(f"strategy.name: {self.file} check returns {short(work)}; expected a Workload or None")
-        return work
-
-    @property
-    def file(self) -> str:
-        """The file as messages name it."""
-        return f"strategies/{self.module.__name__.rpartition('.')[2]}.py"
+        if self.check_function is None:
+            return prediction_workload(model, images)
+        workload = self.check_function(self.params, model, images)
+        if not isinstance(workload, Workload | None):
+            raise InputError(f"strategy.name: {self.file} check returns {short(workload)}; expected a Workload or None")
+        return workload
 
 
 def available() -> list[str]:
-    """Names of all strategies."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """Return the names of all strategies: those of this package and those of installed packages."""
+    return sorted({*_bundled(), *(point.name for point in entry_points(group=GROUP))})
 
 
 def describe(name: str) -> tuple[str, type[Config]]:
-    """First line of a strategy's docstring, and the class of its parameters."""
-    module = _module(name)
-    return (module.__doc__ or "").split("\n")[0], getattr(module, "Params", Config)
+    """Return the first line of a strategy's docstring, and the class of its parameters."""
+    module, _ = _import(name)
+    return (module.__doc__ or "").strip().split("\n")[0], _params_class(module)
 
 
 def load(config: StrategyConfig) -> Strategy:
-    """Find a strategy and check its parameters.
+    """Return the strategy that ``config`` names, with its parameters.
 
     Raises:
-        InputError: there is no such strategy, or it has no such parameters.
+        InputError: no such strategy exists, or it has no such parameters.
     """
-    if config.name not in available():
-        raise InputError(f"strategy.name: unknown strategy {short(config.name)}; there are {', '.join(available())}")
-    module = _module(config.name)
-    return Strategy(module, parse(getattr(module, "Params", Config), config.params, "strategy.params"))
+    parts = split_file_name(config.name)
+    if parts is None and config.name not in _bundled() and config.name not in available():
+        raise InputError(
+            f"strategy.name: unknown strategy {short(config.name)}; there are {', '.join(available())}, and "
+            "./FILE.py for a file beside the sweep file"
+        )
+    module, file = _import(config.name)
+    function = attribute_of(module, (parts[1] if parts else None) or "query", f"strategy.name: {file}")
+    params = parse(_params_class(module), config.params, "strategy.params")
+    assert callable(function)
+    return Strategy(file, function, getattr(module, "check", None), params)
 
 
-def _module(name: str) -> ModuleType:
-    file = f"strategies/{name}.py"
-    with guarded(f"strategy.name: {file}", "cannot be imported"):
-        module = import_module(f"{__name__}.{name}")
-    params = getattr(module, "Params", Config)
-    if not callable(getattr(module, "query", None)) or not (isinstance(params, type) and issubclass(params, Config)):
-        raise InputError(f"strategy.name: {file}: needs a function query(pool, budget, params), and Params a Config")
-    return module
+def from_function(function: Query, params: Any = None) -> Strategy:
+    """Return the strategy that calls ``function(pool, budget)`` or ``function(pool, budget, params)``.
+
+    Raises:
+        InputError: the function takes other arguments, or takes no ``params`` and some are given.
+    """
+    name = getattr(function, "__name__", type(function).__name__)
+    count = _num_arguments(function)
+    if count not in (2, 3):
+        raise InputError(f"strategy: {name} takes {count} arguments; expected (pool, budget) or (pool, budget, params)")
+    if count == 2 and params:
+        raise InputError(f"params: {name} takes no params; give it a third argument, or leave params out")
+    return Strategy(name, function, None, {} if params is None else params)
+
+
+def _bundled() -> set[str]:
+    return {module.name for module in pkgutil.iter_modules(__path__)}
+
+
+def _import(name: str) -> tuple[ModuleType, str]:
+    """Return the module of a strategy, and its file as messages name it."""
+    function = "query"
+    if (parts := split_file_name(name)) is not None:
+        path, attribute = parts
+        file, function = str(path), attribute or function
+        module = import_file(path, "strategy.name")
+    else:
+        file = f"strategies/{name}.py"
+        point = None if name in _bundled() else _entry_point(name)
+        if point is not None:
+            file = f"{point.value} (of {point.dist.name if point.dist else 'an installed package'})"
+        with guarded(f"strategy.name: {file}", "cannot be imported"):
+            module = import_module(f"{__name__}.{name}") if point is None else point.load()
+    params = getattr(module, "Params", StrategyParams)
+    if not _is_query(getattr(module, function, None)) or not (isinstance(params, type) and issubclass(params, Config)):
+        raise InputError(
+            f"strategy.name: {file}: needs a function {function}(pool, budget, params), and Params a "
+            "fishermask.StrategyParams"
+        )
+    return module, file
+
+
+def _entry_point(name: str) -> EntryPoint:
+    return next(point for point in entry_points(group=GROUP) if point.name == name)
+
+
+def _params_class(module: ModuleType) -> type[Config]:
+    params: type[Config] = getattr(module, "Params", StrategyParams)
+    return params
+
+
+def _is_query(function: object) -> bool:
+    return callable(function) and _num_arguments(function) in (2, 3)
+
+
+def _num_arguments(function: Callable[..., Any]) -> int:
+    """Return how many of (pool, budget, params) ``function`` takes by position; more if it needs more."""
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return 3
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = sum(p.default is p.empty for p in positional)
+    return required if required > 3 else min(3, len(positional))
+
+
+def _holds_integers(positions: object) -> bool:
+    if isinstance(positions, np.ndarray):
+        return np.issubdtype(positions.dtype, np.integer)
+    return isinstance(positions, list | tuple) and all(isinstance(p, int | np.integer) for p in positions)

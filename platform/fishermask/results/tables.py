@@ -62,7 +62,7 @@ def strategy_label(strategy: StrategyConfig) -> str:
 
 def _with_params(strategy: StrategyConfig) -> str:
     params = ",".join(f"{key}={value}" for key, value in strategy.params.items())
-    return f"{strategy.name}({params})" if params else strategy.name
+    return f"{strategy.short_name}({params})" if params else strategy.short_name
 
 
 def display_labels(strategies: Iterable[StrategyConfig]) -> dict[StrategyConfig, str]:
@@ -73,7 +73,7 @@ def display_labels(strategies: Iterable[StrategyConfig]) -> dict[StrategyConfig,
     forms: dict[StrategyConfig, list[str]] = {}
     for strategy in strategies:
         full = _with_params(strategy)
-        forms[strategy] = [strategy.label or strategy.name, strategy.label or full]
+        forms[strategy] = [strategy.label or strategy.short_name, strategy.label or full]
         forms[strategy] += [f"{strategy.label} ({full})"] if strategy.label else [full]
     counts = Counter(text for texts in forms.values() for text in set(texts))
     return {

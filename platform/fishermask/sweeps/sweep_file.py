@@ -26,10 +26,13 @@ from fishermask.guard import guarded, short
 from fishermask.paths import check_text, improper_character
 from fishermask.results.files import RunFolder
 from fishermask.results.tables import strategy_label
+from fishermask.user_modules import absolute_file_name
 from fishermask.yaml_files import parse_yaml, read_yaml
 
 MAX_RUNS = 10_000
 """Of a sweep: each is checked before the first starts."""
+NAMED = ("model", "strategy")
+"""Sections of the settings that may name a file of the user."""
 MAX_KEY = 500
 """Characters of a dotted path."""
 
@@ -80,7 +83,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     content = copy.deepcopy(content)
     content.setdefault("base", {})
     content.setdefault("grid", {})
-    config = parse(SweepConfig, content, str(path))
+    config = absolute_files(parse(SweepConfig, content, str(path)), path.parent)
     content = config.model_dump()
     for setting in overrides:
         key, equals, text = setting.partition("=")
@@ -104,13 +107,29 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
             raise InputError(f"{key}: the grid varies {above[0]}, which would replace it; give {above[0]}=VALUE whole")
         else:
             _set(content["base"], key, value)
-    config = parse(SweepConfig, content, str(path))
+    config = absolute_files(parse(SweepConfig, content, str(path)), Path.cwd())
     for key, values in config.grid.items():
         if not values:
             raise InputError(f"grid.{key}: no values; give at least one")
         if above := [path for path in config.grid if key.startswith(f"{path}.")]:
             raise InputError(f"grid.{key}: {above[0]} is varied too, and replaces it; vary one of them")
     return config
+
+
+def absolute_files(config: SweepConfig, folder: Path) -> SweepConfig:
+    """Return ``config`` with absolute paths of the user's files of strategies and models, relative to ``folder``."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("name"), str):
+            return value | {"name": absolute_file_name(value["name"], folder)}
+        return absolute_file_name(value, folder) if isinstance(value, str) else value
+
+    base = {key: absolute(value) if key in NAMED else value for key, value in config.base.items()}
+    grid = {
+        key: [absolute(value) for value in values] if key.removesuffix(".name") in NAMED else values
+        for key, values in config.grid.items()
+    }
+    return config.model_copy(update={"base": base, "grid": grid})
 
 
 def expand(config: SweepConfig) -> Sweep:

@@ -1,6 +1,5 @@
 """Models, factories, training, image statistics, metrics and random streams."""
 
-import os
 import subprocess
 import sys
 
@@ -12,7 +11,6 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, r
 from fishermask.errors import InputError
 from fishermask.experiment.streams import stream
 from fishermask.learning import models, training
-from fishermask.learning.factories import absolute_name
 from fishermask.learning.metrics import evaluate
 from fishermask.learning.training import fit, predict
 from fishermask.tensors.images import CROP_PADDING, Statistics, channel_statistics, crop_and_flip, normalize
@@ -46,10 +44,17 @@ def test_initial_weights_depend_on_the_seed_alone():
 @pytest.mark.parametrize(
     ("name", "params", "shape", "message"),
     [
-        ("resnet", {}, (1, 28, 28), "expected one of thin_resnet18, small_cnn, mlp, package.module:factory or path/"),
-        ("torchvision.models:resnet", {}, (3, 32, 32), "model.name: torchvision.models has no function 'resnet'"),
-        ("nowhere.models:make", {}, (3, 32, 32), "model.name: nowhere.models cannot be imported"),
-        ("nowhere:make", {}, (3, 32, 32), "give the path of a file, such as ./nowhere.py:make"),
+        (
+            "resnet",
+            {},
+            (1, 28, 28),
+            "expected one of thin_resnet18, small_cnn, mlp, package.module:factory, or ./FILE.py",
+        ),
+        ("torchvision.models:resnet", {}, (3, 32, 32), "model.name: torchvision.models:resnet is not a function"),
+        ("nowhere.models:make", {}, (3, 32, 32), "model.name: there is no module nowhere.models; install it"),
+        ("nowhere:make", {}, (3, 32, 32), "name a file beside the sweep file as ./nowhere.py:make"),
+        ("nowhere.py:make", {}, (3, 32, 32), "name a file beside the sweep file as ./nowhere.py:make"),
+        ("./nowhere.py", {}, (3, 32, 32), "nowhere.py cannot be read"),
         ("./nowhere.py:make", {}, (3, 32, 32), "nowhere.py cannot be read (No such file or directory)"),
         ("torchvision.models:resnet18", {"depth": 3}, (3, 32, 32), "unexpected keyword argument 'depth'"),
         ("torchvision.models:resnet18", {}, (1, 32, 32), "does not take images of 1 x 32 x 32"),
@@ -103,23 +108,6 @@ def test_a_factory_in_a_file_is_called_and_its_models_unpickle_without_the_file(
     code = f"import pickle, torch; print(*pickle.loads({content!r})(torch.ones(1, 1, 8, 8)).flatten().tolist())"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert [float(word) for word in process.stdout.split()] == model(torch.ones(1, 1, 8, 8)).flatten().tolist()
-
-
-def test_a_changed_factory_file_is_loaded_again(tmp_path):
-    file = tmp_path / "mymodels.py"
-    hidden = []
-    for number, size in enumerate(("3", "5")):
-        file.write_text(FACTORY_FILE.replace("hidden: int = 3", f"hidden: int = {size}"))
-        os.utime(file, (number, number))
-        hidden.append(models.build(f"{file}:make", {}, (1, 8, 8), 2, seed=0).layers[1].out_features)
-    assert hidden == [3, 5]
-
-
-def test_relative_factory_files_are_resolved_against_a_folder(tmp_path):
-    assert absolute_name("./a.py:make", tmp_path) == f"{tmp_path}/a.py:make"
-    assert absolute_name("models/a.py:make", tmp_path) == f"{tmp_path}/models/a.py:make"
-    for name in ("/models/a.py:make", "torchvision.models:resnet18", "mlp"):
-        assert absolute_name(name, tmp_path) == name
 
 
 def toy():

@@ -1,12 +1,8 @@
-"""Models from the user's code: ``package.module:factory``, or ``path/to/file.py:factory``."""
+"""Models from the user's code: ``package.module:factory``, or ``./FILE.py:factory`` for a file."""
 
-import sys
 import weakref
 from collections.abc import Callable
-from functools import lru_cache
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,22 +11,14 @@ from torch import Tensor, nn
 
 from fishermask.errors import InputError
 from fishermask.guard import guarded, short
-from fishermask.paths import require_file
+from fishermask.user_modules import attribute_of, import_file, split_file_name
+
+FORMS = "package.module:factory, or ./FILE.py:factory for a file beside the sweep file"
 
 
 def is_factory(name: str) -> bool:
     """Return whether a model's name refers to a factory, and not to a bundled model."""
-    return ":" in name
-
-
-def absolute_name(name: str, folder: Path) -> str:
-    """Return the name of a factory in a file with an absolute path, and other names unchanged.
-
-    Args:
-        folder: folder that relative paths start from.
-    """
-    source, _, factory = name.rpartition(":")
-    return f"{(folder / Path(source).expanduser()).resolve()}:{factory}" if source.endswith(".py") else name
+    return ":" in name or split_file_name(name) is not None
 
 
 def call_factory(name: str, params: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -67,50 +55,32 @@ _returned_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _import_factory(name: str) -> Callable[..., object]:
-    source, _, factory = name.rpartition(":")
-    if not source or not factory or source.startswith(".") and not source.endswith(".py"):
-        expected = "package.module:factory or path/to/file.py:factory"
-        raise InputError(f"model.name: {short(name)} is not the name of a factory; expected {expected}")
-    if source.endswith(".py"):
-        path = Path(source).expanduser().resolve()
-        modified = require_file(path, "model.name").st_mtime_ns
-        with guarded("model.name", f"{path} cannot be imported"):
-            module = _load_file(path, modified)
+    module: ModuleType | None
+    if (parts := split_file_name(name)) is not None:
+        file, factory = parts
+        module = import_file(file, "model.name")
     else:
-        module = _import_module(source, factory)
+        source, _, factory = name.rpartition(":")
+        module = _import_module(name, source) if source and not source.startswith(".") else None
+    if module is None or not factory:
+        raise InputError(f"model.name: {short(name)} is not the name of a factory; expected {FORMS}")
     with guarded("model.name", f"{name} cannot be imported"):
-        function = getattr(module, factory, None)
+        function = attribute_of(module, factory, "model.name")
     if not callable(function):
-        raise InputError(f"model.name: {source} has no function {short(factory)}")
+        raise InputError(f"model.name: {name} is not a function")
     return function
 
 
-def _import_module(source: str, factory: str) -> ModuleType:
+def _import_module(name: str, source: str) -> ModuleType:
     try:
-        with guarded("model.name", f"{source} cannot be imported"):
+        with guarded("model.name", f"{name} cannot be imported"):
             return import_module(source)
     except InputError as error:
-        if isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name == source:
-            remedy = f"install it, or give the path of a file, such as ./{source}.py:{factory}"
-            raise InputError(f"model.name: there is no module {short(source)}; {remedy}", error.details) from None
+        if isinstance(error.__cause__, ModuleNotFoundError) and f"{source}.".startswith(f"{error.__cause__.name}."):
+            file = f"./{source.removesuffix('.py')}.py:{name.rpartition(':')[2]}"
+            remedy = f"install it, or name a file beside the sweep file as {file}"
+            raise InputError(f"model.name: there is no module {source}; {remedy}", error.details) from None
         raise
-
-
-@lru_cache(maxsize=32)
-def _load_file(path: Path, modified: int) -> ModuleType:
-    """Return the module in the file ``path``, which is loaded again after the time ``modified`` has changed."""
-    name = f"fishermask_model_file_{path.stem}"
-    spec = spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[name] = module  # for dataclasses, which look up the module that defines them
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        # Ray sends classes of a module that is not listed by value, so workers do not need the file.
-        del sys.modules[name]
-    return module
 
 
 def _check_logits_type(logits: object, name: str, num_classes: int) -> None:

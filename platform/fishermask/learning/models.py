@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fishermask.config import Config, parse
 from fishermask.errors import InputError
 from fishermask.guard import guarded, short
-from fishermask.learning.factories import call_factory, is_factory
+from fishermask.learning.factories import FORMS, call_factory, is_factory
 
 MAX_DEPTH = 1000
 MAX_WIDTH = 10**9
@@ -129,7 +129,7 @@ def build(
 def _build_bundled(name: str, params: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     channels, height, width = image_shape
     if name not in MODELS:
-        expected = f"expected one of {', '.join(MODELS)}, package.module:factory or path/to/file.py:factory"
+        expected = f"expected one of {', '.join(MODELS)}, {FORMS}"
         raise InputError(f"model.name: unknown model {short(name)}; {expected}")
     if height != width:
         raise InputError(f"model.name: {name} needs square images, got {height} x {width}; set data.image_size")

@@ -608,11 +608,15 @@ MUTANTS = [
         "data",
     ),
     Mutant(
-        "data/store.py", "place[order] = np.arange(len(order))", "place = order", "images lose their labels", "store"
+        "data/store.py",
+        "position[order] = np.arange(len(order))",
+        "position = order",
+        "images lose their labels",
+        "store",
     ),
     Mutant(
         "data/ids.py",
-        "here &= self._rows[found] == rows",
+        "is_member &= self._rows[positions] == rows",
         "pass",
         "ids that are not in a view are found in it",
         "views",

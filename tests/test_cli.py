@@ -105,7 +105,7 @@ def test_a_model_file_is_found_beside_the_sweep_file_and_on_the_command_line_in_
 
 def test_an_estimate_of_memory_and_time_is_shown_before_anything_starts(sweep, capsys):
     assert cli.main(["sweep", "tiny.yaml", "--dry-run", "strategy=[bait,margin,random]"]) == 0
-    bait, margin, rest = capsys.readouterr().out.splitlines()[:3]
+    bait, margin, rest = capsys.readouterr().out.splitlines()[1:4]
     assert re.match(r"bait of 300 images, 10 a query: about [\d.e-]+ s, \d+ MB while it .* \(.*k x k matrices", bait)
     assert re.match(r"margin of 300 images, 10 a query: about [\d.e-]+ s, \d+ MB while it predicts the pool \(", margin)
     assert rest.startswith("tiny: 3 runs")  # random looks at no image
@@ -168,7 +168,7 @@ def test_help_and_version(capsys):
         (["run", "tiny.yaml", "strategy=fisher_mask"], "strategy.params.fraction: 0.01 of"),
         (["run", "tiny.yaml", "model=vgg"], "model.name: unknown model 'vgg'; expected one of thin_resnet18"),
         (["run", "tiny.yaml", "data=coco"], "data: "),
-        (["run", "tiny.yaml", "data.name=coco"], "data.name: unknown data set 'coco'; there are fashion_mnist_small"),
+        (["run", "tiny.yaml", "data.name=coco"], "data.name: unknown data set 'coco'; available: fashion_mnist_small"),
         (["run", "tiny.yaml", "imbalance={kind: counts, counts: {0: 3, 1: 4000}}"], "class 1: 4000 images requested"),
         (["sweep", "tiny.yaml", "resources.cpus=1000", "--dry-run"], "resources.cpus: 1000 exceeds the "),
         (["run", "tiny.yaml", "resources.cpus=0.00001"], "resources.cpus: "),

@@ -820,6 +820,7 @@ MUTANTS = [
         "a run goes on with other settings",
         "records plan",
     ),
+    Mutant("sweeps/eta.py", "sum(seconds) / self.most_active", "sum(seconds)", "runs at once are ignored", "progress"),
     Mutant(
         "sweeps/recorder.py",
         'if result["round"] < len(self.history[name]):',
@@ -850,8 +851,8 @@ MUTANTS = [
     ),
     Mutant(
         "sweeps/runner.py",
-        "len(history) < rounds_of(run)]",
-        "len(history) <= rounds_of(run)]",
+        "len(history) < run.config.budget.num_rounds]",
+        "len(history) <= run.config.budget.num_rounds]",
         "finished runs are started again",
         "sweep cli",
     ),

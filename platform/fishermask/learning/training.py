@@ -1,5 +1,6 @@
 """Train a classifier on the labeled images until it fits them, and predict with it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ def fit(
     max_epochs: int,
     clip: float | None,
     augmentation: torch.Generator | None,
+    progress: Callable[[int, int], None] = lambda epoch, max_epochs: None,
 ) -> TrainingReport:
     """Train ``model`` in place with Adam and cross-entropy on uint8 ``images`` [n, ...] and ``labels`` [n].
 
@@ -41,6 +43,7 @@ def fit(
         order: random generator that shuffles the images of each epoch.
         clip: largest absolute value of a gradient's entries; None for no limit.
         augmentation: random generator of the random crops and flips; None for no augmentation.
+        progress: called after each epoch with its number and ``max_epochs``.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite.
@@ -70,6 +73,7 @@ def fit(
         accuracy = correct / sum(map(len, batches))
         if accuracy >= target_accuracy:
             return TrainingReport(epoch, accuracy, "target")
+        progress(epoch, max_epochs)
     return TrainingReport(max_epochs, accuracy, "cap")
 
 
@@ -85,9 +89,22 @@ def _split_batches(order: Tensor, size: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Images, statistics: Statistics) -> Tensor:
-    """Return the logits [n, C] of ``images`` in eval mode, without augmentation, on the model's device."""
+def predict(
+    model: nn.Module,
+    images: Images,
+    statistics: Statistics,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """Return the logits [n, C] of ``images`` in eval mode, without augmentation, on the model's device.
+
+    Args:
+        progress: called after each batch with the number of predicted images and n.
+    """
     model.eval()
     device = next(model.parameters()).device
-    batches = (images[start : start + PREDICTION_BATCH] for start in range(0, len(images), PREDICTION_BATCH))
-    return torch.cat([model(normalize(batch.to(device), statistics)) for batch in batches])
+    logits = []
+    for start in range(0, len(images), PREDICTION_BATCH):
+        batch = images[start : start + PREDICTION_BATCH]
+        logits.append(model(normalize(batch.to(device), statistics)))
+        progress(start + len(batch), len(images))
+    return torch.cat(logits)

@@ -13,7 +13,7 @@ from table import machine, seconds, show
 from fishermask.learning import models
 from fishermask.tensors.backprop import forward, output_gradients
 from fishermask.tensors.embedding import embed, every_column
-from fishermask.tensors.layout import inspect
+from fishermask.tensors.gradient_plan import plan_gradients
 from fishermask.tensors.mask import fisher_diagonal, global_mask, head_size, mask_size
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +47,7 @@ def main():
     with torch.no_grad():  # let batch norm see data once, or the logits mean nothing
         model.train()(images[:256])
         model.eval()
-    layout = inspect(model, images[:2])
+    layout = plan_gradients(model, images[:2])
     head = layout.head
     model.requires_grad_(False)
     diagonal = fisher_diagonal(model, images[:64], layout)

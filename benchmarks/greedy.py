@@ -17,7 +17,8 @@ from pools import local_pool, random_embedding
 from table import machine, seconds, show
 
 from fishermask.pool.blocks import BLOCK
-from fishermask.pool.selection import TraceCriterion, best_offer, objective_of
+from fishermask.pool.selection import TraceCriterion, best_candidate, initial_objective
+from fishermask.pool.shard import Shard
 from fishermask.tensors.embedding import product, take
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,18 +29,18 @@ class Selection:
 
     def __init__(self, embedding, shards, budget=100):
         self.pool = local_pool(embedding, shards, DEVICE)
-        self.objective = objective_of(self.pool, budget)
+        self.objective = initial_objective(self.pool, budget)
         self.criterion = TraceCriterion(self.objective, torch.float32)
-        self.offers = self.pool.shards.call(
-            "start_selection", self.criterion.scorer(), self.pool.candidates, 0, torch.float32
+        self.candidates = self.pool.shards.call(
+            Shard.start_selection, self.criterion.scorer(), self.pool.candidates, 0, torch.float32
         )
         self.chosen = []
 
     def step(self):
-        best = best_offer(self.offers)
+        best = best_candidate(self.candidates)
         self.chosen.append(best.position)
-        self.criterion.drift(best)
-        self.offers = self.pool.shards.call("advance", self.criterion.add(best), best.position)
+        self.criterion.gain_error(best)
+        self.candidates = self.pool.shards.call(Shard.apply_pick, self.criterion.add(best)[1], best.position, True)
 
 
 def dense_step(v, inverse, sandwich):

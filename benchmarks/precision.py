@@ -42,13 +42,13 @@ def main():
         engine = Engine(precision)
         pool = Pool(shards, len(images), labeled, torch.zeros_like(labeled), model, *generators, clock, engine)
         if mask is None:
-            layout = pool.layout()
+            layout = pool.plan_gradients()
             mask = global_mask(pool.fisher_diagonal(layout, 1024), layout, 150)
         batch = set(minimize_trace(pool, mask, 100, TraceOptions()).tolist())
         taken = clock.finish()
         embedding, picking = taken["embed"], taken["pick"]
         reference, first = reference or batch, first or (embedding, picking)
-        drift, again = pool.notes["largest drift of a gain"], pool.notes.get("times scores were computed anew", 0)
+        drift, again = pool.notes["largest gain error"], pool.notes.get("rescores", 0)
         size = (9 * 150 + 128) * (precision.storage or torch.float32).itemsize + 10 * 4
         common = f"{len(batch & reference)} of 100"
         rows.append([name, embedding, first[0] / embedding, picking, size, drift, int(again), common])

@@ -22,11 +22,12 @@ from table import machine, seconds, show
 import fishermask.sweeps.cluster  # noqa: F401  what Ray reads when it is imported
 from fishermask.planning import duration
 from fishermask.pool.ray_shards import RayShards
-from fishermask.pool.selection import TraceCriterion, greedy, objective_of
+from fishermask.pool.selection import TraceCriterion, greedy, initial_objective
+from fishermask.pool.shard import Shard
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.embedding import Embedding, concatenate, embed, take
+from fishermask.tensors.gradient_plan import plan_gradients
 from fishermask.tensors.images import normalize
-from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import fisher_diagonal, global_mask
 
 BASE = 4096
@@ -37,7 +38,7 @@ def base_embedding(parquet):
     """Embeddings of ``BASE`` images by a thin ResNet-18, trained for an instant."""
     model, images = trained(parquet, BASE)
     inputs = normalize(images, CIFAR)
-    layout = inspect(model, inputs[:2])
+    layout = plan_gradients(model, inputs[:2])
     mask = global_mask(fisher_diagonal(model, inputs[:64], layout), layout, 150)
     return concatenate([embed(model, batch, mask) for batch in inputs.split(128)])
 
@@ -72,7 +73,7 @@ def select(shards, base, n, picks):
     times = []
     pool.progress = lambda stage, done, total: times.append(time.perf_counter()) if stage == "pick" else None
     started = time.perf_counter()
-    criterion = TraceCriterion(objective_of(pool, picks), torch.float32)
+    criterion = TraceCriterion(initial_objective(pool, picks), torch.float32)
     chosen = greedy(pool, criterion, picks)
     peaks = []
     if isinstance(shards, RayShards):
@@ -129,10 +130,10 @@ def fit():
     n, features, times = 8_192, [], []
     for num_classes, width, k_body in shapes:
         pool = local_pool(random_embedding(n, num_classes, width, k_body), 1)
-        criterion = TraceCriterion(objective_of(pool, 20), torch.float32)
-        (best,) = pool.shards.call("start_selection", criterion.scorer(), pool.candidates, 0, torch.float32)
-        update = criterion.add(best)
-        times.append(seconds(lambda p=pool, u=update: p.shards.call("advance", u, 0), repeats=15))
+        criterion = TraceCriterion(initial_objective(pool, 20), torch.float32)
+        (best,) = pool.shards.call(Shard.start_selection, criterion.scorer(), pool.candidates, 0, torch.float32)
+        _, update = criterion.add(best)
+        times.append(seconds(lambda p=pool, u=update: p.shards.call(Shard.apply_pick, u, 0, True), repeats=15))
         rows = num_classes - 1
         unit = 4.0 * n * rows**2 / duration.core_flops()
         features.append([unit * width, unit * k_body, n * rows**2])

@@ -12,7 +12,7 @@ from table import machine, seconds, show
 from torch import nn
 
 from fishermask.learning import models
-from fishermask.tensors.layout import SIZES, inspect
+from fishermask.tensors.gradient_plan import VERIFICATION_SIZES, plan_gradients
 
 STEP = 64
 CASES: list[tuple[str, Callable[[], nn.Module], tuple[int, int, int]]] = [
@@ -32,7 +32,7 @@ def main() -> None:
         def step(model: nn.Module = model, images: torch.Tensor = images) -> None:
             F.cross_entropy(model(images), torch.zeros(STEP, dtype=torch.long)).backward()
 
-        verified = seconds(lambda m=model, i=images: inspect(m, i[: sum(SIZES)]), repeats=3)
+        verified = seconds(lambda m=model, i=images: plan_gradients(m, i[: sum(VERIFICATION_SIZES)]), repeats=3)
         trained = seconds(step, repeats=3)
         cells = [name, "x".join(map(str, shape[1:])), f"{sum(p.numel() for p in model.parameters()):,}"]
         rows.append([*cells, verified, trained, verified / trained])

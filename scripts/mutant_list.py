@@ -128,7 +128,7 @@ MUTANTS = [
         "fisher",
     ),
     Mutant(
-        "tensors/layout.py",
+        "tensors/gradient_plan.py",
         "holders[id(p)] == 1",
         "holders[id(p)] >= 1",
         "tied weights are tried the fast way",
@@ -307,7 +307,7 @@ MUTANTS = [
         "verification",
     ),
     Mutant(
-        "tensors/layout.py",
+        "tensors/gradient_plan.py",
         "    refuse_mixing(subject, batches)\n",
         "",
         "models that mix images are accepted",
@@ -320,7 +320,7 @@ MUTANTS = [
         "a single image is differentiated alone",
         "verification",
     ),
-    Mutant("tensors/mask.py", " and name not in layout.frozen", "", "frozen parameters are masked", "verification"),
+    Mutant("tensors/mask.py", " and name not in plan.frozen", "", "frozen parameters are masked", "verification"),
     Mutant(
         "learning/training.py",
         "if len(batches) > 1 and len(batches[-1]) == 1 and size > 1:",
@@ -390,30 +390,30 @@ MUTANTS = [
     ),
     Mutant(
         "pool/selection.py",
-        "(offer.gain, -offer.position)",
-        "(offer.gain, offer.position)",
+        "(candidate.gain, -candidate.position)",
+        "(candidate.gain, candidate.position)",
         "ties go to the highest position",
         "selection",
     ),
     Mutant(
         "pool/selection.py",
-        "Freshness.RESCORED, pool.engine.drift",
-        "Freshness.RESCORED, 1e9",
+        "Rescore.SAME_TYPE, pool.engine.drift",
+        "Rescore.SAME_TYPE, 1e9",
         "engine.drift is ignored",
         "engine",
     ),
     Mutant(
         "pool/selection.py",
-        "pool.embed(mask, options.class_weighting, options.top_classes)",
-        'pool.embed(mask, "sqrt", options.top_classes)',
+        "pool.store_embeddings(mask, options.class_weighting, options.top_classes)",
+        'pool.store_embeddings(mask, "sqrt", options.top_classes)',
         "class_weighting is ignored",
         "parameters selection",
     ),
     Mutant(
         "pool/selection.py",
-        "worst = least_missed(scores)",
-        "worst = len(chosen) - 1",
-        "oversampling takes back the last picks",
+        "index = least_contributing(scores)",
+        "index = len(picks) - 1",
+        "oversampling prunes the last picks",
         "parameters selection",
     ),
     Mutant(
@@ -444,7 +444,7 @@ MUTANTS = [
         "engine.scores is ignored",
         "replay engine",
     ),
-    Mutant("pool/shard.py", "-len(images) % ALIGNMENT", "0", "few images are differentiated without padding", "engine"),
+    Mutant("pool/shard.py", "-len(inputs) % ALIGNMENT", "0", "few images are differentiated without padding", "engine"),
     Mutant(
         "pool/shards.py",
         "                total += part",
@@ -454,16 +454,16 @@ MUTANTS = [
     ),
     Mutant(
         "pool/ray_shards.py",
-        "        self._remember(method, shared)\n",
-        "",
-        "a shard that is made again does not know what it was told",
+        "            self._replayed_calls.append(call)\n",
+        "            pass\n",
+        "a rebuilt shard replays no calls",
         "lost_shards",
     ),
     Mutant(
         "pool/ray_shards.py",
-        "if self.rebuilt == self.restarts:",
+        "if self.num_rebuilt == self.restarts:",
         "if False:",
-        "lost shards are made again without end",
+        "lost shards are rebuilt without end",
         "lost_shards",
     ),
     Mutant(
@@ -482,7 +482,7 @@ MUTANTS = [
     ),
     Mutant(
         "pool/selection.py",
-        " or objective.error(kept) > pool.engine.drift",
+        " or objective.error(embedding) > pool.engine.drift",
         "",
         "pruning lets its error grow",
         "parameters precision",
@@ -490,8 +490,8 @@ MUTANTS = [
     # strategies
     Mutant(
         "query_strategies/fisher_mask.py",
-        "masks.mask_size(pool.model, layout, params.fraction)",
-        "masks.mask_size(pool.model, layout, 0.5)",
+        "masks.mask_size(pool.model, plan, params.fraction)",
+        "masks.mask_size(pool.model, plan, 0.5)",
         "fisher_mask ignores fraction",
         "parameters",
     ),
@@ -511,8 +511,8 @@ MUTANTS = [
     ),
     Mutant(
         "query_strategies/fisher_mask.py",
-        "pool.fisher_diagonal(layout, params.fisher_samples, params.fisher_sample)",
-        "pool.fisher_diagonal(layout, params.fisher_samples)",
+        "pool.fisher_diagonal(plan, params.fisher_samples, params.fisher_sample)",
+        "pool.fisher_diagonal(plan, params.fisher_samples)",
         "fisher_mask ignores fisher_sample",
         "parameters",
     ),
@@ -608,15 +608,11 @@ MUTANTS = [
         "data",
     ),
     Mutant(
-        "data/store.py",
-        "position[order] = np.arange(len(order))",
-        "position = order",
-        "images lose their labels",
-        "store",
+        "data/store.py", "place[order] = np.arange(len(order))", "place = order", "images lose their labels", "store"
     ),
     Mutant(
         "data/ids.py",
-        "is_member &= self._rows[positions] == rows",
+        "here &= self._rows[found] == rows",
         "pass",
         "ids that are not in a view are found in it",
         "views",
@@ -820,7 +816,6 @@ MUTANTS = [
         "a run goes on with other settings",
         "records plan",
     ),
-    Mutant("sweeps/eta.py", "sum(seconds) / self.most_active", "sum(seconds)", "runs at once are ignored", "progress"),
     Mutant(
         "sweeps/recorder.py",
         'if result["round"] < len(self.history[name]):',
@@ -851,8 +846,8 @@ MUTANTS = [
     ),
     Mutant(
         "sweeps/runner.py",
-        "len(history) < run.config.budget.num_rounds]",
-        "len(history) <= run.config.budget.num_rounds]",
+        "len(history) < rounds_of(run)]",
+        "len(history) <= rounds_of(run)]",
         "finished runs are started again",
         "sweep cli",
     ),

@@ -131,7 +131,7 @@ class PretendedShards(LocalShards):
     def scatter(self, method, args):
         def inside(shard, own):
             with PretendedDevice(self.reads):  # a mode is its thread's
-                return getattr(shard, method)(*own)
+                return method(shard, *own)
 
         calls = [self.threads.submit(inside, *pair) for pair in zip(self.shards, args, strict=False)]
         return [call.result() for call in calls]

@@ -20,14 +20,14 @@ from fishermask.experiment.inputs import prepare_inputs
 from fishermask.experiment.streams import stream
 from fishermask.pool import selection
 from fishermask.pool.blocks import BLOCK
-from fishermask.pool.pool import Engine, Freshness, Pool
-from fishermask.pool.shard import moved
+from fishermask.pool.pool import Engine, Pool, Rescore
+from fishermask.pool.shard import to_type
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.embedding import dense, embed, information, information_diagonal, product, quadratic, take
-from fishermask.tensors.layout import inspect
+from fishermask.tensors.gradient_plan import plan_gradients
 from fishermask.tensors.mask import Mask, fisher_diagonal, global_mask
 from fishermask.tensors.precision import Precision
-from fishermask.tensors.trace import Objective, advance, gains, start_scores
+from fishermask.tensors.trace import Objective, gains, initial_scores, update_scores
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def same(here: Tensor, there: Tensor):
 @pytest.mark.parametrize("top_classes", [None, 2])
 def test_gradients_and_embeddings_stay_on_the_device(name, top_classes):
     model, images = cases.model(name), cases.images(name, 6)
-    layout = inspect(model, images[:2])
+    layout = plan_gradients(model, images[:2])
     diagonal = fisher_diagonal(model, images, layout)
     mask = global_mask(diagonal, layout, 40)
     here = embed(model, images, mask, top_classes=top_classes)
@@ -115,21 +115,21 @@ def test_gradients_and_embeddings_stay_on_the_device(name, top_classes):
 @pytest.mark.parametrize("body_size", [0, 25])
 def test_an_objective_can_be_led_on_the_device(body_size):
     model, images = cases.model("mlp"), cases.images("mlp", 12)
-    layout = inspect(model, images[:2])
+    layout = plan_gradients(model, images[:2])
     here = embed(model, images, global_mask(fisher_diagonal(model, images, layout), layout, body_size))
     whole = information(here)
 
     def led(embedding, whole):
         objective = Objective(torch.eye(len(whole), device=whole.device, dtype=whole.dtype), whole, 0.5)
-        scores = start_scores(embedding, *objective.matrices())
+        scores = initial_scores(embedding, *objective.matrices())
         for row in range(3):
-            advance(scores, embedding, objective.add(take(embedding, slice(row, row + 1))))
+            update_scores(scores, embedding, objective.add(take(embedding, slice(row, row + 1))))
         objective.remove(take(embedding, slice(1, 2)))
         return gains(scores), *objective.matrices()
 
     expected = led(here, whole)
     with PretendedDevice():
-        for found, values in zip(led(moved(here, torch.float64, THERE), whole.to(THERE)), expected, strict=True):
+        for found, values in zip(led(to_type(here, torch.float64, THERE), whole.to(THERE)), expected, strict=True):
             same(values, found)
 
 
@@ -188,18 +188,18 @@ def test_a_query_on_the_device_chooses_the_batch_of_the_cpu_and_reads_nothing_bu
         Engine(Precision(storage=torch.bfloat16, scores=torch.float64)),
         Engine(Precision(storage=torch.float16, channels_last=True)),
         Engine(drift=0.0),
-        Engine(past=[(5, Freshness.RESCORED), (40, Freshness.KEPT), (7, Freshness.RESCORED), (99, Freshness.KEPT)]),
+        Engine(past_picks=[(5, Rescore.SAME_TYPE), (40, Rescore.NONE), (7, Rescore.SAME_TYPE), (99, Rescore.NONE)]),
     ],
     ids=["types", "layout", "rescored", "journal"],
 )
 @pytest.mark.parametrize("name", ["fisher_mask", "coreset", "badge"])
 def test_whatever_the_engine_the_device_chooses_the_batch_of_the_cpu(name, engine, monkeypatch):
-    monkeypatch.setattr(selection, "RESCORE_AFTER", 2)
+    monkeypatch.setattr(selection, "MIN_RESCORE_INTERVAL", 2)
     images, model = pixels(200), cases.model("small_cnn").float()
     params = FISHER if name == "fisher_mask" else {}
     here = query(name, LocalShards(images, GRAY), images, model, engine=engine, **params)
     assert here[:2] == query(name, PretendedShards(images, GRAY), images, model, engine=engine, **params)[:2]
-    assert name != "fisher_mask" or engine.drift or here[1]["times scores were computed anew"] > 1
+    assert name != "fisher_mask" or engine.drift or here[1]["rescores"] > 1
 
 
 @pytest.mark.parametrize("name", ["fisher_mask", "coreset"])

@@ -18,8 +18,8 @@ from fishermask.pool.pool import Engine, Pool
 from fishermask.pool.selection import TraceOptions, approximation_error, minimize_trace
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.embedding import dense, embed, information, information_diagonal, product, quadratic
+from fishermask.tensors.gradient_plan import plan_gradients
 from fishermask.tensors.images import normalize
-from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import fisher_diagonal, global_mask, last_layer_mask
 from fishermask.tensors.precision import Precision
 
@@ -54,7 +54,7 @@ def small():
     """A network of four classes, 24 images and their mask."""
     model, images = cases.model("mlp"), pixels(24)
     inputs = normalize(images, GRAY, torch.float64)
-    layout = inspect(model, inputs[:2])
+    layout = plan_gradients(model, inputs[:2])
     return model, images, inputs, global_mask(fisher_diagonal(model, inputs, layout), layout, 25)
 
 
@@ -82,9 +82,9 @@ def test_the_batch_by_few_classes_is_that_of_their_dense_embeddings_and_its_erro
         )
         f = f / len(images)
         values.append(reference.trace(0.5 * torch.eye(len(f), dtype=torch.float64) + f, f))
-    name = "relative error of the objective by top_classes, on a sample"
+    name = "relative error of top_classes"
     assert pool.notes[name] == pytest.approx(abs(values[1] - values[0]) / values[0], rel=1e-6)
-    pool.embed(mask, top_classes=4)
+    pool.store_embeddings(mask, top_classes=4)
     assert approximation_error(pool, mask, options) < 1e-12
 
 
@@ -104,19 +104,19 @@ def test_embeddings_too_large_for_float16_are_refused():
         list(model.parameters())[-3].mul_(1e6)  # the last hidden layer's
     pool = pool_with(Engine(Precision(storage=torch.float16)), images, model)
     with pytest.raises(FloatingPointError, match="engine.storage: float16 cannot hold"):
-        pool.embed(mask)
+        pool.store_embeddings(mask)
 
 
 @pytest.mark.parametrize("precision", [Precision(channels_last=True), Precision(autocast=torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("name", ["thin_resnet18", "norms", "convnext_tiny"])
 def test_other_ways_to_compute_gradients_give_nearly_the_same_embeddings(name, precision):
     model, images = cases.model(name).float(), torch.randint(0, 256, (6, cases.CHANNELS.get(name, 1), 8, 8)).byte()
-    layout = inspect(model, normalize(images[:2], GRAY))
+    layout = plan_gradients(model, normalize(images[:2], GRAY))
     mask = global_mask(fisher_diagonal(model, normalize(images, GRAY), layout), layout, 40)
     found = []
     for used in (Precision(), precision):
         pool = pool_with(Engine(used), images, model, [0], 1)
-        pool.embed(mask)
+        pool.store_embeddings(mask)
         found.append(torch.cat([dense(e) for e in pool.embeddings_at(torch.arange(6))]))
     error = float((found[1] - found[0]).norm() / found[0].norm())
     # bfloat16 keeps 8 bits, and loses some in each of many layers; the memory layout changes the order of sums only.
@@ -133,9 +133,9 @@ def test_the_chunk_in_which_images_are_differentiated_changes_nothing(trained):
         pool = Pool(LocalShards(images, setup.statistics), 150, torch.tensor([0]), torch.tensor([0]), model,
                     stream(0, "a"), stream(0, "b"), engine=Engine(chunk=chunk))  # fmt: skip
         if mask is None:
-            layout = pool.layout()
+            layout = pool.plan_gradients()
             mask = global_mask(pool.fisher_diagonal(layout, 64), layout, 500)
-        pool.embed(mask)
+        pool.store_embeddings(mask)
         found.append(torch.cat([dense(e) for e in pool.embeddings_at(torch.arange(150))]))
     assert all(torch.equal(found[0], other) for other in found[1:])
 
@@ -151,22 +151,22 @@ def test_scores_are_computed_anew_when_they_have_drifted(trained, monkeypatch):
         return found
 
     never, often = notes(1e9), notes(1e-12)
-    again = "times scores were computed anew"
+    again = "rescores"
     assert again not in never
-    assert often[again] == 59 // selection.RESCORE_AFTER
-    assert 0 < often["largest drift of a gain"] <= never["largest drift of a gain"] < 1e-2
+    assert often[again] == 59 // selection.MIN_RESCORE_INTERVAL
+    assert 0 < often["largest gain error"] <= never["largest gain error"] < 1e-2
     assert often["objective"] == pytest.approx(never["objective"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["bait", "coreset", "badge"])
 def test_a_journal_is_gone_on_from_as_if_the_selection_had_never_stopped(name, trained, monkeypatch):
     setup, model = trained
-    monkeypatch.setattr(selection, "RESCORE_EVERY", 8)
+    monkeypatch.setattr(selection, "MAX_RESCORE_INTERVAL", 8)
 
     def run(past, **engine):
         made = []
         shards = LocalShards(setup.data.train.images, setup.statistics, 2)
-        used = Engine(past=past, journal=lambda *pick: made.append(pick), **engine)
+        used = Engine(past_picks=past, record_pick=lambda *pick: made.append(pick), **engine)
         return choose(name, shards, setup, model, 21, used), made
 
     batch, journal = run([])
@@ -183,13 +183,13 @@ def test_an_image_without_finite_outputs_is_an_error_wherever_it_is(position, mo
     model, images, _, mask = small()
     images = pixels(900)
     pool = pool_with(Engine(), images, model, [5, 899], 2)
-    pool.embed(mask)
+    pool.store_embeddings(mask)
     for shard in pool.shards.shards:
         for part, embedding in zip(shard.parts, shard.embeddings, strict=True):
             if part.start <= position - shard.start < part.stop:
                 embedding.hidden[0, position - shard.start - part.start] = math.nan
     with pytest.raises(FloatingPointError, match="not finite"):
-        selection.objective_of(pool, 5, TraceOptions(initial_information=False))
+        selection.initial_objective(pool, 5, TraceOptions(initial_information=False))
 
 
 @pytest.mark.parametrize("left", [1, 2, 3])
@@ -199,7 +199,7 @@ def test_the_last_images_of_a_pool_are_embedded_as_they_are_among_others(left):
     found = []
     for shift in (0, left):
         pool = pool_with(Engine(), images.roll(shift, 0), model, [50], 1)
-        pool.embed(last_layer_mask(pool.layout()))
+        pool.store_embeddings(last_layer_mask(pool.plan_gradients()))
         last = torch.arange(left) + (128 if shift == 0 else 0)
         found.append(torch.cat([dense(e) for e in pool.embeddings_at(last)]))
     assert torch.equal(*found)

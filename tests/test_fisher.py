@@ -10,7 +10,7 @@ from torch import nn
 
 from fishermask.errors import InputError
 from fishermask.tensors.embedding import add_identity, concatenate, dense, embed, information, product, quadratic, take
-from fishermask.tensors.layout import Layout, announce_slow, inspect
+from fishermask.tensors.gradient_plan import GradientPlan, plan_gradients, warn_about_slow_parameters
 from fishermask.tensors.mask import (
     Mask,
     body_parameters,
@@ -23,12 +23,12 @@ from fishermask.tensors.mask import (
     random_mask,
     relative_mask,
 )
-from fishermask.tensors.trace import Objective, advance, gains, start_scores
+from fishermask.tensors.trace import Objective, gains, initial_scores, update_scores
 
 
 def flat_mask(model, mask: Mask) -> torch.Tensor:
     """The mask's entries as indices into all parameters, head first, as an embedding's columns are ordered."""
-    head = mask.layout.head
+    head = mask.plan.head
     found, start = [] if head is None else [reference.head_entries(model, head)], 0
     for name, parameter in model.named_parameters():
         if name in mask.entries:
@@ -40,7 +40,7 @@ def flat_mask(model, mask: Mask) -> torch.Tensor:
 def made(name: str, body_size: int = 40):
     """Model, images and a mask of the largest Fisher information."""
     model, images = cases.model(name), cases.images(name, 2 if name == "resnet18" else 6)
-    layout = inspect(model, images[:2])
+    layout = plan_gradients(model, images[:2])
     return model, images, global_mask(fisher_diagonal(model, images, layout), layout, body_size)
 
 
@@ -48,7 +48,7 @@ def made(name: str, body_size: int = 40):
 def test_the_models_to_test_with_are_alive(name):
     """Zeros equal zeros: a network without gradients would pass every test here."""
     model, images = cases.model(name), cases.images(name, 2)
-    diagonal = torch.cat(list(fisher_diagonal(model, images, inspect(model, images)).values()))
+    diagonal = torch.cat(list(fisher_diagonal(model, images, plan_gradients(model, images)).values()))
     # Where 3 x 3 kernels meet images of one pixel, eight of nine weights see nothing but padding.
     assert (diagonal > 0).double().mean() > (0.03 if "resnet" in name else 0.4)
 
@@ -56,7 +56,7 @@ def test_the_models_to_test_with_are_alive(name):
 @pytest.mark.parametrize("name", cases.NAMES)
 def test_the_fisher_diagonal_is_the_mean_squared_score_under_the_models_own_prediction(name):
     model, images = cases.model(name), cases.images(name, 2 if name == "resnet18" else 5)
-    layout = inspect(model, images[:2])
+    layout = plan_gradients(model, images[:2])
     expected = reference.information_rows(model, images).square().sum((0, 1))
     body = torch.ones(len(expected), dtype=torch.bool)
     if layout.head is not None:
@@ -76,7 +76,7 @@ def test_embeddings_are_the_masked_columns_of_the_dense_ones(name):
 def test_a_mask_of_all_parameters_gives_all_columns(name):
     """Every entry of every layer once, by the dense and by the gathered path."""
     model, images = cases.model(name), cases.images(name, 2)
-    layout = inspect(model, images[:2])
+    layout = plan_gradients(model, images[:2])
     body = body_parameters(model, layout)
     everything = Mask(layout, {name: torch.arange(p.numel()) for name, p in body.items()})
     sparse = Mask(layout, {name: torch.arange(0, p.numel(), max(1, p.numel() // 3)) for name, p in body.items()})
@@ -88,7 +88,7 @@ def test_a_mask_of_all_parameters_gives_all_columns(name):
 
 def test_the_global_mask_holds_the_largest_entries_and_breaks_ties_to_the_lowest_index():
     diagonal = {"a.weight": torch.tensor([1.0, 5.0, 5.0, 0.0]), "b.weight": torch.tensor([5.0, 7.0, 5.0])}
-    mask = global_mask(diagonal, Layout("head", (), ()), 4)
+    mask = global_mask(diagonal, GradientPlan("head", (), ()), 4)
     assert {name: entries.tolist() for name, entries in mask.entries.items()} == {
         "a.weight": [1, 2],
         "b.weight": [0, 1],
@@ -102,7 +102,7 @@ DIAGONAL = {
     "a.bias": torch.tensor([9.0, 3.0]),
     "b.weight": torch.tensor([0.1, 0.9, 0.1, 0.1]),
 }
-LAYOUT = Layout("head", ("a", "b"), ())
+LAYOUT = GradientPlan("head", ("a", "b"), ())
 
 
 def listed(mask):
@@ -139,7 +139,7 @@ def test_a_random_mask_has_the_size_asked_for_and_every_parameter_alike():
 
 def test_a_fraction_too_small_for_the_last_layer_is_refused_with_one_that_works():
     model = cases.model("mlp")
-    layout = inspect(model, cases.images("mlp", 2))
+    layout = plan_gradients(model, cases.images("mlp", 2))
     with pytest.raises(InputError, match="the smallest that works is (.*)") as caught:
         mask_size(model, layout, 0.001)
     smallest = float(str(caught.value).rsplit(" ", 1)[1])
@@ -177,13 +177,13 @@ def test_scores_are_the_fall_of_the_trace_before_and_after_picks(body_size):
     start = 0.1 * free_target
     add_identity(start, 0.3, embedding.num_classes, len(embedding.hidden))
     objective = Objective(start, free_target, scale)
-    scores = start_scores(embedding, *objective.matrices())
+    scores = initial_scores(embedding, *objective.matrices())
     for pick in (2, 0, 5):
         before = reference.trace(matrix, target)
         expected = [before - reference.trace(matrix + scale**2 * row.mT @ row, target) for row in v]
         torch.testing.assert_close(gains(scores), torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-10)
         assert objective.value == pytest.approx(before, rel=1e-9)
-        advance(scores, embedding, objective.add(take(embedding, slice(pick, pick + 1))))
+        update_scores(scores, embedding, objective.add(take(embedding, slice(pick, pick + 1))))
         matrix = matrix + scale**2 * v[pick].mT @ v[pick]
 
 
@@ -196,7 +196,7 @@ def test_embeddings_do_not_depend_on_the_batch_they_are_computed_in():
 
 def test_the_last_layer_alone_needs_no_gradients():
     model, images = cases.model("mlp"), cases.images("mlp", 3)
-    layout = inspect(model, images[:2])
+    layout = plan_gradients(model, images[:2])
     mask = last_layer_mask(layout)
     expected = reference.information_rows(model, images)[:, :, flat_mask(model, mask)]
     reference.assert_same_information(reference.every_column(embed(model, images, mask)), expected)
@@ -218,7 +218,7 @@ def test_the_last_layer_alone_needs_no_gradients():
 )  # fmt: skip
 def test_what_has_no_rule_is_known_by_name(name, head, slow):
     model = cases.model(name)
-    layout = inspect(model, cases.images(name, 2))
+    layout = plan_gradients(model, cases.images(name, 2))
     assert layout.head == head
     for parameter in layout.slow:
         assert any(fnmatch(parameter, pattern) for pattern in slow), parameter
@@ -231,10 +231,10 @@ def test_what_has_no_rule_is_known_by_name(name, head, slow):
 
 
 def test_the_slow_way_is_announced_once(caplog):
-    announce_slow.cache_clear()
+    warn_about_slow_parameters.cache_clear()
     for _ in range(2):
-        announce_slow(("a", "b", "c", "d", "e"))
-        announce_slow(())
+        warn_about_slow_parameters(("a", "b", "c", "d", "e"))
+        warn_about_slow_parameters(())
     assert [record.message for record in caplog.records] == [
         "model: 5 parameters have no gradient rule and take the slow way: a, b, c, d and 1 more"
     ]
@@ -242,10 +242,10 @@ def test_the_slow_way_is_announced_once(caplog):
 
 def test_models_that_cannot_be_differentiated_image_by_image_are_refused():
     with pytest.raises(InputError, match="normalizes by the batch itself"):
-        inspect(nn.Sequential(nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 2)), torch.zeros(2, 8))
+        plan_gradients(nn.Sequential(nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 2)), torch.zeros(2, 8))
     with pytest.raises(InputError, match="must return logits"):
-        inspect(nn.Sequential(nn.Linear(8, 2), nn.Unflatten(1, (2, 1))), torch.zeros(2, 8))
-    no_head = inspect(nn.Sequential(nn.Linear(8, 2), nn.Softplus()), torch.zeros(2, 8))
+        plan_gradients(nn.Sequential(nn.Linear(8, 2), nn.Unflatten(1, (2, 1))), torch.zeros(2, 8))
+    no_head = plan_gradients(nn.Sequential(nn.Linear(8, 2), nn.Softplus()), torch.zeros(2, 8))
     with pytest.raises(InputError, match="does not end in a linear layer"):
         last_layer_mask(no_head)
 

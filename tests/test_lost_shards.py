@@ -57,25 +57,25 @@ def test_a_shard_killed_at_any_stage_changes_nothing(
             kill(shards, 1)
 
     assert choose(name, shards, setup, model, progress=progress, close=False) == undisturbed[name]
-    assert shards.rebuilt == 1
+    assert shards.num_rebuilt == 1
     assert shards.actors[0] is others[0]  # only the lost one is made again
     shards.close()
 
 
 def test_a_shard_killed_while_it_starts_is_made_again(trained, undisturbed, ray_session, monkeypatch):
     setup, model = trained
-    make, made = RayShards._start, []
+    wait, killed = RayShards._wait_until_started, []
 
-    def start(self, index):
-        if not made:
-            made.append(index)
+    def wait_for_killed(self, index):
+        if not killed:
+            killed.append(index)
             kill(self, index)
-        make(self, index)
+        wait(self, index)
 
-    monkeypatch.setattr(RayShards, "_start", start)
+    monkeypatch.setattr(RayShards, "_wait_until_started", wait_for_killed)
     shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0)
     assert choose("margin", shards, setup, model, close=False) == undisturbed["margin"]
-    assert shards.rebuilt == 1
+    assert shards.num_rebuilt == 1
     shards.close()
 
 
@@ -88,7 +88,7 @@ def test_both_shards_killed_one_after_the_other_change_nothing(trained, undistur
             kill(shards, done % 2)
 
     assert choose("fisher_mask", shards, setup, model, progress=progress, close=False) == undisturbed["fisher_mask"]
-    assert shards.rebuilt == 2
+    assert shards.num_rebuilt == 2
     shards.close()
 
 
@@ -106,10 +106,10 @@ def test_a_shard_that_is_lost_again_and_again_ends_the_run_with_its_own_message(
 
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(RuntimeError, match=r"shard 1 was lost, after 2 .* \(resources.restarts\): The actor died"),
+        pytest.raises(RuntimeError, match=r"shard 1 was lost after 2 .* resources.restarts allows: The actor died"),
     ):
         choose("bait", shards, setup, model, progress=progress)
-    assert len([r for r in caplog.records if "shard 1 was lost and is made again" in r.message]) == 2
+    assert len([r for r in caplog.records if "shard 1 was lost; rebuilding it" in r.message]) == 2
     shards.close()
 
 
@@ -121,5 +121,5 @@ def test_an_error_of_the_shards_own_is_not_tried_again(trained, ray_session):
     shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0)
     with pytest.raises(FloatingPointError, match="float16 cannot hold the embeddings"):
         choose("bait", shards, setup, large, engine=Engine(Precision(storage=torch.float16)))
-    assert shards.rebuilt == 0
+    assert shards.num_rebuilt == 0
     shards.close()

@@ -219,7 +219,7 @@ def test_images_are_taken_back_by_an_objective_that_is_computed_again_when_its_e
         own = pool(engine=Engine(drift=drift))
         batch = query_strategies.load(StrategyConfig(name="fisher_mask", params=params)).query(own, BUDGET).tolist()
         assert batch == expected(params, expected_mask(params))
-        counts.append(own.notes.get("times the objective was computed anew", 0))
+        counts.append(own.notes.get("objective recomputations", 0))
     assert counts == [BUDGET - 1, 0]  # six images are taken back, and the last one's objective is always exact
 
 

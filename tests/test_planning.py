@@ -24,8 +24,8 @@ from fishermask.pool.shard import Shard
 from fishermask.tensors import contrasts
 from fishermask.tensors.approximation import FEWEST_IMAGES, MAX_ROWS, covered_information, row_products, sample_size
 from fishermask.tensors.embedding import embed, every_column
+from fishermask.tensors.gradient_plan import plan_gradients
 from fishermask.tensors.images import Statistics, normalize
-from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import body_parameters, fisher_diagonal, global_mask, head_size, mask_size, random_mask
 from fishermask.tensors.precision import Precision
 
@@ -42,7 +42,7 @@ def network(name="small_cnn", classes=10, side=32, **params):
 
 def measurement(model, images, body_size=200, **options):
     """Measure a query on normalized ``images``; also return its mask."""
-    layout = inspect(model, images[:2])
+    layout = plan_gradients(model, images[:2])
     work = embedding_workload(model, images[:2], layout, body_size, **options)
     body = body_parameters(model, layout)
     mask = random_mask(body, layout, body_size, torch.Generator().manual_seed(0))
@@ -109,7 +109,7 @@ def test_an_embedded_pool_holds_what_is_estimated():
     measured, mask = measurement(model, normalize(images[:2], STATISTICS))
     shard = Shard(images, 0, STATISTICS, "cpu")
     shard.set_model(model, Precision())
-    peak = peak_bytes(lambda: shard.embed(mask, "sqrt", None, 128, 0, 1))
+    peak = peak_bytes(lambda: shard.store_embeddings(0, 1, mask, "sqrt", None, 128))
     numbers = measured.work.rows * 200 + measured.work.width + measured.work.top_classes
     counted = 128 * (measured.embed_bytes + 4 * 3 * 32 * 32 + 4 * numbers) + 512 * 4 * numbers
     assert 0.8 * counted <= peak <= 1.1 * counted
@@ -227,7 +227,7 @@ def test_labeled_images_cost_a_distance_strategy_time_and_memory():
 
 def test_a_query_that_picks_twice_as_many_images_takes_as_long_as_one_of_twice_the_budget():
     def seconds(query, oversample):
-        layout = inspect(cases.model("small_cnn").float(), torch.zeros(2, 1, 8, 8))
+        layout = plan_gradients(cases.model("small_cnn").float(), torch.zeros(2, 1, 8, 8))
         work = Workload(4, layout, 30, 4, 9, trace=True, oversample=oversample)
         return query_seconds(simple_measurement(work=work), 1000, 1000, query)
 
@@ -266,7 +266,7 @@ def test_a_query_that_cannot_fit_is_refused_with_the_largest_mask_that_can():
 
 def test_25000_images_of_the_papers_network_take_less_than_300_mb():
     model, images = models.build("thin_resnet18", {}, (3, 32, 32), 10, seed=0).eval(), torch.zeros(2, 3, 32, 32)
-    layout = inspect(model, images)
+    layout = plan_gradients(model, images)
     work = embedding_workload(model, images, layout, mask_size(model, layout, 0.002) - head_size(model, layout))
     assert 25_000 * sum(image_bytes(work, Precision(), torch.float32)) < 300e6
 

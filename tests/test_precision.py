@@ -8,12 +8,12 @@ from queries import choose
 
 from fishermask.experiment.streams import stream
 from fishermask.pool import selection
-from fishermask.pool.pool import Engine, Freshness, Pool
+from fishermask.pool.pool import Engine, Pool, Rescore
 from fishermask.pool.selection import TraceOptions, minimize_trace
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.embedding import add_identity, embed, information, take
+from fishermask.tensors.gradient_plan import plan_gradients
 from fishermask.tensors.images import Statistics, normalize
-from fishermask.tensors.layout import inspect
 from fishermask.tensors.mask import last_layer_mask
 from fishermask.tensors.precision import Precision
 from fishermask.tensors.trace import Objective
@@ -39,7 +39,7 @@ def minimize(options, dtype=torch.float32, **engine):
     shards = LocalShards(images, GRAY, 1)
     pool = Pool(shards, COUNT, torch.tensor(LABELED), torch.zeros(len(LABELED), dtype=torch.long), model,
                 stream(0, "a"), stream(0, "b"), engine=Engine(**engine))  # fmt: skip
-    mask = last_layer_mask(inspect(model, normalize(images[:4], GRAY, dtype)))
+    mask = last_layer_mask(plan_gradients(model, normalize(images[:4], GRAY, dtype)))
     return minimize_trace(pool, mask, BUDGET, options).tolist(), pool.notes
 
 
@@ -71,7 +71,7 @@ def test_small_damping_gives_the_batch_of_dense_float64_from_float32_embeddings(
     batch, notes = minimize(options)
     assert batch == expected
     assert notes["objective"] == pytest.approx(objective, rel=1e-4)
-    assert notes["largest drift of a gain"] < selection.LARGE * Engine().drift
+    assert notes["largest gain error"] < selection.IMPRECISE * Engine().drift
 
 
 @pytest.mark.parametrize("damping", [1e-2, 1e-3, 1e-4, 1e-5])
@@ -86,16 +86,16 @@ def test_images_are_taken_back_as_dense_float64_takes_them_back(damping, weighti
 
 def test_the_note_on_float64_is_there_where_float32_is_not_enough_and_only_there():
     hard = TraceOptions(damping=1e-4, class_weighting="none")
-    assert minimize(hard)[1]["picks before scores were kept in float64"] < BUDGET
+    assert minimize(hard)[1]["picks before float64"] < BUDGET
     for notes in (minimize(hard, precision=Precision(scores=torch.float64))[1], minimize(TraceOptions())[1]):
-        assert "picks before scores were kept in float64" not in notes
+        assert "picks before float64" not in notes
 
 
 def test_without_float64_gains_are_far_off(monkeypatch):
     """That the other tests here test something."""
     monkeypatch.setattr(selection.TraceCriterion, "use_float64", lambda self: False)
     worst = max(
-        minimize(TraceOptions(damping=damping, class_weighting="none"))[1]["largest drift of a gain"]
+        minimize(TraceOptions(damping=damping, class_weighting="none"))[1]["largest gain error"]
         for damping in (1e-3, 1e-4)
     )
     assert worst > 0.05
@@ -107,11 +107,11 @@ def test_a_selection_in_float64_goes_on_from_its_journal(trained):
     def run(past):
         made = []
         shards = LocalShards(setup.data.train.images, setup.statistics, 2)
-        used = Engine(past=past, journal=lambda *pick: made.append(pick), drift=1e-7)
+        used = Engine(past_picks=past, record_pick=lambda *pick: made.append(pick), drift=1e-7)
         return choose("bait", shards, setup, model, 12, used), made
 
     batch, journal = run([])
-    assert Freshness.EXACT in [freshness for _, freshness in journal]
+    assert Rescore.FLOAT64 in [freshness for _, freshness in journal]
     for stopped in (1, 5, 11):
         assert run(journal[:stopped]) == (batch, journal[stopped:])
 
@@ -119,7 +119,7 @@ def test_a_selection_in_float64_goes_on_from_its_journal(trained):
 def test_the_estimated_error_of_the_objective_is_of_the_size_of_the_true_one():
     generator = torch.Generator().manual_seed(0)
     model, inputs = certain_model(torch.float64), normalize(pixels(20), GRAY, torch.float64)
-    kept = embed(model, inputs, last_layer_mask(inspect(model, inputs)))
+    kept = embed(model, inputs, last_layer_mask(plan_gradients(model, inputs)))
     start = torch.zeros(kept.size, kept.size, dtype=torch.float64)
     add_identity(start, 0.01, kept.num_classes, len(kept.hidden))
     objective = Objective(start, information(kept) / 20, keep_inputs=True)

@@ -88,11 +88,11 @@ class Observer:
         shard = pool.shards.shards[0]
         seen |= {"sample": pool.sample(5).tolist(), "engine": pool.engine}
         seen |= {"statistics": shard.statistics, "shard model": shard.model, "candidates": pool.candidates.tolist()}
-        layout = pool.layout()
-        pool.embed(last_layer_mask(layout))
+        layout = pool.plan_gradients()
+        pool.store_embeddings(last_layer_mask(layout))
         shard.start_selection(KCenterScorer(torch.empty(37, 0)), pool.candidates, 0, pool.scores_type)
         seen |= {"hidden": shard.embeddings[0].hidden, "scores": shard.scores[0]}
-        pool.shards.call("clear")
+        pool.free_embeddings()
         self.seen.append(seen)
         return pool.candidates[order[:budget]]
 

@@ -16,12 +16,12 @@ from fishermask.experiment.streams import stream
 from fishermask.pool.blocks import BLOCK, shard_slices
 from fishermask.pool.pool import Engine, Pool
 from fishermask.pool.ray_shards import RayShards
-from fishermask.pool.selection import TraceOptions, best_offer, minimize_trace
-from fishermask.pool.shard import Offer
+from fishermask.pool.selection import TraceOptions, best_candidate, minimize_trace
+from fishermask.pool.shard import ScoredCandidate, Shard
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.distances import BadgeScorer
+from fishermask.tensors.gradient_plan import GradientPlan, plan_gradients
 from fishermask.tensors.images import Statistics, cast, normalize
-from fishermask.tensors.layout import Layout, inspect
 from fishermask.tensors.mask import fisher_diagonal, global_mask, last_layer_mask
 from fishermask.tensors.precision import Precision
 
@@ -43,7 +43,7 @@ def case(body_size):
     """A small network, 24 images, its mask, and the dense rows of its embedding: [n, C, k]."""
     model, images = cases.model("small_cnn"), pixels(24)
     inputs = normalize(images, GRAY, torch.float64)
-    layout = inspect(model, inputs[:2])
+    layout = plan_gradients(model, inputs[:2])
     diagonal = fisher_diagonal(model, inputs, layout)
     mask = global_mask(diagonal, layout, body_size) if body_size else last_layer_mask(layout)
     columns, start = [reference.head_entries(model, layout.head)], 0
@@ -108,7 +108,10 @@ def test_images_taken_back_in_float32_are_those_of_float64(trained):
     with torch.no_grad():
         list(model.children())[-1].weight.mul_(4)  # predictions nearly certain
     count, found = 1500, []
-    mask, labeled = last_layer_mask(inspect(model, setup.example_images(2))), setup.initial[setup.initial < count]
+    mask, labeled = (
+        last_layer_mask(plan_gradients(model, setup.example_images(2))),
+        setup.initial[setup.initial < count],
+    )
     for scores in (torch.float32, torch.float64):
         shards, streams = (
             LocalShards(setup.data.train.images[:count], setup.statistics),
@@ -234,7 +237,7 @@ def test_a_class_without_any_probability_changes_nothing():
 def test_blocks_in_narrow_parts_choose_the_same_batch(monkeypatch):
     """As they are kept for large masks."""
     model, images = cases.model("small_cnn"), pixels(900)
-    layout = inspect(model, normalize(images[:2], GRAY, torch.float64))
+    layout = plan_gradients(model, normalize(images[:2], GRAY, torch.float64))
     mask = global_mask(fisher_diagonal(model, normalize(images[:20], GRAY, torch.float64), layout), layout, 25)
     whole = minimize_trace(pool_of(images, model, [3, 600], shards=1), mask, 8, TraceOptions(damping=0.5))
     monkeypatch.setattr("fishermask.pool.blocks.WIDE_BODY", 24)
@@ -248,7 +251,7 @@ def test_equal_candidates_are_taken_from_the_lowest_position():
     images = pair[torch.arange(2 * BLOCK + 6) % 2]
     model = cases.model("mlp")
     found = minimize_trace(
-        pool_of(images, model, [0, 1], shards=2), last_layer_mask(Layout("5", (), ())), 6, TraceOptions()
+        pool_of(images, model, [0, 1], shards=2), last_layer_mask(GradientPlan("5", (), ())), 6, TraceOptions()
     ).tolist()
     for kind in (0, 1):
         same = [position for position in found if position % 2 == kind]
@@ -265,8 +268,8 @@ def test_slices_cover_the_pool_once_in_whole_blocks():
 
 
 def test_the_best_offer_has_the_largest_gain_and_of_equal_ones_the_lowest_position():
-    offers = [Offer(1.0, 9, None), None, Offer(2.0, 7, None), Offer(2.0, 5, None)]
-    assert best_offer(offers).position == 5
+    offers = [ScoredCandidate(1.0, 9, None), None, ScoredCandidate(2.0, 7, None), ScoredCandidate(2.0, 5, None)]
+    assert best_candidate(offers).position == 5
 
 
 def test_a_model_that_overflows_is_an_error_not_a_choice():
@@ -275,7 +278,7 @@ def test_a_model_that_overflows_is_an_error_not_a_choice():
         next(p for p in model.parameters() if p.dim() == 2).mul_(1e200).mul_(1e200)
     with pytest.raises(FloatingPointError, match="not finite"):
         minimize_trace(
-            pool_of(pixels(10), model, [0]), last_layer_mask(Layout("5", (), ())), 2, TraceOptions(damping=1.0)
+            pool_of(pixels(10), model, [0]), last_layer_mask(GradientPlan("5", (), ())), 2, TraceOptions(damping=1.0)
         )
 
 
@@ -348,8 +351,8 @@ def test_images_in_any_memory_layout_give_the_same_embedding(trained):
     found = []
     for layout in (images, other):
         shards = LocalShards(layout, setup.statistics)
-        shards.call("set_model", model, Precision())
-        found.append(shards.call("probabilities", 0, 1)[0])
+        shards.call(Shard.set_model, model, Precision())
+        found.append(shards.call(Shard.probabilities, 0, 1)[0])
         shards.close()
     assert torch.equal(*found)
 
@@ -359,8 +362,8 @@ def test_batch_norm_models_are_embedded_in_eval_mode(trained):
     setup, _ = trained
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * 26 * 26, 10)).train()
     shards = LocalShards(setup.data.train.images[:20], setup.statistics)
-    shards.call("set_model", model, Precision())
-    shards.call("embed", last_layer_mask(Layout("3", (), ())), "sqrt", None, 128, 0, 1)
+    shards.call(Shard.set_model, model, Precision())
+    shards.call(Shard.store_embeddings, 0, 1, last_layer_mask(GradientPlan("3", (), ())), "sqrt", None, 128)
     assert not shards.shards[0].model.training
     assert model.training
     shards.close()

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fishermask.errors import InputError
 from fishermask.tensors.embedding import embed
-from fishermask.tensors.layout import Layout, inspect
+from fishermask.tensors.gradient_plan import GradientPlan, plan_gradients
 from fishermask.tensors.mask import (
     Mask,
     body_parameters,
@@ -222,7 +222,7 @@ def images(count):
 @pytest.mark.parametrize("name", MODELS)
 def test_fisher_diagonal_and_embeddings_of_unusual_models_are_those_of_autograd(name, count):
     original, batch = model(name), images(count)
-    layout = inspect(original, images(7))
+    layout = plan_gradients(original, images(7))
     net = copy_model(original)  # as shards use it
     rows = reference.autograd_rows(net, batch)
     body = body_parameters(net, layout)
@@ -243,7 +243,7 @@ def test_fisher_diagonal_and_embeddings_of_unusual_models_are_those_of_autograd(
 @pytest.mark.parametrize("name", ["checkpointed", "experts", "gru", "cached", "5 tokens first"])
 def test_unusual_models_in_float32_are_differentiated_too(name):
     net, batch = model(name).float(), images(6).float()
-    layout = inspect(net, batch)
+    layout = plan_gradients(net, batch)
     rows = reference.autograd_rows(model(name), images(6))
     diagonal = torch.cat(list(fisher_diagonal(net, batch, layout).values()))
     outside = torch.ones(rows.shape[2], dtype=torch.bool)
@@ -261,7 +261,7 @@ def test_a_layer_that_some_images_pass_is_differentiated_for_each_batch_as_it_is
     one, other = batch[chosen == 0], batch[chosen == 1]
     assert len(one) >= 7
     assert len(other) >= 2
-    layout = Layout("head", ("experts.0", "experts.1"), ("route.weight", "route.bias"), vectorized=False)
+    layout = GradientPlan("head", ("experts.0", "experts.1"), ("route.weight", "route.bias"), vectorized=False)
     for images_ in (one[:3], torch.cat([one[:2], other[:2]])):
         rows = reference.autograd_rows(net, images_)
         body = body_parameters(net, layout)
@@ -288,18 +288,18 @@ def _batch_statistics(net, h):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_models_that_mix_the_images_of_a_batch_are_refused(forward, dtype):
     with pytest.raises(InputError, match="^model: Net mixes the images of a batch: .*"):
-        inspect(Net(forward=forward).to(dtype), images(2).to(dtype))
+        plan_gradients(Net(forward=forward).to(dtype), images(2).to(dtype))
 
 
 def test_images_that_are_all_equal_do_not_hide_that_they_are_mixed():
     with pytest.raises(InputError, match="mixes the images"):
-        inspect(Net(forward=lambda net, h: net.b((h := net.a(h)) - h.mean(0)).tanh()), torch.zeros(2, 1, 8, 8))
+        plan_gradients(Net(forward=lambda net, h: net.b((h := net.a(h)) - h.mean(0)).tanh()), torch.zeros(2, 1, 8, 8))
 
 
 def test_models_that_are_random_in_eval_mode_are_refused():
     net = Net(forward=lambda net, h: net.b(F.dropout(net.a(h).tanh())))
     with pytest.raises(InputError, match="^model: Net is random in eval mode: .* self.training$"):
-        inspect(net, images(2).float())
+        plan_gradients(net, images(2).float())
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_models_without_logits_are_refused(change, message):
     net = Net()
     net.register_forward_hook(lambda _m, _args, output: change(output))
     with pytest.raises(InputError, match=f"^model: Net {message}"):
-        inspect(net, images(2).float())
+        plan_gradients(net, images(2).float())
 
 
 def test_a_cache_that_nothing_empties_is_not_differentiated_as_if_it_were_constant():
@@ -326,7 +326,7 @@ def test_a_cache_that_nothing_empties_is_not_differentiated_as_if_it_were_consta
 
     net = Net(lambda net: net.register_parameter("gain", nn.Parameter(torch.tensor(1.5))), keep)
     with pytest.raises(RuntimeError, match="second time"):
-        inspect(net, images(2).float())
+        plan_gradients(net, images(2).float())
 
 
 @pytest.mark.parametrize("trained", ["a.bias", "b.weight", "head.bias", "head"])
@@ -335,7 +335,7 @@ def test_frozen_parameters_neither_count_nor_are_masked(trained):
     net = Net().double()
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name.startswith(trained) or name.startswith("b."))
-    layout = inspect(net, images(4))
+    layout = plan_gradients(net, images(4))
     left = {name: p for name, p in net.named_parameters() if p.requires_grad}
     total = sum(p.numel() for p in left.values())
     assert layout.head == ("head" if trained == "head" else None)
@@ -351,13 +351,13 @@ def test_frozen_parameters_neither_count_nor_are_masked(trained):
 
 def test_a_model_without_a_trained_parameter_is_refused():
     with pytest.raises(InputError, match="all parameters of Net are frozen; set requires_grad"):
-        inspect(Net().requires_grad_(False), images(2).float())
+        plan_gradients(Net().requires_grad_(False), images(2).float())
 
 
 def test_looking_at_a_model_leaves_it_as_it_was():
     net = model("head with weight norm")
     before = {name: (p.clone(), p.requires_grad) for name, p in net.named_parameters()}
-    inspect(net, images(3))
+    plan_gradients(net, images(3))
     for name, parameter in net.named_parameters():
         assert torch.equal(parameter, before[name][0])
         assert (parameter.requires_grad, parameter.grad) == (before[name][1], None)
@@ -404,7 +404,7 @@ def test_functions_that_read_the_original_of_a_copied_model_are_refused(make, dt
     net = make().to(dtype)
     before = [parameter.detach().clone() for parameter in net.parameters()]
     with pytest.raises(InputError, match="^model: Net holds a function that reads the model it was made for"):
-        inspect(net, images(3).to(dtype))
+        plan_gradients(net, images(3).to(dtype))
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
@@ -412,7 +412,7 @@ def test_complex_parameters_are_refused_by_name():
     net = Net(lambda net: net.register_parameter("c", nn.Parameter(torch.randn(6, 5, dtype=torch.cfloat))),
               lambda net, h: (net.a(h).to(net.c.dtype) @ net.c).abs())  # fmt: skip
     with pytest.raises(InputError, match="^model: parameter c is complex"):
-        inspect(net, images(3).float())
+        plan_gradients(net, images(3).float())
 
 
 def test_a_last_layer_that_is_called_again_for_some_images_is_an_error_and_no_embedding():
@@ -424,7 +424,7 @@ def test_a_last_layer_that_is_called_again_for_some_images_is_an_error_and_no_em
             return torch.where(unsure[:, None], self.head(h * 2), logits) if unsure.any() else logits
 
     net = Again().double().eval()
-    layout = inspect(net, images(7))
+    layout = plan_gradients(net, images(7))
     assert layout.head == "head"
     embed(net, images(3), last_layer_mask(layout))
     with pytest.raises(InputError, match="for some images the logits of Again are not just the output of its last"):
@@ -433,4 +433,4 @@ def test_a_last_layer_that_is_called_again_for_some_images_is_an_error_and_no_em
 
 def test_one_image_of_one_pixel_is_enough_to_verify_a_model():
     net = nn.Sequential(nn.Flatten(), nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 2))
-    assert inspect(net, torch.zeros(1, 1, 1, 1)).head == "3"
+    assert plan_gradients(net, torch.zeros(1, 1, 1, 1)).head == "3"

@@ -6,15 +6,16 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fishermask.experiment.setup import prepare
 from pictures import BY_NAME, NAMES, PIXELS, SHUFFLED, SMALL, config, load, stores, write
 
 from fishermask.config import DataConfig, ExperimentConfig, parse
-from fishermask.data.dataset import load_dataset
+from fishermask.data import dataset
 from fishermask.data.ids import Ids
 from fishermask.errors import InputError
+from fishermask.experiment.inputs import prepare_inputs
 from fishermask.learning.models import mlp
 from fishermask.pool.ray_shards import RayShards
+from fishermask.pool.shard import Shard
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.precision import Precision
 
@@ -110,8 +111,8 @@ def test_a_machine_without_the_store_reads_the_views_own_rows_from_their_row_gro
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_bundled_data_are_decoded_again_without_a_store(tmp_path):
-    view = load_dataset(DataConfig()).test.images.narrow(0, 300, 20)
+def test_the_embedded_data_are_found_again_without_a_store(tmp_path):
+    view = dataset.load(DataConfig()).test.images.narrow(0, 300, 20)
     expected = view[:]
     assert torch.equal(pickle.loads(without_store(tmp_path, view))[:], expected)
 
@@ -120,22 +121,24 @@ def test_a_source_that_is_gone_or_another_is_one_line_that_names_it(tmp_path):
     file = write(tmp_path / "a.parquet")
     sent = without_store(tmp_path, load(file).train.images)
     write(file, names=None)
-    with pytest.raises(InputError, match=rf"^data.train: {file} on .* differs from the file that the run began with$"):
+    with pytest.raises(InputError, match=rf"^data.train: {file} on .* is not the file that the run began with$"):
         pickle.loads(sent)[:1]
     file.unlink()
-    with pytest.raises(InputError, match=rf"^data.train: {file} is not on .*; copy the file to every machine$"):
+    with pytest.raises(InputError, match=rf"^data.train: {file} is not on .*; bring the file to every machine$"):
         pickle.loads(sent)[:1]
 
 
 def test_ray_shards_read_their_own_images_where_there_is_no_store(tmp_path, ray_session):
     file = write(tmp_path / "a.parquet")
-    setup = prepare(parse(ExperimentConfig, {"data": config(file).model_dump(), "budget": SMALL, "strategy": "random"}))
+    setup = prepare_inputs(
+        parse(ExperimentConfig, {"data": config(file).model_dump(), "budget": SMALL, "strategy": "random"})
+    )
     images, model = setup.data.train.images, mlp(1, 8, 4, width=4, depth=1)
 
     def probabilities(shards):
-        shards.call("set_model", model, Precision())
+        shards.call(Shard.set_model, model, Precision())
         try:
-            return shards.call("probabilities", 0, 1)[0]
+            return shards.call(Shard.probabilities, 0, 1)[0]
         finally:
             shards.close()
 

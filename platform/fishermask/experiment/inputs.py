@@ -9,8 +9,8 @@ from torch import nn
 
 from fishermask import query_strategies
 from fishermask.config import DataConfig, ExperimentConfig, Imbalance, NamedConfig
-from fishermask.data.dataset import Dataset, load_dataset
-from fishermask.data.imbalance import select_pool
+from fishermask.data import dataset, imbalance
+from fishermask.data.dataset import Dataset
 from fishermask.errors import InputError
 from fishermask.experiment.streams import stream, stream_seed
 from fishermask.guard import guarded, short
@@ -19,8 +19,8 @@ from fishermask.planning.measurement import Measurement, measure
 from fishermask.planning.query_plan import free_memory
 from fishermask.planning.workload import Workload
 from fishermask.query_strategies import Strategy
+from fishermask.tensors.gradient_plan import VERIFICATION_SIZES
 from fishermask.tensors.images import Statistics, channel_statistics, normalize
-from fishermask.tensors.layout import SIZES
 from fishermask.tensors.slow_gradients import copy_model
 
 CACHED_POOLS = 16
@@ -125,7 +125,7 @@ def _check_model(inputs: RunInputs) -> Workload | None:
             f"model.params: the parameters of {name} take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} "
             "GB of memory are free; choose a smaller model"
         )
-    images = inputs.example_images(sum(SIZES))
+    images = inputs.example_images(sum(VERIFICATION_SIZES))
     with guarded("model.name", f"{name} cannot be prepared for queries"):
         model = inputs.build_model(0).eval()
         copy_model(model).requires_grad_(False)  # as shards do
@@ -154,8 +154,8 @@ def measure_model(
 @lru_cache(maxsize=CACHED_POOLS)
 def load_pool(data: DataConfig, rule: Imbalance, seed: int) -> Dataset:
     """Return the data set after imbalance, which all strategies and budgets of a seed share."""
-    source = load_dataset(data)
-    rows, classes = select_pool(source.train.labels, len(source.classes), rule, stream(seed, "imbalance"))
+    source = dataset.load(data)
+    rows, classes = imbalance.select_pool(source.train.labels, len(source.classes), rule, stream(seed, "imbalance"))
     return source.restrict(rows, classes)
 
 

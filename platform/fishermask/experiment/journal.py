@@ -4,7 +4,7 @@ import time
 from typing import Any, Protocol
 
 from fishermask.data.ids import Ids
-from fishermask.pool.pool import Freshness
+from fishermask.pool.pool import Rescore
 
 WRITE_SECONDS = 1.0
 """Time between two writes of picks."""
@@ -42,13 +42,13 @@ class QueryJournal:
         self.pending: list[list[Any]] = []
         self.last_write = time.monotonic()
 
-    def past_picks(self) -> list[tuple[int, Freshness]]:
+    def past_picks(self) -> list[tuple[int, Rescore]]:
         """Return the picks that an earlier process made in this query."""
         entries = self.journal.read(self.query)
         positions = self.ids.positions([name for name, _ in entries]).tolist()
-        return [(position, Freshness(value)) for position, (_, value) in zip(positions, entries, strict=True)]
+        return [(position, Rescore(value)) for position, (_, value) in zip(positions, entries, strict=True)]
 
-    def add(self, position: int, freshness: Freshness) -> None:
+    def add(self, position: int, freshness: Rescore) -> None:
         """Record a pick. The picks of the last second may be lost with the process."""
         self.pending.append([self.ids[position], int(freshness)])
         if time.monotonic() - self.last_write > WRITE_SECONDS:

@@ -4,7 +4,6 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +89,7 @@ def run(
         for index in range(len(history), budget.num_rounds):
             # Train a fresh model on the labeled set.
             started = time.perf_counter()
-            progress("train", 0, training.max_epochs)
+            progress("train", 0, 1)
             model = inputs.build_model(index).to(device)
             # Layers such as dropout draw from torch's global generators: seed them here, and restore them.
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -103,13 +102,11 @@ def run(
                     stream(seed, "order", index),
                     **training.model_dump(),
                     augmentation=stream(seed, "augmentation", index) if augment else None,
-                    progress=partial(progress, "train"),
                 )
             # Evaluate it on the test set.
             trained = time.perf_counter()
             progress("evaluate", 0, 1)
-            logits = predict(model, test.images, inputs.statistics, partial(progress, "evaluate"))
-            predictions = logits.argmax(-1).cpu()
+            predictions = predict(model, test.images, inputs.statistics).argmax(-1).cpu()
             metrics = evaluate(predictions, test.labels, len(classes))
             evaluated = time.perf_counter()
             # Query the next batch and label it.
@@ -118,7 +115,7 @@ def run(
             stages = StageClock(progress)
             if size:
                 shards = shards or make_shards(pool_data.images, inputs.statistics)
-                rebuilt_before = shards.rebuilt
+                rebuilt_before = shards.num_rebuilt
                 query_journal = QueryJournal(journal, f"{index}-{_state_hash(model, labeled)}", pool_data.ids)
                 pool = Pool(
                     shards,
@@ -129,10 +126,10 @@ def run(
                     stream(seed, f"strategy {config.strategy.short_name}", index),
                     stream(seed, "fisher sample", index),
                     stages,
-                    replace(engine, past=query_journal.past_picks(), journal=query_journal.add),
+                    replace(engine, past_picks=query_journal.past_picks(), record_pick=query_journal.add),
                 )
                 batch = validate_batch(inputs.strategy.query(pool, size), pool.candidates, size)
-                rebuilt = shards.rebuilt - rebuilt_before
+                rebuilt = shards.num_rebuilt - rebuilt_before
                 notes = pool.notes | ({"rebuilt shards": rebuilt} if rebuilt else {})
             queried = time.perf_counter()
             counts = torch.bincount(pool_data.labels[batch], minlength=len(classes)).tolist()

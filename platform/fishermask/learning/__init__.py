@@ -1,1 +1,1 @@
-"""Models, their training, and the metrics of their predictions."""
+"""Models, their training and the metrics of their predictions. Know no active learning."""

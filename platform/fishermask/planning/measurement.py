@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fishermask.planning.workload import Workload
 from fishermask.pool.blocks import ALIGNMENT, DIAGONAL_BATCH
 from fishermask.tensors.embedding import embed
-from fishermask.tensors.layout import Layout, inspect
+from fishermask.tensors.gradient_plan import GradientPlan, plan_gradients
 from fishermask.tensors.mask import Mask, body_parameters, fisher_diagonal, random_mask
 from fishermask.tensors.slow_gradients import copy_model
 
@@ -186,17 +186,17 @@ def measure(
     )
 
 
-def diagonal_bytes(model: nn.Module, images: Tensor, layout: Layout) -> tuple[float, float]:
+def diagonal_bytes(model: nn.Module, images: Tensor, layout: GradientPlan) -> tuple[float, float]:
     """Return the bytes of a batch's Fisher diagonal: for each image, and whatever their number."""
     return batch_bytes(lambda batch: fisher_diagonal(model, batch, layout), images)
 
 
-def verification_bytes(model: nn.Module, images: Tensor, layout: Layout) -> float:
+def verification_bytes(model: nn.Module, images: Tensor, layout: GradientPlan) -> float:
     """Return the bytes while the layout of a trained model is found and verified."""
     trained = copy_model(model)
     for name, parameter in trained.named_parameters():
         parameter.requires_grad_(name not in layout.frozen)
-    return peak_bytes(lambda: inspect(trained, images))
+    return peak_bytes(lambda: plan_gradients(trained, images))
 
 
 def _training(model: nn.Module, images: Tensor) -> dict[str, float]:

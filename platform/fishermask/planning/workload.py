@@ -9,7 +9,7 @@ from fishermask.errors import InputError
 from fishermask.tensors import contrasts
 from fishermask.tensors.approximation import sample_size
 from fishermask.tensors.contrasts import Weighting
-from fishermask.tensors.layout import Layout
+from fishermask.tensors.gradient_plan import GradientPlan
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Workload:
     """The computation of one query. Without a ``layout``, the query only predicts the pool."""
 
     num_classes: int
-    layout: Layout | None = None
+    layout: GradientPlan | None = None
     """How the model's parameters are differentiated, where images are embedded."""
     body_size: int = 0
     """Masked parameters outside the last layer."""
@@ -63,7 +63,7 @@ def prediction_workload(model: nn.Module, images: Tensor) -> Workload:
 def embedding_workload(
     model: nn.Module,
     images: Tensor,
-    layout: Layout,
+    layout: GradientPlan,
     body_size: int = 0,
     *,
     trace: bool = True,

@@ -1,12 +1,13 @@
-"""Shards as Ray actors: children of whichever process makes them, inside its placement group if it has one.
+"""Shards as Ray actors: children of the process that creates them, inside its placement group if it has one.
 
-A lost actor is made again and told again what its predecessor was told since it got the model: everything a shard
-computes follows from that, to the last bit, so the batch is the one that an undisturbed run chooses.
+A lost shard is rebuilt: a new actor replays the calls since the shard received the model that determine its state.
+These are deterministic to the last bit, so the batch is the one that an undisturbed run selects.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -17,39 +18,53 @@ from fishermask.errors import InputError
 from fishermask.pool.blocks import shard_slices
 from fishermask.pool.packing import pack, unpack
 from fishermask.pool.shard import Shard
-from fishermask.pool.shards import summed
+from fishermask.pool.shards import Args, Result, sum_rows
 from fishermask.tensors.images import Images, Preprocess
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 300
-"""Seconds until an actor that was never placed is given up: a pending actor raises no error by itself."""
+"""Seconds to wait for an actor to be placed: an actor that stays pending raises no error by itself."""
 LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
-"""An actor is gone, or what it answered; the last is how Ray's own watch over memory ends one."""
-SMALL = {"advance"}
-"""Methods called once a pick, whose arguments and results travel inside the call."""
+"""Errors of a lost actor or a lost result. Ray's memory monitor ends actors with the last one."""
+MODEL, EMBEDDINGS, SELECTION, PICK = (
+    method.__name__ for method in (Shard.set_model, Shard.store_embeddings, Shard.start_selection, Shard.apply_pick)
+)
+"""Methods that change the state of a shard, and are replayed when it is rebuilt."""
 
 
-# The coordinator must know of a lost shard: a restarted actor would be empty, and would answer all the same.
+# The coordinator must see that a shard is lost: an actor that Ray restarts would be empty, and would still answer.
 @ray.remote(max_restarts=0, max_task_retries=0)
 class ShardActor(Shard):
     def __init__(self, images: Images, start: int, preprocess: Preprocess, device: str) -> None:
         torch.set_num_threads(1)
         super().__init__(images, start, preprocess, device)
 
-    def packed(self, method: str, *pieces: bytes) -> list[bytes]:
-        """Call ``method`` with packed arguments; its result, packed."""
+    def call_packed(self, method: str, *pieces: bytes) -> list[bytes]:
+        """Call ``method`` with packed arguments and return its packed result."""
         return pack(getattr(self, method)(*unpack(list(pieces))))
 
 
+class _Call(NamedTuple):
+    method: str
+    args: list[Any]
+    """The arguments themselves, references into Ray's object store, or, of ``PICK``, packed pieces."""
+
+    def submit(self, actor: Any) -> Any:
+        """Send the call to ``actor`` and return a reference to its result."""
+        if self.method == PICK:
+            return actor.call_packed.remote(self.method, *self.args)
+        return getattr(actor, self.method).remote(*self.args)
+
+
 class RayShards:
-    """``count`` actors, each with ``cpus``, ``gpus`` (fractions allowed) and ``memory`` (bytes) of its own.
+    """``count`` actors with ``cpus``, ``gpus`` (fractions allowed) and ``memory`` (bytes) each.
 
     Args:
-        images: the whole pool. An actor gets a view of its share, which travels as row numbers; it maps the pixels on
-            its own machine, or reads them from their source there.
+        images: the whole pool, [n, ...]. An actor gets a view of its slice. A view of a data set travels as row
+            numbers, and the actor maps the pixels from its own node's disk, or reads them from their source there.
         preprocess: makes the model's inputs from images.
-        restarts: how often in all a lost shard is made again before the run fails.
+        restarts: how many lost shards are rebuilt in all before the run fails.
     """
 
     def __init__(
@@ -62,130 +77,125 @@ class RayShards:
         restarts: int = 3,
         memory: float = 0.0,
     ) -> None:
-        self.count, self.restarts, self.rebuilt = count, restarts, 0
+        self.count, self.restarts, self.num_rebuilt = count, restarts, 0
+        resources = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory}
+        create = ShardActor.options(**resources).remote  # type: ignore[attr-defined]
         device = "cuda" if gpus else "cpu"
-        asked = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory}
-        options = ShardActor.options(**asked)  # type: ignore[attr-defined]
-        slices = [(images.narrow(0, start, end - start), start) for start, end in shard_slices(len(images), count)]
-        self._make = [lambda own=own: options.remote(own[0], own[1], preprocess, device) for own in slices]
-        self._log: list[tuple[str, list[Any]]] = []
-        self._last: tuple[Any, Any] = (None, None)
-        self.actors = [make() for make in self._make]
-        for index in range(count):
-            self._start(index)
-
-    def call(self, method: str, *args: Any) -> list[Any]:
-        return [self._get(index, *call) for index, call in enumerate(self._submit(method, args))]
-
-    def total(self, method: str, *args: Any) -> list[Tensor]:
-        calls = {call[0]: (index, *call) for index, call in enumerate(self._submit(method, args))}
-
-        def as_they_come() -> Iterator[Any]:
-            waiting = list(calls)
-            while waiting:
-                (ready,), waiting = ray.wait(waiting)
-                yield self._get(*calls.pop(ready))
-
-        return summed(as_they_come())
-
-    def scatter(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
-        calls = [
-            (getattr(actor, method).remote(*own), method, list(own))
-            for actor, own in zip(self.actors, args, strict=False)
+        self._create = [
+            partial(create, images.narrow(0, start, end - start), start, preprocess, device)
+            for start, end in shard_slices(len(images), count)
         ]
-        return [self._get(index, *call) for index, call in enumerate(calls)]
+        self._replayed_calls: list[_Call] = []
+        self._last_stored: tuple[Any, Any] = (None, None)
+        self.actors = [create() for create in self._create]
+        for index in range(count):
+            self._wait_until_started(index)
+
+    def call(self, method: Callable[[Shard, *Args], Result], *args: *Args) -> list[Result]:
+        call = self._prepare(method, args)
+        results = [call.submit(actor) for actor in self.actors]
+        return [self._get(index, result, call) for index, result in enumerate(results)]
+
+    def scatter(self, method: Callable[[Shard, *Args], Result], args: Sequence[tuple[*Args]]) -> list[Result]:
+        calls = [_Call(method.__name__, list(shard_args)) for shard_args in args]
+        results = [call.submit(actor) for call, actor in zip(calls, self.actors, strict=False)]
+        return [self._get(index, *pair) for index, pair in enumerate(zip(results, calls, strict=True))]
+
+    def sum_results(self, method: Callable[[Shard, *Args], tuple[Tensor, ...]], *args: *Args) -> list[Tensor]:
+        call = self._prepare(method, args)
+        indices = {call.submit(actor): index for index, actor in enumerate(self.actors)}
+
+        def results_as_they_arrive() -> Iterator[Any]:
+            pending = list(indices)
+            while pending:
+                (ready,), pending = ray.wait(pending)
+                yield self._get(indices.pop(ready), ready, call)
+
+        return sum_rows(results_as_they_arrive())
 
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
-        self.actors, self._log, self._last = [], [], (None, None)
+        self.actors, self._replayed_calls, self._last_stored = [], [], (None, None)
 
-    def _submit(self, method: str, args: tuple[Any, ...]) -> list[tuple[Any, str, list[Any]]]:
-        """Call ``method`` on all actors: for each, where its result will be, and what it was asked."""
-        shared = pack(args) if method in SMALL else [self._put(arg) for arg in args]
-        self._remember(method, shared)
-        return [(_ask(actor, method, shared), method, shared) for actor in self.actors]
+    def _prepare(self, method: Callable[..., Any], args: tuple[Any, ...]) -> _Call:
+        """Return a call to send to all actors, and record it if the state of a shard depends on it."""
+        name = method.__name__
+        call = _Call(name, list(pack(args)) if name == PICK else [self._store(arg) for arg in args])
+        # Keep no more calls than determine the present state.
+        if name == MODEL:
+            self._replayed_calls = []
+        elif name == SELECTION:
+            self._replayed_calls = [c for c in self._replayed_calls if c.method not in (SELECTION, PICK)]
+        elif name == Shard.clear.__name__:
+            self._replayed_calls = self._replayed_calls[:1]
+        if name in (MODEL, EMBEDDINGS, SELECTION, PICK):
+            self._replayed_calls.append(call)
+        return call
 
-    def _put(self, arg: Any) -> Any:
-        """``arg`` in the object store: once a node, not once a shard, nor for each piece that it is said again with."""
+    def _store(self, arg: Any) -> Any:
+        """Put ``arg`` into the object store: once a node, not once a shard, nor once a piece of a call in pieces."""
         if isinstance(arg, int | float | str | None):
             return arg
-        if self._last[0] is not arg:
-            self._last = arg, ray.put(arg)
-        return self._last[1]
+        if self._last_stored[0] is not arg:
+            self._last_stored = arg, ray.put(arg)
+        return self._last_stored[1]
 
-    def _remember(self, method: str, args: list[Any]) -> None:
-        """Keep what a shard's state follows from: no more than was said since it got the model, and still counts."""
-        match method:
-            case "set_model":
-                self._log = []
-            case "start_selection":
-                self._log = [call for call in self._log if call[0] not in ("start_selection", "advance")]
-            case "clear":
-                self._log = self._log[:1]
-        if method in ("set_model", "embed", "start_selection", "advance"):
-            self._log.append((method, args))
-
-    def _get(self, index: int, result: Any, method: str, args: list[Any]) -> Any:
-        """The result of a call, from the actor that was asked or, if that is lost, from one made in its place."""
+    def _get(self, index: int, reference: Any, call: _Call) -> Any:
+        """Return the result of a call; where the shard is lost, rebuild it and repeat the call."""
         while True:
             try:
-                found = ray.get(result if result is not None else self._again(index, method, args))
-                return unpack(found) if method in SMALL else found
-            except RayTaskError as error:  # the shard's own: it would come again
+                result = ray.get(reference if reference is not None else self._rebuild_and_repeat(index, call))
+                return unpack(result) if call.method == PICK else result
+            except RayTaskError as error:  # an exception of the shard's code would come again
                 raise _cause(error) from None
             except LOST as error:
-                self._count(index, error)
-                result = None
+                self._count_loss(index, error)
+                reference = None
 
-    def _again(self, index: int, method: str, args: list[Any]) -> Any:
-        """Make shard ``index`` again, tell it what it was told, and repeat the call: where its result will be."""
+    def _rebuild_and_repeat(self, index: int, call: _Call) -> Any:
+        """Create shard ``index`` again, replay its calls, repeat ``call`` and return a reference to the result."""
         ray.kill(self.actors[index])  # it may only seem to be lost
-        self.actors[index] = self._make[index]()
-        self._start(index)
-        actor = self.actors[index]
-        for earlier, own in self._log:
-            if own is not args:
-                _ask(actor, earlier, own)
-        return _ask(actor, method, args)
+        self.actors[index] = self._create[index]()
+        self._wait_until_started(index)
+        for replayed in self._replayed_calls:
+            if replayed is not call:
+                replayed.submit(self.actors[index])
+        return call.submit(self.actors[index])
 
-    def _start(self, index: int) -> None:
-        """Wait until an actor is there, making it again when it is lost before.
+    def _wait_until_started(self, index: int) -> None:
+        """Wait until an actor runs, and create it again where it is lost before.
 
         Raises:
-            RuntimeError: there is no place for it, or it is lost too often.
+            RuntimeError: no node has room for it, or it is lost too often.
         """
         while True:
             try:
                 ray.get(self.actors[index].clear.remote(), timeout=START_TIMEOUT)
                 return
             except GetTimeoutError:
-                raise RuntimeError(f"shard {index} found no place within {START_TIMEOUT} seconds") from None
+                raise RuntimeError(f"shard {index}: no node had room for it within {START_TIMEOUT} seconds") from None
             except LOST as error:
-                if getattr(error, "actor_init_failed", False):  # its own error
-                    last = str(error).strip().splitlines()[-1]
-                    kind, _, message = last.partition(": ")
-                    raise (InputError(message) if kind.endswith("InputError") else RuntimeError(last)) from None
-                self._count(index, error)
-                self.actors[index] = self._make[index]()
+                if getattr(error, "actor_init_failed", False):  # its constructor raised an exception
+                    last_line = str(error).strip().splitlines()[-1]
+                    kind, _, message = last_line.partition(": ")
+                    raise (InputError(message) if kind.endswith("InputError") else RuntimeError(last_line)) from None
+                self._count_loss(index, error)
+                self.actors[index] = self._create[index]()
 
-    def _count(self, index: int, error: Exception) -> None:
+    def _count_loss(self, index: int, error: Exception) -> None:
         """Count a lost shard.
 
         Raises:
-            RuntimeError: it is one too many.
+            RuntimeError: more shards were lost than ``restarts`` allows.
         """
-        if self.rebuilt == self.restarts:
+        if self.num_rebuilt == self.restarts:
             raise RuntimeError(
-                f"shard {index} was lost, after {self.rebuilt} lost shards that were made again "
-                f"(resources.restarts): {_first_line(error)}"
+                f"shard {index} was lost after {self.num_rebuilt} lost shards had been rebuilt, as many as "
+                f"resources.restarts allows: {_first_line(error)}"
             ) from None
-        self.rebuilt += 1
-        logger.warning("shard %d was lost and is made again: %s", index, _first_line(error))
-
-
-def _ask(actor: Any, method: str, args: list[Any]) -> Any:
-    return actor.packed.remote(method, *args) if method in SMALL else getattr(actor, method).remote(*args)
+        self.num_rebuilt += 1
+        logger.warning("shard %d was lost; rebuilding it: %s", index, _first_line(error))
 
 
 def _cause(error: RayTaskError) -> Exception:

@@ -1,4 +1,8 @@
-"""The greedy loop over shards: ask each for its best candidate, take the best of those, tell all what it changed."""
+"""Greedy batch selection over shards.
+
+In each step every shard returns its best candidate, the coordinator picks the best of these, and broadcasts the update
+that the pick makes to all scores.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,158 +12,157 @@ import torch
 from torch import Tensor
 
 from fishermask.pool.blocks import NARROW
-from fishermask.pool.pool import Freshness, Pool
-from fishermask.pool.shard import Offer, Scorer, moved
+from fishermask.pool.pool import Pool, Rescore
+from fishermask.pool.shard import ScoredCandidate, Scorer, Shard, to_type
 from fishermask.tensors import contrasts
 from fishermask.tensors.approximation import relative_error, sample_size
 from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import Embedding, add_identity, concatenate, take
 from fishermask.tensors.mask import Mask
-from fishermask.tensors.trace import Objective, TraceScorer, Update, advance, gains, start_scores
+from fishermask.tensors.trace import Objective, TraceScorer, Update, gains, initial_scores, update_scores
 
 TOO_SMALL = "strategy.params.damping: too small for the information matrix to be inverted; raise it"
-RESCORE_AFTER = 16
-"""Picks between two times that all scores are computed anew because they drifted."""
-LARGE = 10
-"""A drift of this many times ``Engine.drift`` within ``RESCORE_AFTER`` picks shows that float32 is too imprecise."""
-MAX_EXACT_DRIFT = 0.1
-"""Largest drift of a gain right after scores were computed in float64; beyond it the matrix is nearly singular."""
+MIN_RESCORE_INTERVAL = 16
+"""Smallest number of picks between two rescores because of errors of the gains."""
+MAX_RESCORE_INTERVAL = 256
+"""Number of picks after which scores are always recomputed: it bounds what a lost shard or a resumed query repeats."""
+IMPRECISE = 10
+"""An error of the gain of this many times ``Engine.drift`` within ``MIN_RESCORE_INTERVAL`` picks shows that float32 is
+too imprecise."""
+MAX_FLOAT64_ERROR = 0.1
+"""Largest error of the gain of scores just computed in float64; above it the matrix is nearly singular."""
 NEGLIGIBLE = 1e-9
-"""Gains below this share of the trace are treated as zero when their relative error is computed."""
-RESCORE_EVERY = 256
-"""Picks after which they are in any case: what has to be repeated when a shard or a selection is lost is bounded."""
+"""Gains below this share of the objective count as this share when their relative error is computed."""
 
 
 class Criterion(Protocol):
-    """What a greedy strategy knows of all picks so far; the shards' part of it is its ``Scorer``."""
+    """What a greedy strategy maximizes in each step, given all picks so far. Shards compute its ``Scorer``."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the shards' scores, and of all that they are told."""
+        """Data type of the scores and of everything that they are computed from."""
 
     def scorer(self) -> Scorer:
-        """What shards compute scores from that know of all picks so far."""
+        """Return the scorer for the picks so far."""
 
     def use_float64(self) -> bool:
-        """Let scores be float64 from now on; False if they are already, or none can be."""
+        """Use float64 scores from now on; return False if they already are, or cannot be."""
 
-    def drift(self, offer: Offer) -> float | None:
-        """Relative error of the gain that a shard found for ``offer``; None if none can arise.
+    def gain_error(self, candidate: ScoredCandidate) -> float | None:
+        """Return the relative error of the gain of ``candidate``; None if the criterion's gains have no error.
 
-        Where none can, ``scorer`` is asked for before the first pick only.
+        The scores of a criterion without errors are computed once.
         """
 
-    def add(self, offer: Offer) -> tuple[float, Any]:
-        """Add ``offer`` to the picks. Return its gain, exact where it can be, and the update of all shards' scores."""
+    def add(self, candidate: ScoredCandidate) -> tuple[float, Any]:
+        """Add ``candidate`` to the picks. Return its gain, exact if known, and the update of all scores."""
 
 
-def greedy(pool: Pool, criterion: Criterion, budget: int) -> list[Offer]:
-    """``budget`` picks, each the candidate with the largest gain; ties go to the lowest position.
+def greedy(pool: Pool, criterion: Criterion, budget: int) -> list[ScoredCandidate]:
+    """Return ``budget`` picks, each the candidate with the largest gain; ties go to the lowest position.
 
-    The shards must hold embeddings. Scores are computed anew when they have drifted by more than ``Engine.drift`` of a
-    gain, and every ``RESCORE_EVERY`` picks; in float64 from then on if float32 cannot hold them: when a gain is off as
-    soon as scores are fresh, or far off a few picks later. Picks that the pool's journal holds are taken as they are.
+    The shards must hold embeddings. Scores are recomputed when the relative error of a gain exceeds ``Engine.drift``,
+    and every ``MAX_RESCORE_INTERVAL`` picks. They are recomputed in float64, and stay so, when float32 is too
+    imprecise: when the error is too large for scores just computed, or very large a few picks later. Picks of
+    ``Engine.past_picks`` are replayed first.
     """
-    chosen, fresh, offers = _replay(pool, criterion)
-    latest, limit = Freshness.RESCORED, pool.engine.drift
-    while len(chosen) < budget:
-        best = best_offer(offers)
-        drift, age = criterion.drift(best), len(chosen) - fresh
-        if drift is not None:
-            imprecise = (age == 0 and not drift <= limit) or (age < RESCORE_AFTER and not drift <= LARGE * limit)
-            exact = imprecise and criterion.use_float64()
-            if not exact and age == 0 and not drift <= MAX_EXACT_DRIFT:
+    picks, last_rescore, candidates = _replay(pool, criterion)
+    rescore, limit = Rescore.SAME_TYPE, pool.engine.drift
+    while len(picks) < budget:
+        best = best_candidate(candidates)
+        error, age = criterion.gain_error(best), len(picks) - last_rescore
+        if error is not None:
+            # Written so that NaN exceeds every limit.
+            imprecise = (age == 0 and not error <= limit) or (
+                age < MIN_RESCORE_INTERVAL and not error <= IMPRECISE * limit
+            )
+            to_float64 = imprecise and criterion.use_float64()
+            if not to_float64 and age == 0 and not error <= MAX_FLOAT64_ERROR:
                 raise FloatingPointError(TOO_SMALL)
-            if exact or age >= RESCORE_EVERY or (age >= RESCORE_AFTER and drift > limit):
-                latest = Freshness.EXACT if exact else Freshness.RESCORED
-                if exact:
-                    pool.note("picks before scores were kept in float64", float(len(chosen)))
-                pool.note("largest drift of a gain before scores were computed anew", drift, max)
-                pool.note("times scores were computed anew", 1.0, float.__add__)
-                offers, fresh = _start(pool, criterion, chosen), len(chosen)
+            if to_float64 or age >= MAX_RESCORE_INTERVAL or (age >= MIN_RESCORE_INTERVAL and error > limit):
+                rescore = Rescore.FLOAT64 if to_float64 else Rescore.SAME_TYPE
+                if to_float64:
+                    pool.note("picks before float64", float(len(picks)))
+                pool.note("largest gain error before a rescore", error, max)
+                pool.note("rescores", 1.0, float.__add__)
+                candidates, last_rescore = _start(pool, criterion, picks), len(picks)
                 continue
-            pool.note("largest drift of a gain", drift, max)
-        gain, change = criterion.add(best)
-        chosen.append(best._replace(gain=gain))
-        pool.engine.journal(best.position, latest if fresh == len(chosen) - 1 else Freshness.KEPT)
-        pool.progress("pick", len(chosen), budget)
-        if len(chosen) < budget:
-            offers = pool.shards.call("advance", change, best.position)
-    return chosen
+            pool.note("largest gain error", error, max)
+        gain, update = criterion.add(best)
+        picks.append(best._replace(gain=gain))
+        pool.engine.record_pick(best.position, rescore if last_rescore == len(picks) - 1 else Rescore.NONE)
+        pool.progress("pick", len(picks), budget)
+        if len(picks) < budget:
+            candidates = pool.shards.call(Shard.apply_pick, update, best.position, True)
+    return picks
 
 
-def _start(pool: Pool, criterion: Criterion, chosen: list[Offer]) -> list[Offer | None]:
-    taken = torch.tensor([offer.position for offer in chosen], dtype=torch.long)
-    left = pool.candidates[~torch.isin(pool.candidates, taken)]
-    return pool.shards.call("start_selection", criterion.scorer(), left, len(chosen), criterion.dtype)
+def _start(pool: Pool, criterion: Criterion, picks: list[ScoredCandidate]) -> list[ScoredCandidate | None]:
+    """Let the shards score all images after ``picks``. Return the best candidate of each shard."""
+    picked = torch.tensor([pick.position for pick in picks], dtype=torch.long)
+    remaining = pool.candidates[~torch.isin(pool.candidates, picked)]
+    return pool.shards.call(Shard.start_selection, criterion.scorer(), remaining, len(picks), criterion.dtype)
 
 
-def _replay(pool: Pool, criterion: Criterion) -> tuple[list[Offer], int, list[Offer | None]]:
-    """What the journal's picks come to: the picks, how many there were when scores were last computed, new offers."""
-    positions = [position for position, _ in pool.engine.past]
+def _replay(pool: Pool, criterion: Criterion) -> tuple[list[ScoredCandidate], int, list[ScoredCandidate | None]]:
+    """Replay ``Engine.past_picks``, to the last bit.
+
+    Returns:
+        The picks, the number of picks before scores were last computed, and the best candidate of each shard.
+    """
+    positions = [position for position, _ in pool.engine.past_picks]
+    rescores = [rescore for _, rescore in pool.engine.past_picks]
     embeddings = pool.embeddings_at(torch.tensor(positions, dtype=torch.long))
-    past = [Offer(math.nan, *pick) for pick in zip(positions, embeddings, strict=True)]
-    freshness = [freshness for _, freshness in pool.engine.past]
-    fresh = max((i for i, value in enumerate(freshness) if value != Freshness.KEPT), default=0)
-    for i, offer in enumerate(past[:fresh]):
-        if freshness[i] != Freshness.KEPT:
-            criterion.scorer()  # it may gather what came before, which rounds: do all that was done then
-        past[i] = offer._replace(gain=criterion.add(offer)[0])
-    if Freshness.EXACT in freshness:
+    picks = [ScoredCandidate(math.nan, *pair) for pair in zip(positions, embeddings, strict=True)]
+    last_rescore = max((i for i, rescore in enumerate(rescores) if rescore != Rescore.NONE), default=0)
+    for i, pick in enumerate(picks[:last_rescore]):
+        if rescores[i] != Rescore.NONE:
+            criterion.scorer()  # it may apply pending updates, which rounds: repeat everything that happened then
+        picks[i] = pick._replace(gain=criterion.add(pick)[0])
+    if Rescore.FLOAT64 in rescores:
         criterion.use_float64()
-    offers = _start(pool, criterion, past[:fresh])
-    for i, offer in enumerate(past[fresh:], start=fresh):
-        gain, change = criterion.add(offer)
-        past[i] = offer._replace(gain=gain)
-        offers = pool.shards.call("advance", change, offer.position, i + 1 == len(past))
-        pool.progress("repeat picks", i + 1, len(past))
-    return past, fresh, offers
+    candidates = _start(pool, criterion, picks[:last_rescore])
+    for i, pick in enumerate(picks[last_rescore:], start=last_rescore):
+        gain, update = criterion.add(pick)
+        picks[i] = pick._replace(gain=gain)
+        candidates = pool.shards.call(Shard.apply_pick, update, pick.position, i + 1 == len(picks))
+        pool.progress("replay picks", i + 1, len(picks))
+    return picks, last_rescore, candidates
 
 
-def best_offer(offers: list[Offer | None]) -> Offer:
-    """The offer with the largest gain; of equal ones the lowest position."""
-    return max((offer for offer in offers if offer is not None), key=lambda offer: (offer.gain, -offer.position))
+def best_candidate(candidates: list[ScoredCandidate | None]) -> ScoredCandidate:
+    """Return the candidate with the largest gain; of equal gains, the one at the lowest position."""
+    return max(
+        (candidate for candidate in candidates if candidate is not None),
+        key=lambda candidate: (candidate.gain, -candidate.position),
+    )
 
 
-@dataclass(frozen=True)
-class TraceOptions:
-    """How ``tr(M^-1 F)`` is set up. The defaults are BAIT's (Ash et al. 2021) without oversampling."""
-
-    damping: float = 1.0
-    """lambda: M begins as lambda times the identity ..."""
-    initial_information: bool = True
-    """... plus the labeled images' share of the information."""
-    class_weighting: Weighting = "sqrt"
-    """With sqrt, V^T V is the Fisher information; with none, classes count alike, however probable."""
-    top_classes: int | None = None
-    """q: an approximation that keeps the q most probable classes of each image, renormalized."""
-    batch_weighting: Literal["bait", "per_sample"] = "bait"
-    """A candidate counts K / (nL + K), as BAIT's code has it, or 1 / (nL + K), as a labeled image does."""
-    target: Literal["pool", "identity"] = "pool"
-    """F: the mean information of the whole pool, or the identity (A-optimal design)."""
-    oversample: float = 1.0
-    """r: choose r times the budget, then take back, one by one, what is missed least."""
+def record_picks(pool: Pool, picks: list[ScoredCandidate]) -> Tensor:
+    """Record the gains of ``picks`` in ``pool.gains`` and return their positions, [b]."""
+    pool.gains = torch.tensor([pick.gain for pick in picks], dtype=torch.float64)
+    return torch.tensor([pick.position for pick in picks])
 
 
 @dataclass(frozen=True)
 class DistanceCriterion:
-    """Scores by distance to the nearest pick: a pick changes them as it is, and nothing adds up."""
+    """Pick by distance to the nearest earlier pick. Distances to new picks do not accumulate errors."""
 
-    first: Scorer
+    distance_scorer: Scorer
     dtype: torch.dtype
-    """Type of the shards' scores."""
+    """Data type of the scores."""
 
     def scorer(self) -> Scorer:
-        return self.first
+        return self.distance_scorer
 
     def use_float64(self) -> bool:
         return False
 
-    def drift(self, offer: Offer) -> None:
+    def gain_error(self, candidate: ScoredCandidate) -> None:
         return None
 
-    def add(self, offer: Offer) -> tuple[float, Embedding]:
-        return offer.gain, offer.embedding
+    def add(self, candidate: ScoredCandidate) -> tuple[float, Embedding]:
+        return candidate.gain, candidate.embedding
 
 
 @dataclass
@@ -168,143 +171,160 @@ class TraceCriterion:
 
     objective: Objective
     dtype: torch.dtype
-    """Type of the shards' scores."""
-    _asked: tuple[int, Update] | None = None
+    """Data type of the scores."""
+    _considered: tuple[int, Update] | None = None
+    """Position of the candidate that ``gain_error`` considered, and its update."""
 
     def scorer(self) -> TraceScorer:
         return TraceScorer(*self.objective.matrices(self.dtype))
 
     def use_float64(self) -> bool:
-        wider = self.dtype != torch.float64
+        changed = self.dtype != torch.float64
         self.dtype = torch.float64
-        return wider
+        return changed
 
-    def drift(self, offer: Offer) -> float:
-        # What is needed to know the exact gain is all that is needed to take the offer.
-        update = self.objective.consider(offer.embedding)
-        self._asked = offer.position, update
-        # The relative error of a gain that is negligible against the trace means nothing.
-        least = max(NEGLIGIBLE * abs(self.objective.value), 1e-300)
-        return abs(offer.gain - update.gain) / max(abs(update.gain), least)
+    def gain_error(self, candidate: ScoredCandidate) -> float:
+        # The update contains the exact gain. It is kept because ``add`` nearly always follows.
+        update = self.objective.consider(candidate.embedding)
+        self._considered = candidate.position, update
+        # The relative error of a gain that is negligible against the objective means nothing.
+        smallest = max(NEGLIGIBLE * abs(self.objective.value), 1e-300)
+        return abs(candidate.gain - update.gain) / max(abs(update.gain), smallest)
 
-    def add(self, offer: Offer) -> tuple[float, Update]:
-        known = self._asked is not None and self._asked[0] == offer.position
-        update = self._asked[1] if known and self._asked else self.objective.consider(offer.embedding)
+    def add(self, candidate: ScoredCandidate) -> tuple[float, Update]:
+        if self._considered is not None and self._considered[0] == candidate.position:
+            update = self._considered[1]
+        else:
+            update = self.objective.consider(candidate.embedding)
         self.objective.apply(update)
-        self._asked = None
-        return update.gain, moved(update, self.dtype)
+        self._considered = None
+        return update.gain, to_type(update, self.dtype)
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """Definition of M and F in ``tr(M^-1 F)``. The defaults are BAIT's (Ash et al. 2021) without oversampling."""
+
+    damping: float = 1.0
+    """lambda: M starts as lambda times the identity ..."""
+    initial_information: bool = True
+    """... plus the information of the labeled images."""
+    class_weighting: Weighting = "sqrt"
+    """``sqrt``: V^T V is the Fisher information. ``none``: all classes have the same weight, however probable."""
+    top_classes: int | None = None
+    """q: an approximation that keeps the q most probable classes of each image, renormalized."""
+    batch_weighting: Literal["bait", "per_sample"] = "bait"
+    """Weight of a candidate: K / (n_L + K), as in BAIT's code, or 1 / (n_L + K), as that of a labeled image."""
+    target: Literal["pool", "identity"] = "pool"
+    """F: the mean information of the whole pool, or the identity (A-optimal design)."""
+    oversample: float = 1.0
+    """Pick this many times the budget, then prune, one by one, the picks that contribute least."""
 
 
 def minimize_trace(pool: Pool, mask: Mask, budget: int, options: TraceOptions) -> Tensor:
-    """``budget`` candidates, in the order of choice, that greedily minimize ``tr(M^-1 F)`` (Ash et al. 2021).
+    """Return ``budget`` candidates, in the order of choice, that greedily minimize ``tr(M^-1 F)`` (Ash et al. 2021).
 
     Raises:
-        FloatingPointError: the information is not finite, or rounding decides what is left of the trace.
+        FloatingPointError: the information is not finite, or the objective is smaller than its rounding errors.
     """
-    pool.embed(mask, options.class_weighting, options.top_classes)
-    objective = objective_of(pool, budget, options)
+    pool.store_embeddings(mask, options.class_weighting, options.top_classes)
+    objective = initial_objective(pool, budget, options)
     before = objective.value
     count = min(len(pool.candidates), math.ceil(options.oversample * budget))
-    chosen = greedy(pool, TraceCriterion(objective, pool.scores_type), count)
+    picks = greedy(pool, TraceCriterion(objective, pool.scores_type), count)
     if options.top_classes is not None:
-        pool.note(
-            "relative error of the objective by top_classes, on a sample", approximation_error(pool, mask, options)
-        )
-    pool.shards.call("clear")
+        pool.note("relative error of top_classes", approximation_error(pool, mask, options))
+    pool.free_embeddings()
     if count > budget:
-        objective, chosen = _prune(pool, objective, chosen, budget)
+        objective, picks = _prune(pool, objective, picks, budget)
     if objective.value < 0:
         raise FloatingPointError(TOO_SMALL)
     pool.note("objective", objective.value)
     pool.objective = before, objective.value
-    return record_picks(pool, chosen)
+    return record_picks(pool, picks)
 
 
-def record_picks(pool: Pool, picks: list[Offer]) -> Tensor:
-    """Record the gains of ``picks`` in ``pool`` and return their positions, [b]."""
-    pool.gains = torch.tensor([pick.gain for pick in picks], dtype=torch.float64)
-    return torch.tensor([pick.position for pick in picks])
+def _prune(
+    pool: Pool, objective: Objective, picks: list[ScoredCandidate], budget: int
+) -> tuple[Objective, list[ScoredCandidate]]:
+    """Prune, one by one, the pick whose loss raises the objective least, until ``budget`` picks remain.
 
-
-def _prune(pool: Pool, objective: Objective, chosen: list[Offer], budget: int) -> tuple[Objective, list[Offer]]:
-    """Take images back, one by one, whose loss raises the trace the least, until ``budget`` are left.
-
-    Taking an image back looks for directions in which M has next to nothing left, and errors grow with every one that
-    is taken. So everything is computed in float64, and anew from the images that are left where the estimated error of
-    the trace exceeds ``Engine.drift``, and at the end.
+    Pruning prefers directions in which M is nearly singular, and every pruned pick makes errors grow. So everything is
+    computed in float64, and recomputed from the remaining picks where the estimated error of the objective exceeds
+    ``Engine.drift``, and at the end.
     """
-    count = len(chosen)
-    kept = concatenate([offer.embedding for offer in chosen]).to(torch.float64)
-    scores = start_scores(kept, *objective.matrices())
-    while len(chosen) > budget:
-        pool.progress("prune", count - len(chosen), count - budget)
-        worst = least_missed(scores)
-        change = objective.remove(take(kept, slice(worst, worst + 1)))
-        advance(scores, kept, change)
-        rest = torch.arange(len(chosen)) != worst
-        kept, scores = take(kept, rest).map(Tensor.contiguous), scores[..., rest].contiguous()
-        chosen = chosen[:worst] + chosen[worst + 1 :]
-        if len(chosen) == budget or objective.error(kept) > pool.engine.drift:
+    count = len(picks)
+    embedding = concatenate([pick.embedding for pick in picks]).to(torch.float64)
+    scores = initial_scores(embedding, *objective.matrices())
+    while len(picks) > budget:
+        pool.progress("prune", count - len(picks), count - budget)
+        index = least_contributing(scores)
+        update = objective.remove(take(embedding, slice(index, index + 1)))
+        update_scores(scores, embedding, update)
+        remaining = torch.arange(len(picks)) != index
+        embedding = take(embedding, remaining).map(Tensor.contiguous)
+        scores = scores[..., remaining].contiguous()
+        picks = picks[:index] + picks[index + 1 :]
+        if len(picks) == budget or objective.error(embedding) > pool.engine.drift:
             before = objective.value
             try:
-                objective = objective.rebuild(kept)
+                objective = objective.rebuild(embedding)
             except torch.linalg.LinAlgError:
                 raise FloatingPointError(TOO_SMALL) from None
-            if not objective.error(kept) <= MAX_EXACT_DRIFT:
+            if not objective.error(embedding) <= MAX_FLOAT64_ERROR:
                 raise FloatingPointError(TOO_SMALL)
             error = abs(before - objective.value) / max(abs(objective.value), 1e-300)
-            pool.note("largest error of the objective before it was computed anew", error)
-            if len(chosen) > budget:
-                pool.note("times the objective was computed anew", 1.0, float.__add__)
-                scores = start_scores(kept, *objective.matrices())
-    return objective, chosen
+            pool.note("largest objective error", error)
+            if len(picks) > budget:
+                pool.note("objective recomputations", 1.0, float.__add__)
+                scores = initial_scores(embedding, *objective.matrices())
+    return objective, picks
 
 
-def approximation_error(pool: Pool, mask: Mask, options: TraceOptions) -> float:
-    """Relative error, by keeping few classes, of ``tr((lambda I + F)^-1 F)`` with F the mean information of a sample.
-
-    The shards must hold the embeddings with few classes.
-    """
-    (one,) = pool.embeddings_at(torch.zeros(1, dtype=torch.long))
-    sample = pool.sample(sample_size(contrasts.count(one.num_classes, options.class_weighting)))
-    images = torch.cat(pool.shards.call("images_at", sample))
-    (exact,) = pool.shards.scatter("embed_images", [(images, mask, options.class_weighting)])
-    return relative_error(exact, concatenate(pool.embeddings_at(sample)), options.damping)
-
-
-def least_missed(scores: Tensor) -> int:
-    """Which image in M raises the trace the least when taken out: ``tr((I - P)^-1 Q)``; the first of equal ones."""
+def least_contributing(scores: Tensor) -> int:
+    """Return the image in M that raises the trace least when removed, the first of equal ones: ``tr((I - P)^-1 Q)``."""
     return int(gains(torch.stack([-scores[0], scores[1]])).argmin())
 
 
-def objective_of(pool: Pool, budget: int, options: TraceOptions = TraceOptions()) -> Objective:  # noqa: B008  frozen
-    """The objective before any pick; the shards must hold embeddings.
+def approximation_error(pool: Pool, mask: Mask, options: TraceOptions) -> float:
+    """Return the relative error, by ``top_classes``, of ``tr((lambda I + F)^-1 F)`` with F the information of a sample.
+
+    The shards must hold the approximate embeddings.
+    """
+    (first_embedding,) = pool.embeddings_at(torch.zeros(1, dtype=torch.long))
+    sample = pool.sample(sample_size(contrasts.count(first_embedding.num_classes, options.class_weighting)))
+    images = torch.cat(pool.shards.call(Shard.images_at, sample))
+    (exact,) = pool.shards.scatter(Shard.embed_images, [(images, mask, options.class_weighting)])
+    return relative_error(exact, concatenate(pool.embeddings_at(sample)), options.damping)
+
+
+def initial_objective(pool: Pool, budget: int, options: TraceOptions = TraceOptions()) -> Objective:  # noqa: B008  frozen
+    """Return the objective before any pick; the shards must hold embeddings.
 
     Raises:
         FloatingPointError: the information is not finite, or M cannot be inverted.
     """
     pool.progress("information", 0, 1)
-    found = pool.shards.call("largest_information")
-    if not all(map(math.isfinite, found)):
+    largest = pool.shards.call(Shard.largest_information)
+    if not all(map(math.isfinite, largest)):
         raise FloatingPointError("the pool's Fisher information is not finite: the model's outputs overflow")
-    largest = max(found)
-    # Every sum of parts stays below the number of parts times the largest; 2^62 quanta of it fit a whole number.
-    parts = -(-pool.size // NARROW)
-    quantum = 2.0 ** (math.ceil(math.log2(max(largest, 1e-200) * parts)) - 62)
+    # Every sum over parts is at most the number of parts times the largest entry, which must fit into 62 bits.
+    num_parts = -(-pool.size // NARROW)
+    quantum = 2.0 ** (math.ceil(math.log2(max(*largest, 1e-200) * num_parts)) - 62)
     total = len(pool.labeled) + budget
-    (one,) = pool.embeddings_at(torch.zeros(1, dtype=torch.long))
-    everything, known = (part.double() for part in pool.shards.total("information", pool.labeled, quantum))
-    target = everything.mul_(quantum / pool.size)
-    sizes = one.num_classes, len(one.hidden)
+    (first_embedding,) = pool.embeddings_at(torch.zeros(1, dtype=torch.long))
+    sums = pool.shards.sum_results(Shard.information, pool.labeled, quantum)
+    pool_information, labeled_information = (part.double() for part in sums)
+    target = pool_information.mul_(quantum / pool.size)
+    sizes = first_embedding.num_classes, len(first_embedding.hidden)
     if options.target == "identity":
         add_identity(target.zero_(), 1.0, *sizes)
-    start = known.mul_(quantum / total if options.initial_information else 0.0)
+    start = labeled_information.mul_(quantum / total if options.initial_information else 0.0)
     add_identity(start, options.damping, *sizes)
     weight = budget if options.batch_weighting == "bait" else 1
-    # With the target identity, the trace also has a part in the E directions that no embedding reaches.
-    constant = len(one.hidden) / options.damping if options.target == "identity" else 0.0
+    # With the target identity, the trace includes the E directions that no embedding reaches.
+    constant = len(first_embedding.hidden) / options.damping if options.target == "identity" else 0.0
     try:
-        objective = Objective(start, target, math.sqrt(weight / total), constant, options.oversample > 1)
+        return Objective(start, target, math.sqrt(weight / total), constant, options.oversample > 1)
     except torch.linalg.LinAlgError:
         raise FloatingPointError(TOO_SMALL) from None
-    return objective

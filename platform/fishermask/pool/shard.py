@@ -1,8 +1,8 @@
-"""A contiguous slice of the pool and all the work on it. The same class runs in process and as a Ray actor.
+"""A contiguous slice of the pool and all work on it. The same class runs in this process and as a Ray actor.
 
-Every computation goes block by block, and blocks are aligned to the whole pool's positions: how the pool is cut into
-shards decides where a block is computed, never what is computed. For the same reason a shard computes on one CPU
-thread, whoever calls it: the rounding of a sum over threads depends on their number. More shards use more cores.
+Every computation goes block by block, and blocks are aligned to positions in the whole pool: the number of shards
+decides where a block is computed, never its result. For the same reason a shard computes on one CPU thread, whoever
+calls it: the rounding of a sum over threads depends on their number. More shards use more cores.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fishermask.pool.blocks import ALIGNMENT, BLOCK, MIN_COLUMNS, PREDICTED, images_per_part
 from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import Embedding, concatenate, embed, information, information_diagonal, take
+from fishermask.tensors.gradient_plan import GradientPlan
 from fishermask.tensors.images import Images, Preprocess
-from fishermask.tensors.layout import Layout
 from fishermask.tensors.mask import Mask, fisher_diagonal
 from fishermask.tensors.precision import Precision
 from fishermask.tensors.runtime import repeatable_gpu, return_memory
@@ -24,33 +24,33 @@ from fishermask.tensors.slow_gradients import copy_model
 
 
 class Scorer(Protocol):
-    """What makes a greedy strategy: a state for each image, its change by a pick, and the gain read off it."""
+    """The part of a greedy criterion that shards compute: a state for each image, from which its gain follows."""
 
-    def start(self, embedding: Embedding, first: int) -> Tensor:
-        """State of the images of ``embedding``, which are the pool's from position ``first``."""
+    def initial_state(self, embedding: Embedding, first: int) -> Tensor:
+        """Return the state of the images of ``embedding``, whose first image is at position ``first``."""
 
-    def advance(self, state: Tensor, embedding: Embedding, update: Any, step: int) -> None:
-        """Bring the state up to date with a pick, the ``step``-th, in place."""
+    def update_state(self, state: Tensor, embedding: Embedding, update: Any, step: int) -> None:
+        """Update the state in place for the pick number ``step``, counted from 1."""
 
     def gains(self, state: Tensor, step: int, first: int) -> Tensor:
-        """What each image would add after ``step`` picks, [n]."""
+        """Return the gain of each image after ``step`` picks, [n]."""
 
 
-class Offer(NamedTuple):
-    """A shard's best candidate."""
+class ScoredCandidate(NamedTuple):
+    """A candidate with its gain."""
 
     gain: float
     position: int
-    """In the whole pool."""
+    """Position in the whole pool."""
     embedding: Embedding
-    """Of this one image."""
+    """The embedding of this one image."""
 
 
 class Shard:
-    """The pool's images ``start`` to ``start + n``.
+    """The pool's images ``start`` to ``start + n - 1``.
 
     Args:
-        images: samples [n, ...] of any shape, a tensor or a view of what is on disk.
+        images: samples [n, ...] of any shape, a tensor or a view of a data set on disk.
         start: the pool position of the first image, a multiple of ``BLOCK``.
         preprocess: makes the model's inputs from images.
         device: where to compute.
@@ -64,23 +64,23 @@ class Shard:
         self.model: nn.Module = nn.Identity()
         self.embeddings: list[Embedding] = []
         self.parts: list[slice] = []
-        """Rows that each of ``embeddings`` and of ``scores`` is of; the last may be followed by padding."""
+        """Rows that each of ``embeddings`` and of ``scores`` covers; padding may follow them."""
         self.scores: list[Tensor] = []
         self.available = torch.zeros(len(images), dtype=torch.bool)
         self.scorer: Scorer
         self.scores_type = torch.float32
         self.step = 0
         self.precision = Precision()
-        self.layout = torch.contiguous_format
+        self.memory_format = torch.contiguous_format
 
     def set_model(self, model: nn.Module, precision: Precision) -> None:
-        """Use ``model``, in eval mode, from now on; what was computed with another is dropped."""
-        # A copy: the hooks of one shard must not see the passes of another in the same process.
+        """Store a copy of ``model`` in eval mode, and free all results of an earlier model."""
+        # A copy: the hooks of one shard must not see the forward passes of another in the same process.
         self.model = copy_model(model).to(self.device).eval().requires_grad_(False)
         self.precision = precision
         self.scores_type = precision.scores or self._dtype()
-        self.layout = torch.channels_last if precision.channels_last else torch.contiguous_format
-        self.model.to(memory_format=self.layout)
+        self.memory_format = torch.channels_last if precision.channels_last else torch.contiguous_format
+        self.model.to(memory_format=self.memory_format)
         self.clear()
 
     def clear(self) -> None:
@@ -89,176 +89,175 @@ class Shard:
         return_memory()
 
     def images_at(self, positions: Tensor) -> Tensor:
-        """The images at those of the ascending pool ``positions`` that lie in this slice."""
+        """Return the images at those of the ascending pool ``positions`` that lie in this slice."""
         inside = (positions >= self.start) & (positions < self.start + len(self.images))
         return self.images[positions[inside] - self.start]
 
     def inputs_at(self, positions: Tensor) -> Tensor:
-        """The images at those of the ascending pool ``positions`` that lie in this slice, as inputs of the model."""
+        """Return the model's inputs at those of the ascending pool ``positions`` that lie in this slice."""
         return self.preprocess(self.images_at(positions), self._dtype())
 
     @torch.no_grad()
-    def probabilities(self, piece: int, pieces: int) -> Tensor:
-        """Predicted probabilities [rows, C] of the images in the ``piece``-th of ``pieces`` runs of blocks."""
-        blocks = self._run(piece, pieces)
-        found, done = torch.empty(0), 0
+    def probabilities(self, piece: int, num_pieces: int) -> Tensor:
+        """Return the predicted probabilities [rows, C] of the images of one piece of this slice."""
+        blocks = self._blocks_of(piece, num_pieces)
+        result, done = torch.empty(0), 0
         for block in blocks:
             for images in self.images[block].split(PREDICTED):
-                own = self._predict(images)
+                batch = self._predict(images)
                 if not done:
-                    # Results in memory of their own: between chunks they would keep the heap from using its gaps again.
-                    found = own.new_empty(blocks[-1].stop - blocks[0].start, own.shape[1])
-                found[done : done + len(own)] = own
-                done += len(own)
-                del own
+                    # Allocated once: results between the chunks' memory would keep the heap from reusing its gaps.
+                    result = batch.new_empty(blocks[-1].stop - blocks[0].start, batch.shape[1])
+                result[done : done + len(batch)] = batch
+                done += len(batch)
+                del batch
             return_memory()
-        return found
+        return result
 
     def _predict(self, images: Tensor) -> Tensor:
-        inputs = _aligned(self._inputs(images), self.layout)
+        inputs = _pad(self._inputs(images), self.memory_format)
         return self.model(inputs).softmax(-1)[: len(images)].cpu()
 
-    def fisher_diagonals(self, batches: list[Tensor], layout: Layout) -> list[dict[str, Tensor]]:
-        """Sum of the Fisher diagonal over each batch of images."""
-        found = []
-        for images in batches:
-            diagonal = fisher_diagonal(self.model, self._inputs(images), layout)
-            found.append({name: value.cpu() for name, value in diagonal.items()})
-        return found
+    def fisher_diagonal(self, images: Tensor, plan: GradientPlan) -> dict[str, Tensor]:
+        """Return the sum of the Fisher diagonal over ``images``, by parameter."""
+        diagonal = fisher_diagonal(self.model, self._inputs(images), plan)
+        return {name: value.cpu() for name, value in diagonal.items()}
 
-    def embed(
-        self, mask: Mask, weighting: Weighting, top_classes: int | None, chunk: int, piece: int, pieces: int
+    def store_embeddings(
+        self, piece: int, num_pieces: int, mask: Mask, weighting: Weighting, top_classes: int | None, chunk: int
     ) -> None:
-        """Embed the images in the ``piece``-th of ``pieces`` runs of blocks; call with each piece in turn.
+        """Embed the images of one piece of this slice and keep the embeddings; call with each piece in turn.
 
         Args:
             chunk: images differentiated at once, a multiple of ``ALIGNMENT`` that divides ``NARROW``.
         """
-        mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
-        rows = images_per_part(mask.body_size)
-        for block in self._run(piece, pieces):
-            for part in self.images[block].split(rows):
-                found = None
-                for first in range(0, len(part), chunk):
-                    own = self._embedded(part[first : first + chunk], mask, weighting, top_classes)
-                    if found is None:
-                        found = _empty(own, len(part) + -len(part) % MIN_COLUMNS)
-                    _put(found, first, own, len(part))
-                    del own
-                assert found is not None
+        mask = mask.to(self.device)
+        num_rows = images_per_part(mask.body_size)
+        for block in self._blocks_of(piece, num_pieces):
+            for images in self.images[block].split(num_rows):
+                embedding = None
+                for first in range(0, len(images), chunk):
+                    chunk_embedding = self._embed(images[first : first + chunk], mask, weighting, top_classes)
+                    if embedding is None:
+                        embedding = _zeros_like(chunk_embedding, len(images) + -len(images) % MIN_COLUMNS)
+                    _copy_into(embedding, first, chunk_embedding, len(images))
+                    del chunk_embedding
+                assert embedding is not None
                 start = self.parts[-1].stop if self.parts else 0
-                self.embeddings.append(self._stored(found))
-                self.parts.append(slice(start, start + len(part)))
+                self.embeddings.append(self._to_storage(embedding))
+                self.parts.append(slice(start, start + len(images)))
             return_memory()
 
-    def _embedded(self, images: Tensor, mask: Mask, weighting: Weighting, top_classes: int | None) -> Embedding:
-        inputs = _aligned(self._inputs(images), self.layout)
+    def _embed(self, images: Tensor, mask: Mask, weighting: Weighting, top_classes: int | None) -> Embedding:
+        inputs = _pad(self._inputs(images), self.memory_format)
         return embed(self.model, inputs, mask, weighting, top_classes, self.precision.autocast)
 
     def embed_images(self, images: Tensor, mask: Mask, weighting: Weighting) -> Embedding:
-        """Exact embeddings of ``images``, with all classes, not kept here."""
-        inputs = self._inputs(images)
-        mask = Mask(mask.layout, {name: entries.to(self.device) for name, entries in mask.entries.items()})
+        """Return exact embeddings of any ``images``, with all classes; they are not stored."""
+        inputs, mask = self._inputs(images), mask.to(self.device)
         return concatenate([embed(self.model, part, mask, weighting) for part in inputs.split(ALIGNMENT)]).map(
             Tensor.cpu
         )
 
     def largest_information(self) -> float:
-        """Largest entry of any part's sum of ``V^T V``; on the diagonal, where all the largest are. NaN if any is."""
-        largest = [information_diagonal(self._loaded(i)).max() for i in range(len(self.parts))]
+        """Return the largest entry of any part's sum of ``V^T V``, which lies on its diagonal; NaN if any is NaN."""
+        largest = [information_diagonal(self._load(i)).max() for i in range(len(self.parts))]
         return float(torch.stack(largest).max()) if largest else 0.0
 
     def information(self, labeled: Tensor, quantum: float) -> tuple[Tensor, Tensor]:
-        """Sums of ``V^T V`` over all images and over those at the pool positions ``labeled``, in units of ``quantum``.
+        """Return sums of ``V^T V`` over all images and over those at the pool positions ``labeled``.
 
-        Two [k - E, k - E] of whole numbers: adding those is exact, so the order of parts and shards changes nothing.
-        Empty [0, 0] from a shard without images.
+        Both are [k - E, k - E] integers in units of ``quantum``: sums of integers are exact, so the order of parts and
+        shards changes nothing. A shard without images returns empty tensors [0, 0].
         """
         size = self.embeddings[0].size if self.embeddings else 0
-        everything = torch.zeros(size, size, dtype=torch.int64, device=self.device)
-        known = everything.clone()
+        pool_sum = torch.zeros(size, size, dtype=torch.int64, device=self.device)
+        labeled_sum = pool_sum.clone()
         for i, part in enumerate(self.parts):
-            # Sums in float32 have eigenvalues below zero, which a small damping would not make up for.
+            # Sums in float32 have eigenvalues below zero, for which a small damping would not make up.
             embedding = self.embeddings[i].to(torch.float64)
-            _add_whole(everything, information(embedding), quantum)
+            _add_quantized(pool_sum, information(embedding), quantum)
             first, last = self.start + part.start, self.start + part.stop
             rows = labeled[(labeled >= first) & (labeled < last)].sort().values - first
             if len(rows):
-                _add_whole(known, information(take(embedding, rows.to(self.device))), quantum)
-        return everything.cpu(), known.cpu()
+                _add_quantized(labeled_sum, information(take(embedding, rows.to(self.device))), quantum)
+        return pool_sum.cpu(), labeled_sum.cpu()
 
     def embeddings_at(self, positions: Tensor) -> dict[int, Embedding]:
-        """Pool position -> embedding of that one image, for those of ``positions`` that lie in this slice."""
+        """Return pool position -> embedding of that image, for those of ``positions`` that lie in this slice."""
         inside = [int(p) for p in positions if self.start <= p < self.start + len(self.images)]
-        return {position: self._row(position - self.start) for position in inside}
+        return {position: self._embedding_of(position - self.start) for position in inside}
 
-    def start_selection(self, scorer: Scorer, candidates: Tensor, step: int, dtype: torch.dtype) -> Offer | None:
-        """Score all images by ``scorer``, in ``dtype``, and offer the best of the pool positions ``candidates``.
+    def start_selection(
+        self, scorer: Scorer, candidates: Tensor, step: int, dtype: torch.dtype
+    ) -> ScoredCandidate | None:
+        """Compute and keep the scores of all images, in ``dtype``, after ``step`` picks.
 
-        ``step`` picks were made before.
+        Return the best of the pool positions ``candidates`` that lie in this slice; None if none does.
         """
         self.scores_type = dtype
         inside = (candidates >= self.start) & (candidates < self.start + len(self.images))
         self.available = torch.zeros(len(self.images), dtype=torch.bool, device=self.device)
         self.available[candidates[inside].to(self.device) - self.start] = True
-        self.scorer, self.step = moved(scorer, self.scores_type, self.device), step
-        self.scores = []  # the old ones go before the new ones come
+        self.scorer, self.step = to_type(scorer, self.scores_type, self.device), step
+        self.scores = []  # free the old scores before the new ones are allocated
         for i, part in enumerate(self.parts):
-            self.scores.append(self.scorer.start(self._loaded(i), self.start + part.start))
-        return self._offer()
+            self.scores.append(self.scorer.initial_state(self._load(i), self.start + part.start))
+        return self._best_candidate()
 
-    def advance(self, update: Any, taken: int, offer: bool = True) -> Offer | None:
-        """Bring the scores up to date with the pick of pool position ``taken``; ``offer`` the next best."""
+    def apply_pick(self, update: Any, position: int, want_candidate: bool) -> ScoredCandidate | None:
+        """Update the scores for the pick at pool ``position``. Return the next best candidate if it is wanted."""
         if self.embeddings:
-            update = moved(update, self.scores_type, self.device)
+            update = to_type(update, self.scores_type, self.device)
         self.step += 1
-        if self.start <= taken < self.start + len(self.images):
-            self.available[taken - self.start] = False
+        if self.start <= position < self.start + len(self.images):
+            self.available[position - self.start] = False
         for i, scores in enumerate(self.scores):
-            self.scorer.advance(scores, self._loaded(i), update, self.step)
-        return self._offer() if offer else None
+            self.scorer.update_state(scores, self._load(i), update, self.step)
+        return self._best_candidate() if want_candidate else None
 
-    def _offer(self) -> Offer | None:
+    def _best_candidate(self) -> ScoredCandidate | None:
         if not self.scores:
             return None
-        gain = torch.cat([self._gains(state, part) for state, part in zip(self.scores, self.parts, strict=True)])
-        # The first of equal ones; infinite or not a number if any of them is.
-        gain, row = torch.where(self.available, gain, -torch.inf).max(0)
-        # A device is waited for each time that something is read from it: once, in numbers that float64 holds exactly.
-        best, position, any_left = torch.stack([gain.double(), row.double(), self.available.any().double()]).tolist()
-        if not any_left:
+        all_gains = torch.cat([self._gains(state, part) for state, part in zip(self.scores, self.parts, strict=True)])
+        # ``max`` returns the first of equal gains, and NaN or infinity if there is any.
+        gain, row = torch.where(self.available, all_gains, -torch.inf).max(0)
+        # Each copy from a GPU waits for it: make one copy, of numbers that float64 represents exactly.
+        values = torch.stack([gain.double(), row.double(), self.available.any().double()])
+        best_gain, best_row, any_available = values.tolist()
+        if not any_available:
             return None
-        if not math.isfinite(best):
+        if not math.isfinite(best_gain):
             raise FloatingPointError(
                 "a candidate's gain is not a number: the model's outputs overflow, or strategy.params.damping is too "
                 "small for the information matrix to be inverted"
             )
-        return Offer(best, self.start + int(position), self._row(int(position)))
+        return ScoredCandidate(best_gain, self.start + int(best_row), self._embedding_of(int(best_row)))
 
     def _gains(self, state: Tensor, part: slice) -> Tensor:
         return self.scorer.gains(state, self.step, self.start + part.start)[: part.stop - part.start]
 
-    def _row(self, row: int) -> Embedding:
-        """The embedding of one image, a copy: a view would keep its whole part alive."""
+    def _embedding_of(self, row: int) -> Embedding:
+        """Return the embedding of one image, as a copy: a view would keep its whole part in memory."""
         index = next(i for i, part in enumerate(self.parts) if row < part.stop)
-        inside = row - self.parts[index].start
-        return take(self.embeddings[index], slice(inside, inside + 1)).map(lambda part: part.cpu().clone())
+        column = row - self.parts[index].start
+        return take(self.embeddings[index], slice(column, column + 1)).map(lambda tensor: tensor.cpu().clone())
 
-    def _stored(self, embedding: Embedding) -> Embedding:
-        """``embedding`` as it is kept: the bulk of it in the storage type."""
+    def _to_storage(self, embedding: Embedding) -> Embedding:
+        """Return ``embedding`` with its two large tensors in the storage type."""
         storage = self.precision.storage or embedding.hidden.dtype
-        kept = replace(embedding, hidden=embedding.hidden.to(storage), body=embedding.body.to(storage))
-        if storage == torch.float16 and not (kept.hidden.isfinite().all() and kept.body.isfinite().all()):
+        stored = replace(embedding, hidden=embedding.hidden.to(storage), body=embedding.body.to(storage))
+        if storage == torch.float16 and not (stored.hidden.isfinite().all() and stored.body.isfinite().all()):
             raise FloatingPointError("engine.storage: float16 cannot hold the embeddings; set bfloat16 or float32")
-        return kept
+        return stored
 
-    def _loaded(self, index: int) -> Embedding:
-        """A part's embeddings as scores are computed from them."""
+    def _load(self, index: int) -> Embedding:
+        """Return the embeddings of a part in the type of the scores."""
         return self.embeddings[index].to(self.scores_type)
 
-    def _run(self, piece: int, pieces: int) -> list[slice]:
+    def _blocks_of(self, piece: int, num_pieces: int) -> list[slice]:
         count = len(self.blocks)
-        return self.blocks[count * piece // pieces : count * (piece + 1) // pieces]
+        return self.blocks[count * piece // num_pieces : count * (piece + 1) // num_pieces]
 
     def _inputs(self, images: Tensor) -> Tensor:
         return self.preprocess(images.to(self.device), self._dtype())
@@ -267,33 +266,33 @@ class Shard:
         return next(self.model.parameters()).dtype
 
 
-def moved(value: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
-    """A tensor, or a named tuple or dataclass of them, with its numbers in another type and on another device."""
+def to_type(value: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """Return a tensor, or a named tuple or dataclass of them, with its floating-point numbers in ``dtype``."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(part, dtype, device) for part in value))
+        return type(value)(*(to_type(part, dtype, device) for part in value))
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: moved(getattr(value, f.name), dtype, device) for f in fields(value)})
+        return replace(value, **{f.name: to_type(getattr(value, f.name), dtype, device) for f in fields(value)})
     return value
 
 
-def _aligned(images: Tensor, layout: torch.memory_format) -> Tensor:
-    """``images`` repeated at the end up to a multiple of ``ALIGNMENT``: few images at a time may round otherwise."""
-    missing = -len(images) % ALIGNMENT
-    whole = torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]) if missing else images
-    return whole.contiguous(memory_format=layout) if whole.dim() == 4 else whole.contiguous()
+def _pad(inputs: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Repeat the last input up to a multiple of ``ALIGNMENT``: smaller batches may round differently."""
+    missing = -len(inputs) % ALIGNMENT
+    padded = torch.cat([inputs, inputs[-1:].expand(missing, *inputs.shape[1:])]) if missing else inputs
+    return padded.contiguous(memory_format=memory_format) if padded.dim() == 4 else padded.contiguous()
 
 
-def _empty(like: Embedding, count: int) -> Embedding:
-    """An embedding of ``count`` images, all zeros, of the kind of ``like``."""
-    return like.map(lambda part: part.new_zeros(*part.shape[:-1], count))
+def _zeros_like(embedding: Embedding, count: int) -> Embedding:
+    """Return an embedding of ``count`` images, all zeros, of the kind of ``embedding``."""
+    return embedding.map(lambda part: part.new_zeros(*part.shape[:-1], count))
 
 
-def _put(target: Embedding, first: int, source: Embedding, limit: int) -> None:
+def _copy_into(target: Embedding, first: int, source: Embedding, limit: int) -> None:
     """Copy ``source`` to the images of ``target`` from ``first`` on, but not beyond ``limit``.
 
-    Chunks that were kept until all are there would keep the heap from using the gaps between them again.
+    A list of chunks, joined at the end, would keep the heap from reusing the gaps between them.
     """
     count = min(source.hidden.shape[1], limit - first)
     for field in fields(Embedding):
@@ -301,7 +300,7 @@ def _put(target: Embedding, first: int, source: Embedding, limit: int) -> None:
             part[..., first : first + count] = getattr(source, field.name)[..., :count]
 
 
-def _add_whole(total: Tensor, share: Tensor, quantum: float) -> None:
-    """Add ``share`` to ``total`` in whole numbers of ``quantum``, in place, a few rows at a time."""
-    for rows, own in zip(total.split(512), share.split(512), strict=True):
-        rows += (own / quantum).round_().long()
+def _add_quantized(total: Tensor, share: Tensor, quantum: float) -> None:
+    """Add ``share``, rounded to multiples of ``quantum``, to ``total`` in place, a few rows at a time."""
+    for total_rows, share_rows in zip(total.split(512), share.split(512), strict=True):
+        total_rows += (share_rows / quantum).round_().long()

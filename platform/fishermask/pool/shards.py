@@ -1,8 +1,12 @@
-"""Calling all shards of a pool: what the greedy loop needs, and its simplest kind, shards in this process."""
+"""Calls to all shards of a pool, and the simplest kind of shards: those in this process.
 
-from collections.abc import Iterator, Sequence
+Callers name a method of ``Shard`` itself, as in ``shards.call(Shard.embeddings_at, positions)``, so that type checkers
+check the arguments and the result, and editors find the method.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
@@ -11,31 +15,37 @@ from fishermask.pool.blocks import shard_slices
 from fishermask.pool.shard import Shard
 from fishermask.tensors.images import Images, Preprocess
 
+Result = TypeVar("Result")
+Args = TypeVarTuple("Args")
+
 
 class Shards(Protocol):
     """The shards of one pool, in the order of their slices."""
 
     count: int
-    rebuilt: int
-    """How many were lost and made again."""
+    num_rebuilt: int
+    """Number of shards that were lost and rebuilt."""
 
-    def call(self, method: str, *args: Any) -> list[Any]:
-        """Call ``method`` on every shard with the same arguments; the results in order."""
+    def call(self, method: Callable[[Shard, *Args], Result], *args: *Args) -> list[Result]:
+        """Call ``method`` on every shard with the same arguments. Return the results in order."""
 
-    def scatter(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call ``method`` on the first ``len(args)`` shards, each with its own arguments; the results in order."""
+    def scatter(self, method: Callable[[Shard, *Args], Result], args: Sequence[tuple[*Args]]) -> list[Result]:
+        """Call ``method`` on the first ``len(args)`` shards, with one element of ``args`` each."""
 
-    def total(self, method: str, *args: Any) -> list[Tensor]:
-        """Sums over all shards of the tensors that ``method`` returns; shards without images return empty ones."""
+    def sum_results(self, method: Callable[[Shard, *Args], tuple[Tensor, ...]], *args: *Args) -> list[Tensor]:
+        """Call ``method`` on every shard and return the sums of the tensors that it returns.
+
+        Shards without images return empty tensors, which do not count.
+        """
 
     def close(self) -> None:
-        """Free what the shards hold."""
+        """Free everything that the shards hold."""
 
 
-def summed(found: Iterator[Sequence[Tensor]]) -> list[Tensor]:
-    """Element by element, the sums of several rows of tensors, in place of the first; empty tensors do not count."""
+def sum_rows(rows: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """Return the sum of ``rows``, tensor by tensor, in the memory of the first; rows of empty tensors do not count."""
     totals: list[Tensor] = []
-    for row in found:
+    for row in rows:
         if len(row[0]) and totals:
             for total, part in zip(totals, row, strict=True):
                 total += part
@@ -45,33 +55,34 @@ def summed(found: Iterator[Sequence[Tensor]]) -> list[Tensor]:
 
 
 class LocalShards:
-    """Shards that live in this process, each on a thread of its own.
+    """Shards in this process, with one thread each.
 
     Args:
-        images: the whole pool, [n, ...]; no shard copies its share.
+        images: the whole pool, [n, ...]; no shard copies its slice.
         preprocess: makes the model's inputs from images.
     """
 
     def __init__(self, images: Images, preprocess: Preprocess, count: int = 1, device: str = "cpu") -> None:
-        self.count, self.rebuilt = count, 0
+        self.count, self.num_rebuilt = count, 0
         self.shards = [
             Shard(images.narrow(0, start, end - start), start, preprocess, device)
             for start, end in shard_slices(len(images), count)
         ]
-        # The number of threads that torch computes with is kept by thread: the caller's own stays as it is.
+        # Torch's number of threads is a setting of each thread: that of the caller does not change.
         self.threads = ThreadPoolExecutor(count, "shard", torch.set_num_threads, (1,))
 
-    def call(self, method: str, *args: Any) -> list[Any]:
+    def call(self, method: Callable[[Shard, *Args], Result], *args: *Args) -> list[Result]:
         return self.scatter(method, [args] * self.count)
 
-    def scatter(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def scatter(self, method: Callable[[Shard, *Args], Result], args: Sequence[tuple[*Args]]) -> list[Result]:
         calls = [
-            self.threads.submit(getattr(shard, method), *own) for shard, own in zip(self.shards, args, strict=False)
+            self.threads.submit(method, shard, *shard_args)
+            for shard, shard_args in zip(self.shards, args, strict=False)
         ]
         return [call.result() for call in calls]
 
-    def total(self, method: str, *args: Any) -> list[Tensor]:
-        return summed(iter(self.call(method, *args)))
+    def sum_results(self, method: Callable[[Shard, *Args], tuple[Tensor, ...]], *args: *Args) -> list[Tensor]:
+        return sum_rows(self.call(method, *args))
 
     def close(self) -> None:
         self.threads.shutdown()

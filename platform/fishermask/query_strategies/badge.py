@@ -8,20 +8,20 @@ from fishermask.planning.workload import Workload, embedding_workload
 from fishermask.pool.pool import Pool
 from fishermask.pool.selection import DistanceCriterion, greedy, record_picks
 from fishermask.tensors.distances import BadgeScorer
-from fishermask.tensors.layout import inspect
+from fishermask.tensors.gradient_plan import plan_gradients
 from fishermask.tensors.mask import last_layer_mask
 
 
 def check(params: Config, model: nn.Module, images: Tensor) -> Workload:
     """The model must end in a linear layer."""
-    mask = last_layer_mask(inspect(model, images))
-    return embedding_workload(model, images, mask.layout, trace=False)
+    mask = last_layer_mask(plan_gradients(model, images))
+    return embedding_workload(model, images, mask.plan, trace=False)
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:
     """Positions of ``budget`` candidates, drawn in proportion to the squared distance from those before."""
-    pool.embed(last_layer_mask(pool.layout()))
+    pool.store_embeddings(last_layer_mask(pool.plan_gradients()))
     seed = int(torch.randint(2**31, (1,), generator=pool.generator))
     picks = greedy(pool, DistanceCriterion(BadgeScorer(seed), pool.scores_type), budget)
-    pool.shards.call("clear")
+    pool.free_embeddings()
     return record_picks(pool, picks)

@@ -7,7 +7,7 @@ from fishermask.config import Config
 from fishermask.planning.workload import Workload, embedding_workload
 from fishermask.pool.pool import Pool
 from fishermask.pool.selection import TraceOptions, minimize_trace
-from fishermask.tensors.layout import inspect
+from fishermask.tensors.gradient_plan import plan_gradients
 from fishermask.tensors.mask import last_layer_mask
 
 
@@ -22,10 +22,10 @@ class Params(Config):
 
 def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
     """The model must end in a linear layer."""
-    mask = last_layer_mask(inspect(model, images))
-    return embedding_workload(model, images, mask.layout, top_classes=params.top_classes, oversample=params.oversample)
+    mask = last_layer_mask(plan_gradients(model, images))
+    return embedding_workload(model, images, mask.plan, top_classes=params.top_classes, oversample=params.oversample)
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:
     """Positions of ``budget`` candidates that greedily minimize the trace of the inverse information."""
-    return minimize_trace(pool, last_layer_mask(pool.layout()), budget, TraceOptions(**params.model_dump()))
+    return minimize_trace(pool, last_layer_mask(pool.plan_gradients()), budget, TraceOptions(**params.model_dump()))

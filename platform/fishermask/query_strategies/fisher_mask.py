@@ -10,7 +10,7 @@ from fishermask.planning.workload import Workload, embedding_workload
 from fishermask.pool.pool import Pool
 from fishermask.pool.selection import TraceOptions, minimize_trace
 from fishermask.tensors import mask as masks
-from fishermask.tensors.layout import announce_slow, inspect
+from fishermask.tensors.gradient_plan import plan_gradients, warn_about_slow_parameters
 from fishermask.tensors.mask import Mask
 
 RANKED = {"global": masks.global_mask, "layerwise": masks.layerwise_mask, "relative": masks.relative_mask}
@@ -55,16 +55,16 @@ class Params(Config):
 
 def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
     """The mask must hold the last layer."""
-    layout = inspect(model, images)
-    announce_slow(layout.slow)
-    body_size = masks.mask_size(model, layout, params.fraction) - masks.head_size(model, layout)
+    plan = plan_gradients(model, images)
+    warn_about_slow_parameters(plan.slow)
+    body_size = masks.mask_size(model, plan, params.fraction) - masks.head_size(model, plan)
     if params.mask == "last_layer":
-        body_size = masks.last_layer_mask(layout).body_size
+        body_size = masks.last_layer_mask(plan).body_size
     fisher_samples = params.fisher_samples if params.mask in RANKED and body_size else 0
     return embedding_workload(
         model,
         images,
-        layout,
+        plan,
         body_size,
         fisher_samples=fisher_samples,
         top_classes=params.top_classes,
@@ -82,14 +82,14 @@ def query(pool: Pool, budget: int, params: Params) -> Tensor:
 
 def choose_mask(pool: Pool, params: Params) -> Mask:
     """The mask that ``params`` ask for."""
-    layout = pool.layout()
-    body_size = masks.mask_size(pool.model, layout, params.fraction) - masks.head_size(pool.model, layout)
+    plan = pool.plan_gradients()
+    body_size = masks.mask_size(pool.model, plan, params.fraction) - masks.head_size(pool.model, plan)
     if params.mask == "last_layer":
-        return masks.last_layer_mask(layout)
+        return masks.last_layer_mask(plan)
     if not body_size:
-        return Mask(layout, {})
+        return Mask(plan, {})
     if params.mask == "random":
-        body = masks.body_parameters(pool.model, layout)
-        return masks.random_mask(body, layout, body_size, pool.generator)
-    diagonal = pool.fisher_diagonal(layout, params.fisher_samples, params.fisher_sample)
-    return RANKED[params.mask](diagonal, layout, body_size)
+        body = masks.body_parameters(pool.model, plan)
+        return masks.random_mask(body, plan, body_size, pool.generator)
+    diagonal = pool.fisher_diagonal(plan, params.fisher_samples, params.fisher_sample)
+    return RANKED[params.mask](diagonal, plan, body_size)

@@ -41,7 +41,7 @@ def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence
     """Run ``images`` [n, ...] through ``model`` (in eval mode), keeping inputs and outputs of ``layers``.
 
     The graph begins at the earliest of ``layers``: nothing before it is ever differentiated, as long as no parameter
-    requires a gradient. With no ``layers`` there is no graph at all. ``layers`` must be among ``Layout.layers``.
+    requires a gradient. With no ``layers`` there is no graph at all. ``layers`` must be among ``GradientPlan.layers``.
 
     Raises:
         InputError: the logits of this batch are not the output of ``head``, called once.

@@ -22,14 +22,14 @@ class KCenterScorer:
 
     centers: Tensor
 
-    def start(self, embedding: Embedding, first: int) -> Tensor:
+    def initial_state(self, embedding: Embedding, first: int) -> Tensor:
         """Squared distance to the nearest labeled image, [n]; infinite if none is labeled."""
         state = embedding.hidden.new_full((embedding.hidden.shape[1],), torch.inf)
         for center in self.centers.unbind(1):
             _nearer(state, (embedding.hidden - center[:, None]).square().sum(0))
         return state
 
-    def advance(self, state: Tensor, embedding: Embedding, update: Embedding, step: int) -> None:
+    def update_state(self, state: Tensor, embedding: Embedding, update: Embedding, step: int) -> None:
         """The pick, ``update``, is a center from now on."""
         # By differences: the square of a sum can fall below zero in rounding, this cannot.
         _nearer(state, (embedding.hidden - update.hidden).square().sum(0))
@@ -53,11 +53,11 @@ class BadgeScorer:
         """Seed of the noise of one step for the images from pool position ``first``."""
         return ((self.seed * 1_000_003 + step) * 1_000_003 + first) % 2**63
 
-    def start(self, embedding: Embedding, first: int) -> Tensor:
+    def initial_state(self, embedding: Embedding, first: int) -> Tensor:
         """Squared lengths of the gradient embeddings, [n]."""
         return _residual(embedding).square().sum(0) * embedding.hidden.square().sum(0)
 
-    def advance(self, state: Tensor, embedding: Embedding, update: Embedding, step: int) -> None:
+    def update_state(self, state: Tensor, embedding: Embedding, update: Embedding, step: int) -> None:
         """The pick, ``update``, is a center from now on; before the first there was no distance."""
         ours, theirs = _residual(embedding), _residual(update)
         # |a (x) h - b (x) k|^2 with a = b + (a - b): no difference of large squares.

@@ -98,7 +98,7 @@ def embed(
     """
     count, images = len(images), pair(images)
     with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
-        run = forward(model, images, mask.layout.head, mask.layers)
+        run = forward(model, images, mask.plan.head, mask.layers)
     p, kept = run.probabilities, None
     if top_classes is not None and top_classes < p.shape[1]:
         kept = p.argsort(descending=True, stable=True)[:, :top_classes].sort().values
@@ -142,7 +142,7 @@ def _fill_body(
         for row, gradients in zip(body, output_gradients(run, cotangents), strict=True):
             for name, piece in pieces.items():
                 row[columns[name]] = piece(gradients[split_name(name)[0]].to(images.dtype)).mT
-    for r, part, found in slow_gradients(model, images, slow, cotangents, mask.layout.vectorized):
+    for r, part, found in slow_gradients(model, images, slow, cotangents, mask.plan.vectorized):
         for name, gradient in found.items():
             body[r, columns[name], part] = gradient[:, mask.entries[name]].mT
 

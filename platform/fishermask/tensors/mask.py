@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fishermask.errors import InputError
 from fishermask.tensors import contrasts
 from fishermask.tensors.backprop import forward, output_gradients
+from fishermask.tensors.gradient_plan import GradientPlan
 from fishermask.tensors.layer_rules import full_name, split_name, squared_sums
-from fishermask.tensors.layout import Layout
 from fishermask.tensors.slow_gradients import pair, slow_gradients
 
 RELATIVE_THRESHOLD = 2.0
@@ -25,9 +25,13 @@ RELATIVE_THRESHOLD = 2.0
 class Mask:
     """The whole last layer and ``entries`` of the other parameters."""
 
-    layout: Layout
+    plan: GradientPlan
     entries: dict[str, Tensor]
     """Parameter name -> ascending flat indices; parameters without an entry are left out."""
+
+    def to(self, device: torch.device) -> "Mask":
+        """Return the mask with its indices on ``device``."""
+        return Mask(self.plan, {name: indices.to(device) for name, indices in self.entries.items()})
 
     @property
     def body_size(self) -> int:
@@ -37,46 +41,46 @@ class Mask:
     @property
     def layers(self) -> list[str]:
         """Names of the layers with a rule, other than the last, that hold masked parameters."""
-        fast = (split_name(name)[0] for name in self.entries if name not in self.layout.slow)
+        fast = (split_name(name)[0] for name in self.entries if name not in self.plan.slow)
         return list(dict.fromkeys(fast))
 
     @property
     def slow(self) -> tuple[str, ...]:
         """Names of the masked parameters without a rule."""
-        return tuple(name for name in self.entries if name in self.layout.slow)
+        return tuple(name for name in self.entries if name in self.plan.slow)
 
 
-def head_size(model: nn.Module, layout: Layout) -> int:
+def head_size(model: nn.Module, plan: GradientPlan) -> int:
     """Number of parameters of the last layer; 0 without a linear one."""
-    return 0 if layout.head is None else sum(p.numel() for p in model.get_submodule(layout.head).parameters())
+    return 0 if plan.head is None else sum(p.numel() for p in model.get_submodule(plan.head).parameters())
 
 
-def body_parameters(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
+def body_parameters(model: nn.Module, plan: GradientPlan) -> dict[str, Tensor]:
     """Name -> parameter, for all trained parameters outside the last layer, in the model's order."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if split_name(name)[0] != layout.head and name not in layout.frozen
+        if split_name(name)[0] != plan.head and name not in plan.frozen
     }
 
 
-def fisher_diagonal(model: nn.Module, images: Tensor, layout: Layout) -> dict[str, Tensor]:
+def fisher_diagonal(model: nn.Module, images: Tensor, plan: GradientPlan) -> dict[str, Tensor]:
     """Sum over ``images`` [n, ...] of the Fisher information's diagonal, by body parameter, flat, in float64.
 
     ``f_i = sum_x sum_c p_c (d log p_c / d theta_i)^2``: the expectation is over the model's own prediction, not over
     labels. Divide by the number of images for the mean. C - 1 contrasts between the classes give the same sum.
     """
     count, images = len(images), pair(images)
-    run = forward(model, images, layout.head, layout.layers)
-    modules, body = dict(model.named_modules()), body_parameters(model, layout)
+    run = forward(model, images, plan.head, plan.layers)
+    modules, body = dict(model.named_modules()), body_parameters(model, plan)
     sums: dict[str, Tensor] = {}
     passes = []
     cotangents = contrasts.dense(run.probabilities.mT, "sqrt").permute(0, 2, 1).contiguous()
     cotangents[:, count:] = 0
     for gradients in output_gradients(run, cotangents):
         passes.append(gradients)
-    slow = [name for name in body if name in layout.slow or split_name(name)[0] in run.irregular]
-    for _, _, rows in slow_gradients(model, images[:count], slow, cotangents[:, :count], layout.vectorized):
+    slow = [name for name in body if name in plan.slow or split_name(name)[0] in run.irregular]
+    for _, _, rows in slow_gradients(model, images[:count], slow, cotangents[:, :count], plan.vectorized):
         for name, gradient in rows.items():
             sums[name] = sums.get(name, 0) + gradient.double().square().sum(0)
     for layer in run.outputs:
@@ -85,14 +89,14 @@ def fisher_diagonal(model: nn.Module, images: Tensor, layout: Layout) -> dict[st
     return {name: sums[name] for name in body}
 
 
-def mask_size(model: nn.Module, layout: Layout, fraction: float) -> int:
+def mask_size(model: nn.Module, plan: GradientPlan, fraction: float) -> int:
     """Number of masked parameters for a ``fraction`` of all that are trained, the last layer included.
 
     Raises:
         InputError: the fraction is too small to hold the last layer; the message gives the smallest that works.
     """
-    total = sum(p.numel() for name, p in model.named_parameters() if name not in layout.frozen)
-    size, needed = round(fraction * total), max(1, head_size(model, layout))
+    total = sum(p.numel() for name, p in model.named_parameters() if name not in plan.frozen)
+    size, needed = round(fraction * total), max(1, head_size(model, plan))
     if size < needed:
         # Four significant digits, rounded up, so that the number we print does work.
         unit = 10.0 ** (math.floor(math.log10(needed / total)) - 3)
@@ -104,12 +108,12 @@ def mask_size(model: nn.Module, layout: Layout, fraction: float) -> int:
     return size
 
 
-def global_mask(diagonal: Mapping[str, Tensor], layout: Layout, body_size: int) -> Mask:
+def global_mask(diagonal: Mapping[str, Tensor], plan: GradientPlan, body_size: int) -> Mask:
     """The ``body_size`` largest entries over all body parameters together; ties to the lowest index."""
-    return _entries(diagonal, layout, _largest(torch.cat(list(diagonal.values())), body_size))
+    return _entries(diagonal, plan, _largest(torch.cat(list(diagonal.values())), body_size))
 
 
-def layerwise_mask(diagonal: Mapping[str, Tensor], layout: Layout, body_size: int) -> Mask:
+def layerwise_mask(diagonal: Mapping[str, Tensor], plan: GradientPlan, body_size: int) -> Mask:
     """The same share of every layer, by its largest entries: ``body_size`` in all.
 
     What is left after rounding down goes to the layers with the largest remainders, the first of equal ones.
@@ -124,21 +128,23 @@ def layerwise_mask(diagonal: Mapping[str, Tensor], layout: Layout, body_size: in
     for layer, values in layers.items():
         chosen.append(_largest(values, counts[layer]) + start)
         start += len(values)
-    return _entries(diagonal, layout, torch.cat(chosen))
+    return _entries(diagonal, plan, torch.cat(chosen))
 
 
-def relative_mask(diagonal: Mapping[str, Tensor], layout: Layout, body_size: int) -> Mask:
+def relative_mask(diagonal: Mapping[str, Tensor], plan: GradientPlan, body_size: int) -> Mask:
     """Entries above twice the mean of their layer, at most ``body_size``: those furthest above it."""
     ratio = torch.cat([values / values.mean() for values in _by_layer(diagonal).values()]).nan_to_num(nan=0.0)
     chosen = _largest(ratio, body_size)
-    return _entries(diagonal, layout, chosen[ratio[chosen] > RELATIVE_THRESHOLD])
+    return _entries(diagonal, plan, chosen[ratio[chosen] > RELATIVE_THRESHOLD])
 
 
-def random_mask(parameters: Mapping[str, Tensor], layout: Layout, body_size: int, generator: torch.Generator) -> Mask:
+def random_mask(
+    parameters: Mapping[str, Tensor], plan: GradientPlan, body_size: int, generator: torch.Generator
+) -> Mask:
     """``body_size`` entries of the body uniformly at random: what the Fisher ranking is measured against."""
     total = sum(values.numel() for values in parameters.values())
     chosen = torch.randperm(total, generator=generator)[:body_size].sort().values
-    return _entries({name: values.flatten() for name, values in parameters.items()}, layout, chosen)
+    return _entries({name: values.flatten() for name, values in parameters.items()}, plan, chosen)
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
@@ -155,7 +161,7 @@ def _by_layer(diagonal: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return layers
 
 
-def _entries(parameters: Mapping[str, Tensor], layout: Layout, chosen: Tensor) -> Mask:
+def _entries(parameters: Mapping[str, Tensor], plan: GradientPlan, chosen: Tensor) -> Mask:
     """The mask of ascending indices into all body parameters, laid one after the other."""
     entries, start = {}, 0
     for name, value in parameters.items():
@@ -163,15 +169,15 @@ def _entries(parameters: Mapping[str, Tensor], layout: Layout, chosen: Tensor) -
         if len(inside):
             entries[name] = inside
         start += len(value)
-    return Mask(layout, entries)
+    return Mask(plan, entries)
 
 
-def last_layer_mask(layout: Layout) -> Mask:
+def last_layer_mask(plan: GradientPlan) -> Mask:
     """The last layer alone (BAIT, Ash et al. 2021).
 
     Raises:
         InputError: the model does not end in a linear layer.
     """
-    if layout.head is None:
+    if plan.head is None:
         raise InputError("model: does not end in a linear layer, which a mask of the last layer needs")
-    return Mask(layout, {})
+    return Mask(plan, {})

@@ -154,25 +154,25 @@ class TraceScorer:
     inverse: Tensor
     sandwich: Tensor
 
-    def start(self, embedding: Embedding, first: int) -> Tensor:
+    def initial_state(self, embedding: Embedding, first: int) -> Tensor:
         """State of the images of ``embedding``, the pool's from position ``first``."""
-        return start_scores(embedding, self.inverse, self.sandwich)
+        return initial_scores(embedding, self.inverse, self.sandwich)
 
-    def advance(self, state: Tensor, embedding: Embedding, update: Update, step: int) -> None:
+    def update_state(self, state: Tensor, embedding: Embedding, update: Update, step: int) -> None:
         """Bring the state up to date with a pick, in place."""
-        advance(state, embedding, update)
+        update_scores(state, embedding, update)
 
     def gains(self, state: Tensor, step: int, first: int) -> Tensor:
         """What each image would add, [n]; ``step`` counts the picks."""
         return gains(state)
 
 
-def start_scores(embedding: Embedding, inverse: Tensor, sandwich: Tensor) -> Tensor:
+def initial_scores(embedding: Embedding, inverse: Tensor, sandwich: Tensor) -> Tensor:
     """P and Q from ``Objective.matrices()``, of the embedding's type, stacked: [2, r, r, n]."""
     return torch.stack([quadratic(embedding, inverse), quadratic(embedding, sandwich)])
 
 
-def advance(scores: Tensor, embedding: Embedding, update: Update) -> None:
+def update_scores(scores: Tensor, embedding: Embedding, update: Update) -> None:
     """Bring P and Q [2, r, r, n] up to date with a pick, in place.
 
     ``P -= x a^T`` and ``Q -= y x^T + x y^T``, with a = V U, b = V T, x = a G, y = b - x s / 2. Only the symmetric part

@@ -35,12 +35,12 @@ from fishermask.tensors.verification import (
 
 logger = logging.getLogger(__name__)
 
-SIZES = (2, 5)
+VERIFICATION_SIZES = (2, 5)
 """Images in the two batches of the verification: no other axis of a layer's input is as long as both."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class GradientPlan:
     """How a model's parameters are differentiated."""
 
     head: str | None
@@ -55,7 +55,7 @@ class Layout:
     """Whether ``slow`` can be differentiated for many images at once."""
 
 
-def inspect(model: nn.Module, images: Tensor) -> Layout:
+def plan_gradients(model: nn.Module, images: Tensor) -> GradientPlan:
     """Find out how to differentiate ``model``, in eval mode, by each of its trained parameters, and verify it.
 
     Args:
@@ -88,14 +88,14 @@ def inspect(model: nn.Module, images: Tensor) -> Layout:
     head = seen[0].head
     if head != seen[1].head or head not in layers or any(name in frozen for name in leaves[head]):
         head = None  # a last layer that is partly frozen is a layer as any other: its columns are not all there
-    return Layout(
+    return GradientPlan(
         head, tuple(layer for layer in layers if layer != head), slow, frozen, can_vectorize(subject, batches, slow)
     )
 
 
 def _different(images: Tensor) -> Tensor:
-    """Return different images, as many as the batches of ``SIZES`` hold together."""
-    count = sum(SIZES)
+    """Return different images, as many as the batches of ``VERIFICATION_SIZES`` hold together."""
+    count = sum(VERIFICATION_SIZES)
     noise = torch.randn(count, *images.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     repeated = images[torch.arange(count, device=images.device) % len(images)]
     # Noise makes equal images different, and takes the ties out of maxima.
@@ -113,13 +113,13 @@ class _Examined(NamedTuple):
 
 
 def _examine(model: nn.Module, images: Tensor, trained: Sequence[str]) -> tuple[nn.Module, list[_Examined]]:
-    """Return a copy of ``model``, in float64 if the model works in float64, and the results of each batch of ``SIZES``.
+    """Return a copy of ``model``, in float64 if the model works in float64, and the results of each batch.
 
     The copy keeps side effects of forward passes away from ``model``.
     """
 
     def examine(subject: nn.Module, images: Tensor) -> tuple[nn.Module, list[_Examined]]:
-        parts = zip(images.split(SIZES), (0, SIZES[1] // 2), strict=True)
+        parts = zip(images.split(VERIFICATION_SIZES), (0, VERIFICATION_SIZES[1] // 2), strict=True)
         return subject, [_examine_batch(subject, part, row, trained) for part, row in parts]
 
     if images.dtype != torch.float64:
@@ -209,7 +209,7 @@ def _observe_batch(
 
 
 @functools.cache
-def announce_slow(names: tuple[str, ...]) -> None:
+def warn_about_slow_parameters(names: tuple[str, ...]) -> None:
     """Say, once in a process, which parameters have no gradient rule."""
     if names:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

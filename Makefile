@@ -1,12 +1,16 @@
 # make demo    run a small sweep on the data that ships with the package
 # make test    run all checks
+# make docs-figures    run the demo unless it is finished, and write its picture and its table into docs
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test docs-figures clean
 
 demo: .venv/installed
 	$(BIN)/fishermask sweep sweeps/demo.yaml
+
+docs-figures: .venv/installed
+	$(BIN)/python scripts/docs_figures.py
 
 test: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -3,7 +3,7 @@
 import torch
 
 from fishermask.config import DataConfig
-from fishermask.data import dataset
+from fishermask.data.dataset import load_dataset
 from fishermask.learning import models
 from fishermask.tensors.images import Statistics, normalize
 
@@ -16,7 +16,7 @@ def trained(parquet, count, epochs=3):
     model = models.build("thin_resnet18", {}, (3, 32, 32), 10, seed=0)
     if parquet:
         config = DataConfig(name="parquet", train=f"{parquet}/train*.parquet", test=f"{parquet}/test*.parquet")
-        train = dataset.load(config).train
+        train = load_dataset(config).train
         images, labels = train.images[:count], torch.as_tensor(train.labels[:count])
     else:
         images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)

@@ -608,11 +608,15 @@ MUTANTS = [
         "data",
     ),
     Mutant(
-        "data/store.py", "place[order] = np.arange(len(order))", "place = order", "images lose their labels", "store"
+        "data/store.py",
+        "position[order] = np.arange(len(order))",
+        "position = order",
+        "images lose their labels",
+        "store",
     ),
     Mutant(
         "data/ids.py",
-        "here &= self._rows[found] == rows",
+        "is_member &= self._rows[positions] == rows",
         "pass",
         "ids that are not in a view are found in it",
         "views",
@@ -816,6 +820,7 @@ MUTANTS = [
         "a run goes on with other settings",
         "records plan",
     ),
+    Mutant("sweeps/eta.py", "sum(seconds) / self.most_active", "sum(seconds)", "runs at once are ignored", "progress"),
     Mutant(
         "sweeps/recorder.py",
         'if result["round"] < len(self.history[name]):',
@@ -846,8 +851,8 @@ MUTANTS = [
     ),
     Mutant(
         "sweeps/runner.py",
-        "len(history) < rounds_of(run)]",
-        "len(history) <= rounds_of(run)]",
+        "len(history) < run.config.budget.num_rounds]",
+        "len(history) <= run.config.budget.num_rounds]",
         "finished runs are started again",
         "sweep cli",
     ),

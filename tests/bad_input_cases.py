@@ -409,9 +409,9 @@ MODULES = {
     "has no factory": b"x = 1\n",
     "has a factory that cannot be called": b"make = 5\n",
 }
-SAID = {"has meta logits": "on the device of its images"}
+DETAILS = {"has meta logits": "on the device of its images"}
 for number, name in enumerate(FACTORIES):
-    words = ("model.name", f"their_models:f{number}", SAID.get(name, ""))
+    words = ("model.name", f"their_models:f{number}", DETAILS.get(name, ""))
     case(f"a model {name}", dry(f"model=their_models:f{number}"), *words)
 for name in SIGNATURES:
     case(f"a factory {name}", dry(f"model=their_models:g_{name.replace(' ', '_')}"), "model.name")

@@ -42,7 +42,7 @@ def ray_session():
 
 @pytest.fixture(scope="session")
 def trained():
-    """A CNN trained on 40 images of the embedded data, and the pool of 4,500 that they come from: three blocks."""
+    """A CNN trained on 40 images of the bundled data, and the pool of 4,500 that they come from: three blocks."""
     settings = {"imbalance": {"kind": "balanced", "per_class": 450}, "budget": {"initial": 40}, "strategy": "random"}
     setup = prepare_inputs(parse(ExperimentConfig, settings))
     model = setup.build_model(0)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fishermask.config import DataConfig
-from fishermask.data import dataset
+from fishermask.data.dataset import Dataset, load_dataset
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (120, 8, 8), np.uint8)
 NAMES = [f"{'köln' if i % 3 else 'bonn'}/{i}.png" for i in range(120)]
@@ -37,8 +37,8 @@ def config(path: Path) -> DataConfig:
     return DataConfig(name="parquet", train=str(path), test=str(path))
 
 
-def load(path: Path) -> dataset.Dataset:
-    return dataset.load(config(path))
+def load(path: Path) -> Dataset:
+    return load_dataset(config(path))
 
 
 def stores(folder: Path) -> list[Path]:

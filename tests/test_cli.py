@@ -78,9 +78,34 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(sweep, capsys):
     assert [path.name for path in sweep.iterdir()] == ["tiny.yaml"]
 
 
+FACTORY = """
+from torch import nn
+
+def make(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, num_classes))
+"""
+
+
+def test_a_model_file_is_found_beside_the_sweep_file_and_on_the_command_line_in_the_working_folder(sweep, capsys):
+    (sweep / "inner").mkdir()
+    (sweep / "inner/mymodels.py").write_text(FACTORY)
+    settings = {
+        "name": "tiny",
+        "base": TINY["base"] | {"model": "./mymodels.py:make"},
+        "grid": {"strategy": ["margin"]},
+    }
+    (sweep / "inner/sweep.yaml").write_text(yaml.safe_dump(settings))
+    assert cli.main(["sweep", "inner/sweep.yaml", "--dry-run"]) == 0
+    assert cli.main(["sweep", "tiny.yaml", "--dry-run", "model=./inner/mymodels.py:make"]) == 0
+    capsys.readouterr()
+    assert cli.main(["sweep", "tiny.yaml", "--dry-run", "model=./mymodels.py:make"]) == 2
+    error = f"model.name: {sweep}/mymodels.py cannot be read (No such file or directory)"
+    assert capsys.readouterr().err == f"fishermask: {error}\n"
+
+
 def test_an_estimate_of_memory_and_time_is_shown_before_anything_starts(sweep, capsys):
     assert cli.main(["sweep", "tiny.yaml", "--dry-run", "strategy=[bait,margin,random]"]) == 0
-    bait, margin, rest = capsys.readouterr().out.splitlines()[:3]
+    bait, margin, rest = capsys.readouterr().out.splitlines()[1:4]
     assert re.match(r"bait of 300 images, 10 a query: about [\d.e-]+ s, \d+ MB while it .* \(.*k x k matrices", bait)
     assert re.match(r"margin of 300 images, 10 a query: about [\d.e-]+ s, \d+ MB while it predicts the pool \(", margin)
     assert rest.startswith("tiny: 3 runs")  # random looks at no image
@@ -141,9 +166,9 @@ def test_help_and_version(capsys):
         (["sweep", "tiny.yaml", "budget.total=999"], "budget.total: 999 exceeds the pool of 300 images; lower it"),
         (["run", "tiny.yaml", "strategy=best"], "strategy.name: unknown strategy 'best'; there are badge, bait,"),
         (["run", "tiny.yaml", "strategy=fisher_mask"], "strategy.params.fraction: 0.01 of"),
-        (["run", "tiny.yaml", "model=vgg"], "model.name: unknown model 'vgg'; there are thin_resnet18"),
+        (["run", "tiny.yaml", "model=vgg"], "model.name: unknown model 'vgg'; expected one of thin_resnet18"),
         (["run", "tiny.yaml", "data=coco"], "data: "),
-        (["run", "tiny.yaml", "data.name=coco"], "data.name: unknown data set 'coco'; there are fashion_mnist_small"),
+        (["run", "tiny.yaml", "data.name=coco"], "data.name: unknown data set 'coco'; available: fashion_mnist_small"),
         (["run", "tiny.yaml", "imbalance={kind: counts, counts: {0: 3, 1: 4000}}"], "class 1: 4000 images requested"),
         (["sweep", "tiny.yaml", "resources.cpus=1000", "--dry-run"], "resources.cpus: 1000 exceeds the "),
         (["run", "tiny.yaml", "resources.cpus=0.00001"], "resources.cpus: "),

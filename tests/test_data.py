@@ -1,4 +1,4 @@
-"""The embedded data, Parquet files, torchvision's data sets, and imbalance."""
+"""The bundled data, Parquet files, torchvision's data sets, and imbalance."""
 
 import gzip
 import importlib.util
@@ -21,18 +21,19 @@ from PIL import Image
 
 from fishermask import cli
 from fishermask.config import DataConfig, ExperimentConfig, parse
-from fishermask.data import dataset
+from fishermask.data import sources
+from fishermask.data.dataset import load_dataset
 from fishermask.data.imbalance import select_pool
 from fishermask.errors import InputError
 from fishermask.experiment.inputs import prepare_inputs
 from fishermask.sweeps import sweep_file
 
 ROOT = Path(__file__).parent.parent
-EMBEDDED = ROOT / "platform/fishermask/data/fashion_mnist"
+BUNDLED = ROOT / "platform/fishermask/data/fashion_mnist"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 DIGEST = "9f0053cf56ccd94f6af8870d7983a947afbea5c5309fae3b5231f8b1ebb686d1"
 
-spec = importlib.util.spec_from_file_location("make_embedded_data", ROOT / "scripts/make_embedded_data.py")
+spec = importlib.util.spec_from_file_location("make_bundled_data", ROOT / "scripts/make_bundled_data.py")
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 
@@ -42,28 +43,28 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(gzip.compress(header + array.tobytes(), 1))
 
 
-def embedded():
-    return dataset.load(DataConfig())
+def bundled():
+    return load_dataset(DataConfig())
 
 
-def test_the_embedded_data_are_1000_and_200_images_of_each_class_in_8_megabytes():
-    data = embedded()
+def test_the_bundled_data_are_1000_and_200_images_of_each_class_in_8_megabytes():
+    data = bundled()
     assert torch.bincount(data.train.labels).tolist() == [1000] * 10
     assert torch.bincount(data.test.labels).tolist() == [200] * 10
     assert data.image_shape == (1, 28, 28)
     assert data.classes[9] == "Ankle boot"
     assert len(set(data.train.ids)) == 10_000
-    assert sum(file.stat().st_size for file in EMBEDDED.iterdir()) < 8e6
+    assert sum(file.stat().st_size for file in BUNDLED.iterdir()) < 8e6
 
 
-def test_the_embedded_data_are_what_the_script_makes_of_idx_files(tmp_path):
+def test_the_bundled_data_are_what_the_script_makes_of_idx_files(tmp_path):
     """From the original files where Debian's package is installed, else from IDX files that hold the same images."""
-    assert script.digest(EMBEDDED) == DIGEST
+    assert script.digest(BUNDLED) == DIGEST
     source = DEBIAN
     if not DEBIAN.exists():
         source = tmp_path / "idx"
         source.mkdir()
-        data = embedded()
+        data = bundled()
         for prefix, split in (("train", data.train), ("t10k", data.test)):
             rows = [int(name.split("/")[1].removesuffix(".png")) for name in split.ids]
             # The images between ours belong to classes that have had their share: a repeated image of class 9 last.
@@ -96,7 +97,7 @@ def write_parquet(path: Path, images: list, labels: list, image="image", label="
 
 
 def load_parquet(path: Path, **settings):
-    return dataset.load(DataConfig(name="parquet", train=str(path), test=str(path), **settings))
+    return load_dataset(DataConfig(name="parquet", train=str(path), test=str(path), **settings))
 
 
 def test_parquet_images_come_with_their_paths_as_ids(tmp_path):
@@ -131,7 +132,7 @@ def test_color_images_stay_color_and_sizes_can_be_brought_together(tmp_path):
         (lambda f: write_parquet(f, [png(), None], [0, 1]), "row 1: the image does not decode"),
         (lambda f: write_parquet(f, [png(), NOISE[: len(NOISE) // 2]], [0, 1]), "row 1: the image does not decode"),
         (lambda f: write_parquet(f, [png(), png()], [0, None]), "row 1: label must be 0 to 99999, got None"),
-        (lambda f: write_parquet(f, [png()], [0], label="y"), "data.label_column: .* integer columns there: y"),
+        (lambda f: write_parquet(f, [png()], [0], label="y"), "data.label_column: .* integer columns: y"),
         (lambda f: write_parquet(f, [png(), png()], [0, 10**9]), "row 1: label must be 0 to 99999, got 1000000000"),
         (lambda f: pq.write_table(pa.table({"label": [1]}), f), "no single image column; .* none"),
         (lambda f: f.write_text("hello"), "cannot be read as Parquet"),
@@ -201,13 +202,13 @@ def test_train_and_test_must_name_their_classes_alike(tmp_path):
         pq.write_table(pq.read_table(file).replace_schema_metadata({"huggingface": note}), file)
         files.append(str(file))
     with pytest.raises(InputError, match="data.test: its classes are dog, cat, those of data.train cat, dog"):
-        dataset.load(DataConfig(name="parquet", train=files[0], test=files[1]))
+        load_dataset(DataConfig(name="parquet", train=files[0], test=files[1]))
     with pytest.raises(InputError, match="b.parquet names other classes than the file before it"):
         load_parquet(tmp_path)
 
 
 def test_fashion_mnist_is_read_from_a_torchvision_root(tmp_path):
-    data = embedded()
+    data = bundled()
     raw = tmp_path / "FashionMNIST/raw"
     raw.mkdir(parents=True)
     for prefix, split in (("train", data.train), ("t10k", data.test)):
@@ -217,7 +218,8 @@ def test_fashion_mnist_is_read_from_a_torchvision_root(tmp_path):
         ):
             write_idx(raw / "x.gz", array.numpy())
             (raw / f"{prefix}-{kind}-ubyte").write_bytes(gzip.decompress((raw / "x.gz").read_bytes()))
-    found = dataset.load(DataConfig(name="FashionMNIST", root=str(tmp_path)))
+    assert not sources.needs_download(DataConfig(name="FashionMNIST", root=str(tmp_path), download=True))
+    found = load_dataset(DataConfig(name="FashionMNIST", root=str(tmp_path)))
     assert torch.equal(found.train.images[:], data.train.images[:30])
     assert torch.equal(found.test.labels, data.test.labels[:30])
     assert found.published is not None
@@ -237,7 +239,7 @@ def test_cifar10_and_svhn_keep_channels_and_pixels_in_place(tmp_path, monkeypatc
         (folder / name).write_bytes(pickle.dumps(content))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a, **k: True)
-    found = dataset.load(DataConfig(name="CIFAR10", root=str(tmp_path)))
+    found = load_dataset(DataConfig(name="CIFAR10", root=str(tmp_path)))
     assert torch.equal(found.train.images[:10], torch.from_numpy(images))
     assert found.classes[3] == "c3"
 
@@ -245,7 +247,7 @@ def test_cifar10_and_svhn_keep_channels_and_pixels_in_place(tmp_path, monkeypatc
         mat = {"X": images.transpose(2, 3, 1, 0), "y": np.arange(1, 11, dtype=np.uint8)[:, None]}
         scipy.io.savemat(tmp_path / f"{split}_32x32.mat", mat)
     monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)
-    found = dataset.load(DataConfig(name="SVHN", root=str(tmp_path)))
+    found = load_dataset(DataConfig(name="SVHN", root=str(tmp_path)))
     assert torch.equal(found.train.images[:], torch.from_numpy(images))
     assert found.train.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
 
@@ -253,7 +255,7 @@ def test_cifar10_and_svhn_keep_channels_and_pixels_in_place(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "imagenet"}, "unknown data set 'imagenet'; there are fashion_mnist_small, CIFAR10"),
+        ({"name": "imagenet"}, "unknown data set 'imagenet'; available: fashion_mnist_small, CIFAR10"),
         ({"name": "CIFAR10"}, "data.root: missing"),
         ({"name": "MNIST", "root": "/nowhere"}, "set data.download to true"),
         ({"name": "parquet", "train": "a"}, "data.train: no Parquet file at a|data.test: missing"),
@@ -261,7 +263,35 @@ def test_cifar10_and_svhn_keep_channels_and_pixels_in_place(tmp_path, monkeypatc
 )
 def test_data_that_are_not_there_are_one_line(settings, message):
     with pytest.raises(InputError, match=message):
-        dataset.load(DataConfig(**settings))
+        load_dataset(DataConfig(**settings))
+
+
+def test_a_missing_data_set_needs_a_download_only_if_it_is_allowed_and_asking_downloads_nothing(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    for name in ("MNIST", "CIFAR10", "SVHN"):
+        config = DataConfig(name=name, root=str(tmp_path / "data"), download=True)
+        assert sources.needs_download(config)
+        assert not sources.needs_download(config.model_copy(update={"download": False}))
+    assert not sources.needs_download(DataConfig(download=True))
+    with pytest.raises(InputError, match="^data.root: missing"):
+        sources.needs_download(DataConfig(name="SVHN", download=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_listed_data_set_says_what_it_requires():
+    datasets = {info.name: info for info in sources.list_datasets()}
+    assert list(datasets) == ["fashion_mnist_small", "CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "SVHN", "parquet"]
+    assert datasets["CIFAR10"][2:] == (("data.root",), True)
+    assert datasets["parquet"][2:] == (("data.train", "data.test"), False)
+    assert datasets["fashion_mnist_small"][2:] == ((), False)
+    for name, info in datasets.items():
+        if info.settings:  # the first one that is missing is reported
+            with pytest.raises(InputError, match=f"^{info.settings[0]}: missing"):
+                load_dataset(DataConfig(name=name))
+        assert "\n" not in info.summary
 
 
 def rule(**settings):
@@ -365,7 +395,7 @@ def test_an_imbalance_that_the_data_cannot_give_is_one_line(settings, message):
 
 
 def test_the_test_set_keeps_the_classes_of_the_pool_with_labels_from_zero():
-    data = embedded()
+    data = bundled()
     rows, classes = select_pool(data.train.labels, 10, rule(kind="counts", counts={2: 5, 7: 9}), torch.Generator())
     small = data.restrict(rows, classes)
     assert small.classes == [data.classes[2], data.classes[7]]

@@ -1,4 +1,4 @@
-"""The active-learning loop, in process, on the embedded data."""
+"""The active-learning loop, in process, on the bundled data."""
 
 import io
 import json

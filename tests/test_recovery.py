@@ -136,7 +136,7 @@ def test_a_run_whose_process_is_killed_goes_on_from_its_last_round(tmp_path, und
     assert killed
     assert recorder.failed == {}
     assert re.search(
-        r"restarted: margin-seed=0: its process was lost \(1/3\); it goes on after \d+ of 31", out.getvalue()
+        r"restarted: margin-seed=0: its process was lost \(1/3\); it resumes after \d+ of 31", out.getvalue()
     )
     assert rounds(sweep)["margin-seed=0"] == rounds(undisturbed)["margin-seed=0"]
     assert recorder.done == recorder.total == 31

@@ -14,7 +14,6 @@ from fishermask.errors import InputError
 from fishermask.results import curves, report
 from fishermask.results.files import JournalFile, RunFolder, locked, make_folder, run_folders, write_atomically
 from fishermask.results.tables import display_labels, format_value, read_rounds, short_names, summarize
-from fishermask.sweeps.eta import StageTimer, time_left
 
 
 def result(index, accuracy, labels=None):
@@ -441,23 +440,3 @@ def test_a_damaged_journal_is_named(tmp_path):
         path.write_text(content)
         with pytest.raises(InputError, match="journal.jsonl: is damaged; remove it"):
             JournalFile(path).read(0)
-
-
-def test_a_stage_says_how_far_it_is_and_when_it_will_be_done():
-    stage_timer = StageTimer()
-    assert stage_timer.update("a", "train", 0, 1, 0.0) == "train"
-    assert stage_timer.update("a", "pick", 0, 100, 10.0) == "pick 0/100"
-    assert stage_timer.update("a", "pick", 20, 100, 30.0) == "pick 20/100, ETA 1:20"
-    assert stage_timer.update("b", "pick", 20, 100, 30.0) == "pick 20/100"
-    assert stage_timer.update("a", "pick", 1, 100, 40.0) == "pick 1/100"  # of the next round
-    assert stage_timer.update("a", "pick", 2, 100, 140.0) == "pick 2/100, ETA 2:43:20"
-
-
-def test_a_runs_last_round_is_known_to_have_no_query():
-    """Of three rounds, each 1 s for the model and 9 s for the query, two are done."""
-    assert time_left(20.0, [1.0, 1.0], [9.0, 9.0], rounds=1, batches=0) == 1.0
-    # Two such runs at once, one of them finished: what took 40 s one after the other took 20.
-    assert time_left(20.0, [1.0] * 5, [9.0, 9.0, 9.0, 8.0], rounds=1, batches=0) == pytest.approx(20 / 40)
-    assert time_left(10.0, [2.0], [8.0], rounds=3, batches=2) == 3 * 2 + 2 * 8
-    assert time_left(6.0, [2.0], [], rounds=2, batches=1) == 12.0  # nothing is known of queries yet
-    assert time_left(6.0, [2.0], [1.0], rounds=0, batches=0) == 0.0

@@ -21,7 +21,7 @@ import yaml
 from fishermask import cli
 from fishermask.config import DataConfig
 from fishermask.data import cache
-from fishermask.data.store import ensure
+from fishermask.data.store import ensure_store
 from fishermask.errors import InputError
 
 SOURCES = Path(cli.__file__).parent
@@ -142,12 +142,12 @@ def objects(trap):
 
 
 def test_pickled_objects_in_a_cache_are_refused_and_run_nothing(sweep_file, trap):
-    store = ensure(DataConfig()) / "train"
+    store = ensure_store(DataConfig()) / "train"
     for path in (store / name for name in (cache.IMAGES, cache.IDS, cache.LABELS, cache.SOURCE_ROWS)):
         for content in objects(trap):
             path.write_bytes(content)
             with pytest.raises(InputError, match="is damaged"):
-                cache.mapped(path)
+                cache.map_array(path)
     # In a process of its own: this one keeps the stores that it has opened.
     command = [sys.executable, "-m", "fishermask.cli", "sweep", str(sweep_file), "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -15,7 +15,8 @@ import pytest
 from pictures import BY_NAME, KIND, NAMES, PIXELS, SHUFFLED, SMALL, config, load, png, stores, write
 
 from fishermask.config import ExperimentConfig, parse
-from fishermask.data import cache, dataset
+from fishermask.data import cache
+from fishermask.data.dataset import load_dataset
 from fishermask.errors import InputError
 from fishermask.experiment.inputs import prepare_inputs
 from fishermask.experiment.loop import run
@@ -80,9 +81,9 @@ def test_a_store_is_made_once_and_again_when_its_source_or_settings_change(tmp_p
     (first,) = stores(tmp_path)
     before = (first / "store.json").stat().st_mtime_ns
     load(file)
-    dataset.load(config(file).model_copy(update={"augment": True, "statistics": "pool"}))
+    load_dataset(config(file).model_copy(update={"augment": True, "statistics": "pool"}))
     assert (stores(tmp_path), (first / "store.json").stat().st_mtime_ns) == ([first], before)
-    dataset.load(config(file).model_copy(update={"image_size": 6}))
+    load_dataset(config(file).model_copy(update={"image_size": 6}))
     assert len(stores(tmp_path)) == 2
     write(file, SHUFFLED)
     load(file)
@@ -93,7 +94,7 @@ def test_two_writers_at_once_leave_one_whole_store(tmp_path):
     file = write(tmp_path / "a.parquet")
     code = f"""
 from fishermask.data import dataset
-print(dataset.load(dataset.DataConfig(**{config(file).model_dump()})).train.images[:].sum().item())
+print(dataset.load_dataset(dataset.DataConfig(**{config(file).model_dump()})).train.images[:].sum().item())
 """
     writers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert {writer.communicate()[0].strip() for writer in writers} == {str(PIXELS.sum())}
@@ -102,12 +103,12 @@ print(dataset.load(dataset.DataConfig(**{config(file).model_dump()})).train.imag
 
 def test_a_writer_that_finds_the_store_made_meanwhile_leaves_it(tmp_path):
     """Where locks do not hold."""
-    cache.root().mkdir()
+    cache.cache_folder().mkdir()
     for text in ("first", "second"):
-        with cache.partial("key") as folder:
-            (folder / cache.NOTE).write_text(text)
+        with cache.create_store("key") as folder:
+            (folder / cache.METADATA).write_text(text)
     assert [path.name for path in stores(tmp_path)] == ["key"]
-    assert (cache.root() / "key" / cache.NOTE).read_text() == "first"
+    assert (cache.cache_folder() / "key" / cache.METADATA).read_text() == "first"
 
 
 def test_a_writer_that_is_killed_leaves_no_store_and_the_next_one_removes_its_remains(tmp_path):
@@ -116,13 +117,13 @@ def test_a_writer_that_is_killed_leaves_no_store_and_the_next_one_removes_its_re
 import os, signal
 from fishermask.config import DataConfig
 from fishermask.data import cache, dataset
-put = cache.put
-def put_and_die(path, rows, values):
-    put(path, rows, values)
+write_rows = cache.write_rows
+def write_and_die(path, rows, values):
+    write_rows(path, rows, values)
     if path.name == cache.IMAGES:
         os.kill(os.getpid(), signal.SIGKILL)
-cache.put = put_and_die
-dataset.load(DataConfig(**{config(file).model_dump()}))
+cache.write_rows = write_and_die
+dataset.load_dataset(DataConfig(**{config(file).model_dump()}))
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     (remains,) = stores(tmp_path)
@@ -140,7 +141,10 @@ def test_a_source_with_a_mistake_leaves_nothing_behind(tmp_path):
     assert stores(tmp_path) == []
 
 
-def test_a_cache_that_cannot_be_used_is_one_line_that_names_the_variable(tmp_path, monkeypatch):
+@pytest.mark.parametrize("system", ["Linux", "macOS"])
+def test_a_cache_that_cannot_be_used_is_one_line_that_names_the_variable(tmp_path, monkeypatch, system):
+    if system == "macOS":
+        monkeypatch.delattr(os, "posix_fallocate")
     file = write(tmp_path / "a.parquet")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
@@ -163,11 +167,11 @@ def test_a_cache_that_cannot_be_used_is_one_line_that_names_the_variable(tmp_pat
 
 def test_the_cache_is_where_the_environment_says(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache.root() == Path(os.environ["FISHERMASK_CACHE"])
+    assert cache.cache_folder() == Path(os.environ["FISHERMASK_CACHE"])
     monkeypatch.delenv("FISHERMASK_CACHE")
-    assert cache.root() == Path("/x/fishermask")
+    assert cache.cache_folder() == Path("/x/fishermask")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.root() == Path.home() / ".cache/fishermask"
+    assert cache.cache_folder() == Path.home() / ".cache/fishermask"
 
 
 def private_bytes() -> int:

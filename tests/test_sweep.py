@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from fishermask.errors import InputError
+from fishermask.planning.placement import this_machine
 from fishermask.results import report
 from fishermask.results.files import RunFolder
 from fishermask.sweeps import run_storage, runner, sweep_file
@@ -82,9 +83,10 @@ def test_a_failing_run_leaves_its_traceback_and_does_not_end_the_sweep(swept):
 def test_a_round_that_is_reported_twice_is_written_once(swept, tmp_path):
     _, first, *_ = swept
     original = by_name(first, "random-learning_rate=0.001").folder.history()
-    run = by_name(load(tmp_path), "random-learning_rate=0.001")
+    sweep = load(tmp_path, "training.learning_rate=0.001", "strategy=random")
+    (run,), plans = sweep.runs, runner.plan_sweep(sweep, this_machine(), QUIET)
     run.folder.path.mkdir(parents=True)
-    with Recorder([(run, [])], ["strategy"], QUIET) as recorder:
+    with Recorder([(run, [])], plans, ["strategy"], QUIET) as recorder:
         for result in [*original[:2], original[1], original[0], original[2]]:
             recorder.record(run.name, result)
     assert run.folder.history() == original

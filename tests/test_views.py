@@ -9,7 +9,7 @@ import torch
 from pictures import BY_NAME, NAMES, PIXELS, SHUFFLED, SMALL, config, load, stores, write
 
 from fishermask.config import DataConfig, ExperimentConfig, parse
-from fishermask.data import dataset
+from fishermask.data.dataset import load_dataset
 from fishermask.data.ids import Ids
 from fishermask.errors import InputError
 from fishermask.experiment.inputs import prepare_inputs
@@ -111,8 +111,8 @@ def test_a_machine_without_the_store_reads_the_views_own_rows_from_their_row_gro
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_embedded_data_are_found_again_without_a_store(tmp_path):
-    view = dataset.load(DataConfig()).test.images.narrow(0, 300, 20)
+def test_the_bundled_data_are_decoded_again_without_a_store(tmp_path):
+    view = load_dataset(DataConfig()).test.images.narrow(0, 300, 20)
     expected = view[:]
     assert torch.equal(pickle.loads(without_store(tmp_path, view))[:], expected)
 
@@ -121,10 +121,10 @@ def test_a_source_that_is_gone_or_another_is_one_line_that_names_it(tmp_path):
     file = write(tmp_path / "a.parquet")
     sent = without_store(tmp_path, load(file).train.images)
     write(file, names=None)
-    with pytest.raises(InputError, match=rf"^data.train: {file} on .* is not the file that the run began with$"):
+    with pytest.raises(InputError, match=rf"^data.train: {file} on .* differs from the file that the run began with$"):
         pickle.loads(sent)[:1]
     file.unlink()
-    with pytest.raises(InputError, match=rf"^data.train: {file} is not on .*; bring the file to every machine$"):
+    with pytest.raises(InputError, match=rf"^data.train: {file} is not on .*; copy the file to every machine$"):
         pickle.loads(sent)[:1]
 
 

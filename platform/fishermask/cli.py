@@ -210,7 +210,7 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
         for line in runner.describe_plans(plans):
             console.print(line)
         count = len(sweep.runs)
-        rounds = sum(runner.rounds_of(run) - len(history) for run, history in todo)
+        rounds = sum(run.config.budget.num_rounds - len(history) for run, history in todo)
         state = f"{count} runs, {count - len(todo)} finished, {rounds} rounds to go"
         console.print(f"{sweep.config.name}: {state}; results in {sweep.folder}")
         if arguments.dry_run:

@@ -44,7 +44,7 @@ def import_file(file: Path, setting: str) -> ModuleType:
         content = file.read_bytes()
         digest = hashlib.sha256(str(file).encode() + b"\0" + content).hexdigest()
         name = f"fishermask_user_{digest[:16]}"
-        if (module := sys.modules.get(name)) is not None:
+        if (module := _modules.get(name)) is not None:
             return module
         module = ModuleType(name)
         module.__file__ = str(file)
@@ -53,12 +53,16 @@ def import_file(file: Path, setting: str) -> ModuleType:
         sys.path.insert(0, folder)
         try:
             exec(compile(content, str(file), "exec"), module.__dict__)
-        except BaseException:
-            del sys.modules[name]
-            raise
         finally:
             sys.path.remove(folder)
-        return module
+            # Pickle imports the classes of a listed module by name, which fails in the processes of Ray's shards.
+            # Ray's pickle sends the classes of other modules with their code.
+            del sys.modules[name]
+        return _modules.setdefault(name, module)
+
+
+_modules: dict[str, ModuleType] = {}
+"""Imported files, by a name that changes with the path and the content."""
 
 
 def attribute_of(module: ModuleType, name: str, setting: str) -> object:

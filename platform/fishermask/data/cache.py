@@ -1,15 +1,14 @@
-"""The folder of decoded data sets on this machine: where it is, who writes there, and arrays mapped from it.
+"""The folder of decoded data sets on this machine: its location, its lock, and the arrays mapped from it.
 
-<cache>/<key>/store.json                    what was decoded, and the class names
+<cache>/<key>/store.json                    description of the store, class names, image shape
 <cache>/<key>/<split>/images.npy            uint8 [n, channels, height, width], rows sorted by id
 <cache>/<key>/<split>/labels.npy            int64 [n]
 <cache>/<key>/<split>/ids.npy               fixed-width bytes [n], utf-8
-<cache>/<key>/<split>/source_rows.npy       int64 [n], the row of the source that each image stands in
+<cache>/<key>/<split>/source_rows.npy       int64 [n], row of the source that holds each image
 
-A folder has its name only once it is whole, and never changes after.
+A store gets its name when it is complete, and does not change afterwards.
 """
 
-import fcntl
 import math
 import os
 import shutil
@@ -20,21 +19,24 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from filelock import FileLock
 
 from fishermask.errors import InputError
 from fishermask.guard import guarded, reason
 from fishermask.paths import check_path, require_file
 
 VARIABLE = "FISHERMASK_CACHE"
-NOTE, IMAGES, LABELS, IDS, SOURCE_ROWS = "store.json", "images.npy", "labels.npy", "ids.npy", "source_rows.npy"
+METADATA = "store.json"
+IMAGES, LABELS, IDS, SOURCE_ROWS = "images.npy", "labels.npy", "ids.npy", "source_rows.npy"
+ZEROS = bytes(2**20)
 
 
-def root() -> Path:
-    """``$FISHERMASK_CACHE``, else ``$XDG_CACHE_HOME/fishermask``, else ``~/.cache/fishermask``."""
-    for variable, folder in ((VARIABLE, ""), ("XDG_CACHE_HOME", "fishermask")):
-        if place := os.environ.get(variable):
+def cache_folder() -> Path:
+    """Return ``$FISHERMASK_CACHE``, else ``$XDG_CACHE_HOME/fishermask``, else ``~/.cache/fishermask``."""
+    for variable, subfolder in ((VARIABLE, ""), ("XDG_CACHE_HOME", "fishermask")):
+        if value := os.environ.get(variable):
             try:
-                return Path(check_path(place)).expanduser().absolute() / folder
+                return Path(check_path(value)).expanduser().absolute() / subfolder
             except ValueError as error:
                 raise InputError(f"{variable}: {error}") from None
     with guarded(VARIABLE, "is not set, and there is no home folder"):
@@ -42,25 +44,24 @@ def root() -> Path:
 
 
 @contextmanager
-def writing(key: str) -> Iterator[None]:
-    """Hold the right to write the store ``key``, so that processes that want it at once decode it once.
+def lock_store(key: str) -> Iterator[None]:
+    """Hold the lock of the store ``key``, so that only one process at a time decodes its data set.
 
-    What a killed writer left behind is removed. The lock ends with this process at the latest.
+    The operating system releases the lock when the process ends. Files that a killed process left are removed.
 
     Raises:
         InputError: the cache cannot be written to.
     """
-    folder = root()
+    folder = cache_folder()
+    path = folder / f"{key}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{key}.lock"
-        if path.exists():
-            require_file(path, VARIABLE)  # to open a FIFO would block
-        lock = path.open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        path.touch()  # FileLock would wait forever for a file that cannot be created
+        require_file(path, VARIABLE)
+        lock = FileLock(path).acquire()
     except OSError as error:
         raise InputError(
-            f"{VARIABLE}: cannot write decoded images to {folder} ({error.strerror}); set it to a folder that can be"
+            f"{VARIABLE}: cannot write decoded images to {folder} ({error.strerror}); set it to a writable folder"
         ) from None
     with lock:
         for abandoned in folder.glob(f"{key}.*.partial"):
@@ -69,62 +70,73 @@ def writing(key: str) -> Iterator[None]:
 
 
 @contextmanager
-def partial(key: str) -> Iterator[Path]:
-    """A new folder that becomes the store ``key`` when the block ends, and vanishes when it raises."""
-    with guarded(VARIABLE, f"cannot make a folder in {root()}"):
-        folder = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".partial", dir=root()))
+def create_store(key: str) -> Iterator[Path]:
+    """Yield a new folder that becomes the store ``key`` when the block ends, and is removed when the block raises."""
+    store = cache_folder() / key
+    with guarded(VARIABLE, f"cannot make a folder in {store.parent}"):
+        folder = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".partial", dir=store.parent))
     try:
         folder.chmod(0o755)
         yield folder
         try:
-            folder.rename(root() / key)
+            folder.rename(store)
         except OSError:
-            if not (root() / key).exists():
+            if not store.exists():
                 raise
-            # Where locks do not hold (some network file systems) another may have been faster, with the same content.
-            if not (root() / key / NOTE).exists():
-                raise damaged(root() / key, f"it has no {NOTE}") from None
+            # On file systems without locks, another process may have written the same content first.
+            if not (store / METADATA).exists():
+                raise damaged_store_error(store, f"it has no {METADATA}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def allocate(path: Path, dtype: str, shape: tuple[int, ...]) -> None:
-    """Make an array file with all its room on disk: a mapped file that outgrows the disk would kill the process.
+def allocate_array(path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+    """Create an array file and reserve its disk space: a full disk would end a process that writes to a mapped file.
 
     Raises:
-        InputError: there is not enough room.
+        InputError: the disk has too little space.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     try:
         np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
         with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            end = path.stat().st_size
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, end)
+            else:  # macOS and Windows
+                file.seek(end - size)
+                for start in range(0, size, len(ZEROS)):
+                    file.write(ZEROS[: size - start])
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
         raise InputError(
-            f"{VARIABLE}: {root()} cannot hold {size / 1e6:,.0f} MB of decoded images ({error.strerror}); "
+            f"{VARIABLE}: {cache_folder()} cannot hold {size / 1e6:,.0f} MB of decoded images ({error.strerror}); "
             "make room, or set it to another folder"
         ) from None
 
 
-def put(path: Path, rows: slice | np.ndarray, values: np.ndarray) -> None:
-    """Write ``values`` to ``rows`` of an array file, mapped for no longer than that takes."""
+def write_rows(path: Path, rows: slice | np.ndarray, values: np.ndarray) -> None:
+    """Write ``values`` to ``rows`` of an array file, which is mapped only during the call."""
     np.lib.format.open_memmap(path, mode="r+")[rows] = values
 
 
-def mapped(path: Path, mode: Literal["r", "c"] = "r") -> np.ndarray:
-    """An array of a store, in the page cache that all processes of this machine share.
+def map_array(path: Path, mode: Literal["r", "c"] = "r") -> np.ndarray:
+    """Return an array of a store, mapped from the page cache that all processes of this machine share.
+
+    Args:
+        mode: ``"r"`` for a read-only array, ``"c"`` for one whose changes stay in this process.
 
     Raises:
-        InputError: the file is missing or cut short.
+        InputError: the file is missing or truncated.
     """
-    store = path.parent.parent
     try:
         require_file(path, VARIABLE)
         return np.asarray(np.load(path, mmap_mode=mode, allow_pickle=False))
-    except Exception as error:  # numpy raises nearly anything for a file that is no array
-        raise damaged(store, reason(error)) from error
+    except Exception as error:  # numpy raises exceptions of many types for a damaged file
+        raise damaged_store_error(path.parent.parent, reason(error)) from error
 
 
-def damaged(store: Path, reason: str) -> InputError:
-    """Return the error of a store whose content is not what was written there."""
-    return InputError(f"{VARIABLE}: {store} is damaged ({reason}); remove it, it will be made again")
+def damaged_store_error(store: Path, reason: str) -> InputError:
+    """Return the error for a store whose content has changed since it was written."""
+    return InputError(f"{VARIABLE}: {store} is damaged ({reason}); remove it, and it is decoded again")

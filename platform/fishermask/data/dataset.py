@@ -1,4 +1,4 @@
-"""What every data set becomes, and finding one by its name."""
+"""A data set in memory-mapped form, loaded by its name."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from fishermask.config import DataConfig, Imbalance
-from fishermask.data import cache, sources, store
+from fishermask.data import cache
 from fishermask.data.ids import Ids
 from fishermask.data.images import Origin, StoredImages
+from fishermask.data.sources import SPLITS, find_source, make_absolute
 from fishermask.data.split import Split
+from fishermask.data.store import ensure_store, read_metadata
 from fishermask.guard import guarded, one_line, short
 from fishermask.tensors.images import Statistics
 
@@ -57,35 +59,33 @@ class Dataset:
         return f"pool: {images} training images, {classes} classes (imbalance: {label})"
 
 
-def load(config: DataConfig) -> Dataset:
-    """Map a data set's store, which is made first where this machine has none. No image is read here.
+def load_dataset(config: DataConfig) -> Dataset:
+    """Map a data set's store, and decode the data set into its store first if this machine has none.
 
     Raises:
         InputError: unknown name, a missing file or column, an image that does not decode (with its row), train and
-            test that do not match, a cache that cannot be written to.
+            test data that do not match, or a cache that cannot be written to.
     """
     with guarded("data", f"the data set {short(config.name)} cannot be read"):
-        folder = store.ensure(config)
-        note = store.read_note(folder)
-    train, test = (_split(folder, note, split, sources.absolute(config)) for split in sources.SPLITS)
-    classes = note["classes"]
-    return Dataset(train, test, classes, sources.published(config), (len(train.labels), len(classes)))
+        folder = ensure_store(config)
+        metadata = read_metadata(folder)
+    train, test = (_map_split(folder, metadata, split, make_absolute(config)) for split in SPLITS)
+    classes = metadata["classes"]
+    return Dataset(train, test, classes, find_source(config).statistics, (len(train.labels), len(classes)))
 
 
-def _split(folder: Path, note: dict[str, Any], split: str, config: DataConfig) -> Split:
-    # Copy on write: a tensor that somebody writes to by mistake must not change the store, nor end the process.
-    array, names = cache.mapped(folder / split / cache.LABELS, "c"), cache.mapped(folder / split / cache.IDS)
-    images, order = cache.mapped(folder / split / cache.IMAGES), cache.mapped(folder / split / cache.SOURCE_ROWS)
-    shape = tuple(note["shape"])
-    found = [array.shape, names.shape, images.shape, order.shape]
-    if found != [(len(array),), (len(array),), (len(array), *shape), (len(array),)] or names.dtype.kind != "S":
-        raise cache.damaged(folder, f"the arrays of {split} do not match")
+def _map_split(folder: Path, metadata: dict[str, Any], split: str, config: DataConfig) -> Split:
+    # Copy on write: a tensor that is modified by mistake must not change the store or end the process.
+    array, names = cache.map_array(folder / split / cache.LABELS, "c"), cache.map_array(folder / split / cache.IDS)
+    images, order = (cache.map_array(folder / split / name) for name in (cache.IMAGES, cache.SOURCE_ROWS))
+    count, shape = len(array), tuple(metadata["shape"])
+    shapes = [array.shape, names.shape, images.shape, order.shape]
+    if shapes != [(count,), (count,), (count, *shape), (count,)] or names.dtype.kind != "S":
+        raise cache.damaged_store_error(folder, f"the arrays of {split} do not match")
     if array.dtype != np.int64 or images.dtype != np.uint8 or order.dtype != np.int64:
-        raise cache.damaged(folder, f"the arrays of {split} have other types")
-    if len(array) and not 0 <= array.min() <= array.max() < len(note["classes"]):
-        raise cache.damaged(folder, f"the labels of {split} are not those of its classes")
-    labels = torch.from_numpy(array)
-    files = tuple((path, size) for path, size, _ in note["files"][split])
-    origin = Origin(folder, split, config, files, len(labels), shape)
-    rows = range(len(labels))
-    return Split(StoredImages(origin, rows), labels, Ids(names, rows))
+        raise cache.damaged_store_error(folder, f"the arrays of {split} have other types")
+    if count and not 0 <= array.min() <= array.max() < len(metadata["classes"]):
+        raise cache.damaged_store_error(folder, f"{split} has labels outside of its classes")
+    files = tuple((path, size) for path, size, _ in metadata["files"][split])
+    origin = Origin(folder, split, config, files, count, shape)
+    return Split(StoredImages(origin, range(count)), torch.from_numpy(array), Ids(names, range(count)))

@@ -1,4 +1,4 @@
-"""The ids of a split, found by binary search in a sorted file instead of a dictionary in memory."""
+"""The ids of a split, looked up by binary search in a sorted file, without a dictionary in memory."""
 
 from collections.abc import Iterator, Sequence
 from typing import overload
@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fishermask.data.rows import Rows, pick, read
+from fishermask.data.rows import Rows, read_rows, select_rows
 
 BATCH = 4096
+"""Ids decoded per batch."""
 
 
 class Ids(Sequence[str]):
@@ -17,7 +18,7 @@ class Ids(Sequence[str]):
 
     Args:
         names: all ids of the store, sorted, fixed-width utf-8 bytes.
-        rows: which of them these are, ascending.
+        rows: rows of ``names`` that belong to this sequence, ascending.
     """
 
     def __init__(self, names: np.ndarray, rows: Rows) -> None:
@@ -32,7 +33,7 @@ class Ids(Sequence[str]):
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
-            return [name.decode() for name in read(self._names, self._rows[index]).tolist()]
+            return [name.decode() for name in read_rows(self._names, self._rows[index]).tolist()]
         return bytes(self._names[self._rows[index]]).decode()
 
     def __iter__(self) -> Iterator[str]:
@@ -40,27 +41,27 @@ class Ids(Sequence[str]):
             yield from self[start : start + BATCH]
 
     def __reduce__(self) -> tuple[type["Ids"], tuple[np.ndarray, range]]:
-        # A mapped array would be pickled whole.
-        return Ids, (read(self._names, self._rows), range(len(self)))
+        # A memory-mapped array would be pickled with all ids of the store.
+        return Ids, (read_rows(self._names, self._rows), range(len(self)))
 
     def take(self, rows: slice | Tensor) -> "Ids":
-        """The ids at ``rows``, which ascend."""
-        return Ids(self._names, pick(self._rows, rows))
+        """Return the ids at ``rows``, which must ascend."""
+        return Ids(self._names, select_rows(self._rows, rows))
 
     def positions(self, names: Sequence[str]) -> Tensor:
-        """Where each of ``names`` stands, int64 [m]; -1 for one that is not there."""
+        """Return the position of each of ``names``, int64 [m]; -1 for a name that is not in the sequence."""
         if not len(self):
             return torch.full((len(names),), -1)
         encoded = [name.encode() for name in names]
-        # Of the file's own width: a wider array would make numpy convert, and so copy, the whole file.
+        # The queries need the width of the file: for a wider array, numpy would convert and so copy the whole file.
         fits = np.array([len(name) <= self._names.itemsize for name in encoded], dtype=bool)
-        wanted = np.array(encoded, dtype=self._names.dtype)
-        rows = np.searchsorted(self._names, wanted).clip(max=len(self._names) - 1)
-        here = fits & (self._names[rows] == wanted)
+        queries = np.array(encoded, dtype=self._names.dtype)
+        rows = np.searchsorted(self._names, queries).clip(max=len(self._names) - 1)
+        is_member = fits & (self._names[rows] == queries)
         if isinstance(self._rows, range):
-            found = rows - self._rows.start
-            here &= (found >= 0) & (found < len(self))
+            positions = rows - self._rows.start
+            is_member &= (positions >= 0) & (positions < len(self))
         else:
-            found = np.searchsorted(self._rows, rows).clip(max=len(self) - 1)
-            here &= self._rows[found] == rows
-        return torch.from_numpy(np.where(here, found, -1))
+            positions = np.searchsorted(self._rows, rows).clip(max=len(self) - 1)
+            is_member &= self._rows[positions] == rows
+        return torch.from_numpy(np.where(is_member, positions, -1))

@@ -1,4 +1,4 @@
-"""Images that stay on disk: a view of a store, which travels between machines as row numbers and never as pixels."""
+"""Images that stay on disk: a view of a store, which is sent between machines as row numbers and never as pixels."""
 
 import socket
 from dataclasses import dataclass
@@ -10,47 +10,48 @@ import torch
 from torch import Tensor
 
 from fishermask.config import DataConfig
-from fishermask.data import cache, sources
-from fishermask.data.rows import Rows, compact, pick, read
+from fishermask.data import cache
+from fishermask.data.rows import Rows, compress_rows, read_rows, select_rows
+from fishermask.data.sources import reopen_split
 from fishermask.errors import InputError
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the images of a split are kept on the machine that decoded them, and where they came from."""
+    """The location of a split's images on the machine that decoded them, and the files they come from."""
 
     store: Path
     split: str
     config: DataConfig
     """With absolute paths."""
     files: tuple[tuple[str, int], ...]
-    """The source's files, path and size."""
+    """Path and size of each file of the source."""
     count: int
     shape: tuple[int, int, int]
     """channels, height, width"""
 
-    def mapped(self, name: str) -> np.ndarray | None:
-        """An array of the store, where this machine has it."""
-        for folder in (self.store, cache.root() / self.store.name):
-            if (folder / cache.NOTE).exists():
-                return cache.mapped(folder / self.split / name)
+    def map_array(self, name: str) -> np.ndarray | None:
+        """Return an array of the store, or None if this machine does not have the store."""
+        for folder in (self.store, cache.cache_folder() / self.store.name):
+            if (folder / cache.METADATA).exists():
+                return cache.map_array(folder / self.split / name)
         return None
 
 
 class StoredImages:
     """n images, uint8 [n, channels, height, width]. Indexing with a slice or an index tensor reads a tensor.
 
-    On a machine without the store, what is indexed first reads this view's own images, and no others, from the source.
+    On a machine without the store, the first access decodes the images of this view, and no others, from the source.
 
     Raises:
-        InputError: on first indexing: no store, and the source is not there either, or is another.
+        InputError: on the first access, if there is no store and the source is missing or has changed.
     """
 
     def __init__(self, origin: Origin, rows: Rows, source_rows: Rows | None = None) -> None:
         self.origin, self.rows, self._source_rows = origin, rows, source_rows
-        # Mapped at once where it can be: a store may be deleted while it is in use.
-        self._array, self._order = origin.mapped(cache.IMAGES), origin.mapped(cache.SOURCE_ROWS)
-        self._index = rows  # into the array
+        # Mapped now if possible: a store may be deleted while it is in use.
+        self._array, self._order = origin.map_array(cache.IMAGES), origin.map_array(cache.SOURCE_ROWS)
+        self._array_rows = rows
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -62,48 +63,49 @@ class StoredImages:
 
     def __getitem__(self, selection: slice | Tensor) -> Tensor:
         if self._array is None:
-            self._array, self._index = self._from_source(), range(len(self))
-        return torch.from_numpy(read(self._array, pick(self._index, selection)))
+            self._array, self._array_rows = self._decode_from_source(), range(len(self))
+        return torch.from_numpy(read_rows(self._array, select_rows(self._array_rows, selection)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StoredImages, (self.origin, self.rows, self.source_rows())
 
     def take(self, selection: slice | Tensor) -> "StoredImages":
-        """A view of the images at a slice or an index tensor; nothing is read."""
+        """Return a view of the images at a slice or an index tensor, without reading them."""
         view = object.__new__(StoredImages)
-        vars(view).update(vars(self), rows=pick(self.rows, selection), _index=pick(self._index, selection))
+        rows, array_rows = select_rows(self.rows, selection), select_rows(self._array_rows, selection)
+        vars(view).update(vars(self), rows=rows, _array_rows=array_rows)
         if self._source_rows is not None:
-            view._source_rows = pick(self._source_rows, selection)
+            view._source_rows = select_rows(self._source_rows, selection)
         return view
 
     def narrow(self, dim: int, start: int, length: int) -> "StoredImages":
-        """As ``Tensor.narrow``: a view of ``length`` images from ``start``.
+        """Return a view of ``length`` images from ``start``, like ``Tensor.narrow``.
 
         Raises:
             ValueError: ``dim`` is not 0.
         """
         if dim != 0:
-            raise ValueError(f"only images can be cut, dim 0; got dim {dim}")
+            raise ValueError(f"expected dim 0, got {dim}")
         return self.take(slice(start, start + length))
 
     def source_rows(self) -> Rows:
-        """The rows of the source that the images stand in, in the view's order."""
+        """Return the rows of the source that hold the images, in the view's order."""
         if self._source_rows is None:
             assert self._order is not None
-            self._source_rows = compact(read(self._order, self.rows))
+            self._source_rows = compress_rows(read_rows(self._order, self.rows))
         return self._source_rows
 
-    def _from_source(self) -> np.ndarray:
+    def _decode_from_source(self) -> np.ndarray:
         origin = self.origin
-        source = sources.reopen(origin.config, origin.split, origin.files)
-        if source.count != origin.count:
+        reader = reopen_split(origin.config, origin.split, origin.files)
+        if reader.count != origin.count:
             raise InputError(
-                f"data.{origin.split}: its source holds {source.count} images on {socket.gethostname()}, "
-                f"but {origin.count} where the run began; bring the same files to every machine"
+                f"data.{origin.split}: the source holds {reader.count} images on {socket.gethostname()}, "
+                f"but {origin.count} where the run began; copy the same files to every machine"
             )
         rows = np.asarray(self.source_rows(), dtype=np.int64)
         order = rows.argsort()
         pixels = np.empty((len(rows), *origin.shape), np.uint8)
-        for part, batch in source.pixels(rows[order], origin.shape):
+        for part, batch in reader.pixels(rows[order], origin.shape):
             pixels[order[part]] = batch
         return pixels

@@ -17,45 +17,78 @@ from fishermask.config import DataConfig
 from fishermask.errors import InputError
 from fishermask.guard import guarded, short
 from fishermask.paths import require_file
+from fishermask.tensors.images import Statistics
 
 MAX_CLASSES = 100_000
-"""Where a file names no classes, a larger label is taken for something else than a class."""
+"""Upper limit of labels in files without class names: a larger number is not a class label."""
 DECODE_BATCH = 256
-"""Images decoded at once."""
+"""Images decoded per batch."""
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
-"""Formats of images. Others that PIL knows are vector graphics or, as PostScript, programs."""
-ENTRY_BATCH = 8192
-"""Labels and paths read at once."""
-
-
-def files(source: str, split: str) -> list[Path]:
-    """The files that ``source`` (a file, a folder of ``*.parquet``, or a glob) stands for, sorted.
-
-    Raises:
-        InputError: there are none, or there is no such folder.
-    """
-    path = Path(source).expanduser()
-    if path.exists() and not path.is_dir():  # its name may hold [ or *
-        return [path]
-    # Path.glob takes no absolute pattern.
-    found = sorted(path.glob("*.parquet")) if path.is_dir() else [Path(f) for f in sorted(glob.glob(str(path)))]  # noqa: PTH207
-    if not found:
-        raise InputError(f"data.{split}: no Parquet file at {source}")
-    return found
+"""Raster image formats. The other formats that PIL reads are vector graphics or, like PostScript, programs."""
+LABEL_BATCH = 8192
+"""Labels and paths read per batch."""
 
 
 class ParquetSource:
-    """The images of a split in one or several Parquet files.
+    """A data set in Parquet files: those that ``data.train`` and ``data.test`` name, or those of one ``folder``.
+
+    Args:
+        summary: one line for the list of data sets.
+        folder: holds ``train.parquet`` and ``test.parquet``; None to use the settings.
+        statistics: channel statistics from the literature.
+    """
+
+    downloads = False
+
+    def __init__(self, summary: str, folder: Path | None = None, statistics: Statistics | None = None) -> None:
+        self.summary, self.folder, self.statistics = summary, folder, statistics
+        self.settings = ("train", "test") if folder is None else ()
+
+    def path_setting(self, split: str) -> str:
+        """Return the dotted path of the setting that locates the files of ``split``."""
+        return f"data.{split}" if self.folder is None else "data.name"
+
+    def find_files(self, config: DataConfig, split: str) -> list[Path]:
+        """Return the files of ``split``, sorted; the setting is a file, a folder of ``*.parquet``, or a glob.
+
+        Raises:
+            InputError: the setting is missing, or no file matches it.
+        """
+        if self.folder is not None:
+            return [self.folder / f"{split}.parquet"]
+        setting = getattr(config, split)
+        if setting is None:
+            raise InputError(f"data.{split}: missing; give the Parquet file, folder or glob of the {split} images")
+        path = Path(setting).expanduser()
+        if path.exists() and not path.is_dir():  # its name may contain [ or *
+            return [path]
+        # Path.glob does not accept absolute patterns.
+        paths = sorted(path.glob("*.parquet")) if path.is_dir() else [Path(f) for f in sorted(glob.glob(str(path)))]  # noqa: PTH207
+        if not paths:
+            raise InputError(f"data.{split}: no Parquet file at {setting}")
+        return paths
+
+    def open_split(self, config: DataConfig, split: str, paths: Sequence[Path]) -> "ParquetReader":
+        """Open the files ``paths`` of ``split``.
+
+        Raises:
+            InputError: as ``ParquetReader``.
+        """
+        return ParquetReader(paths, split, config)
+
+
+class ParquetReader:
+    """The images of a split in one or more Parquet files.
 
     Raises:
-        InputError: nothing in them, not Parquet, a missing column, files that name other classes.
+        InputError: the files hold no images, are not Parquet, lack a column, or name different classes.
     """
 
     def __init__(self, paths: Sequence[Path], split: str, config: DataConfig) -> None:
-        self.split, self.size, self.label_column = split, config.image_size, config.label_column
+        self.split, self.config = split, config
         self.classes: list[str] = []
-        self.parts: list[tuple[Path, str, int]] = []
-        """Each file with its image column and its number of rows."""
+        self.files: list[tuple[Path, str, int]] = []
+        """Path, image column and number of rows of each file."""
         for path in paths:
             file = self._open(path)
             column = _image_column(file.schema_arrow, path, config)
@@ -65,24 +98,25 @@ class ParquetSource:
             if repeated := [name for name in names if names.count(name) > 1]:
                 raise InputError(f"data.{split}: {path} names the class {short(repeated[0])} twice")
             self.classes = self.classes or names
-            self.parts.append((path, column, file.metadata.num_rows))
-        self.count = sum(rows for _, _, rows in self.parts)
+            self.files.append((path, column, file.metadata.num_rows))
+        self.count = sum(rows for _, _, rows in self.files)
         if not self.count:
             raise InputError(f"data.{split}: {', '.join(str(path) for path in paths)} holds no images")
 
-    def entries(self) -> Iterator[tuple[list[int], list[str | None]]]:
-        """Labels and paths of all rows; of the images' column only the paths are read.
+    def labels_and_paths(self) -> Iterator[tuple[list[int], list[str | None]]]:
+        """Yield the labels and paths of all rows in batches; of the image column, only the paths are read.
 
         Raises:
-            InputError: a label that is missing or out of range, with its file and row.
+            InputError: a label is missing or out of range; the message names its file and row.
         """
         limit = (len(self.classes) or MAX_CLASSES) - 1
-        for path, column, _ in self.parts:
+        label_column = self.config.label_column
+        for path, column, _ in self.files:
             row = 0
-            columns = [f"{column}.path", self.label_column]
             with self._reading(path):
-                for batch in self._open(path).iter_batches(batch_size=ENTRY_BATCH, columns=columns):
-                    labels = batch.column(self.label_column).to_pylist()
+                batches = self._open(path).iter_batches(LABEL_BATCH, columns=[f"{column}.path", label_column])
+                for batch in batches:
+                    labels = batch.column(label_column).to_pylist()
                     for label in labels:
                         if not isinstance(label, int) or not 0 <= label <= limit:
                             raise InputError(
@@ -92,39 +126,38 @@ class ParquetSource:
                     yield labels, [(image or {}).get("path") for image in batch.column(column).to_pylist()]
 
     def pixels(self, rows: np.ndarray, shape: tuple[int, ...] | None) -> Iterator[tuple[slice, np.ndarray]]:
-        """Decode the ascending ``rows``; only row groups that hold some of them are read.
+        """Decode the ascending ``rows`` in batches; only row groups that hold some of them are read.
 
         Raises:
-            InputError: an image that does not decode or is not of ``shape``, with its file and row.
+            InputError: an image does not decode or is not of ``shape``; the message names its file and row.
         """
         start = 0
-        for path, column, count in self.parts:
-            if _slice(rows, start, start + count) != slice(0, 0):
+        for path, column, count in self.files:
+            if _rows_between(rows, start, start + count) != EMPTY:
                 with self._reading(path):
-                    yield from self._of_file(path, column, start, rows, shape)
+                    yield from self._file_pixels(path, column, start, rows, shape)
             start += count
 
-    def _of_file(
+    def _file_pixels(
         self, path: Path, column: str, start: int, rows: np.ndarray, shape: tuple[int, ...] | None
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        file, first = self._open(path), start
+        """Yield the same as ``pixels`` for the file at ``path``, whose first row is ``start``."""
+        file, group_start = self._open(path), start
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
-            if _slice(rows, first, first + count) != slice(0, 0):
-                position = first
+            if _rows_between(rows, group_start, group_start + count) != EMPTY:
+                batch_start = group_start
                 for batch in file.iter_batches(DECODE_BATCH, row_groups=[group], columns=[column]):
-                    part = _slice(rows, position, position + len(batch))
-                    wanted = rows[part] - position
-                    images = batch.column(0).take(pa.array(wanted)).to_pylist()
-                    numbers = (wanted + position - start).tolist()
+                    part = _rows_between(rows, batch_start, batch_start + len(batch))
+                    images = batch.column(0).take(pa.array(rows[part] - batch_start)).to_pylist()
                     decoded = []
-                    for image, number in zip(images, numbers, strict=True):
-                        with guarded(f"data.{self.split}", f"{path} row {number}: the image does not decode"):
-                            decoded.append(_decode(image, f"{path} row {number}", shape, self.size))
+                    for image, row in zip(images, (rows[part] - start).tolist(), strict=True):
+                        with guarded(f"data.{self.split}", f"{path} row {row}: the image does not decode"):
+                            decoded.append(_decode_image(image, f"{path} row {row}", shape, self.config))
                     if decoded:
                         yield part, np.stack(decoded)
-                    position += len(batch)
-            first += count
+                    batch_start += len(batch)
+            group_start += count
 
     def _open(self, path: Path) -> pq.ParquetFile:
         require_file(path, f"data.{self.split}")
@@ -135,10 +168,13 @@ class ParquetSource:
         return guarded(f"data.{self.split}", f"{path} cannot be read as Parquet", passing=(GeneratorExit,))
 
 
-def _slice(rows: np.ndarray, start: int, stop: int) -> slice:
-    """Which of the ascending ``rows`` lie between; ``slice(0, 0)`` if none."""
+EMPTY = slice(0, 0)
+
+
+def _rows_between(rows: np.ndarray, start: int, stop: int) -> slice:
+    """Return the slice of the ascending ``rows`` with values from ``start`` to below ``stop``; ``EMPTY`` if none."""
     low, high = np.searchsorted(rows, [start, stop]).tolist()
-    return slice(low, high) if low < high else slice(0, 0)
+    return slice(low, high) if low < high else EMPTY
 
 
 def _image_column(schema: pa.Schema, file: Path, config: DataConfig) -> str:
@@ -146,82 +182,87 @@ def _image_column(schema: pa.Schema, file: Path, config: DataConfig) -> str:
     wanted = config.image_column or (structs[0] if len(set(structs)) == 1 else None)
     for setting, name in (("image_column", wanted), ("label_column", config.label_column)):
         if (count := schema.names.count(name)) > 1:
-            raise InputError(f"data.{setting}: {file} has {count} columns {name!r}; give each column a name of its own")
+            raise InputError(f"data.{setting}: {file} has {count} columns {name!r}; give each column a unique name")
     if wanted not in structs:
         raise InputError(
             f"data.image_column: {file} has {f'no image column {wanted!r}' if wanted else 'no single image column'}; "
-            f"columns of struct<bytes: binary, path: string> there: {', '.join(structs) or 'none'}"
+            f"columns of struct<bytes: binary, path: string>: {', '.join(structs) or 'none'}"
         )
     if config.label_column not in schema.names or not pa.types.is_integer(schema.field(config.label_column).type):
         integers = [field.name for field in schema if pa.types.is_integer(field.type)]
         raise InputError(
             f"data.label_column: {file} has no integer column {config.label_column!r}; "
-            f"integer columns there: {', '.join(integers) or 'none'}"
+            f"integer columns: {', '.join(integers) or 'none'}"
         )
     return str(wanted)
 
 
 def _holds_images(kind: pa.DataType) -> bool:
-    """Whether a column holds encoded images with their paths; a column of paths that are all missing has no type."""
+    """Return whether a column of this type holds encoded images with paths."""
     if not pa.types.is_struct(kind):
         return False
     names = [child.name for child in kind]
     if names.count("bytes") != 1 or names.count("path") != 1:
         return False
     content, path = kind.field("bytes").type, kind.field("path").type
+    # A column without a single path has the type null.
     is_text = pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path)
     return is_text and (pa.types.is_binary(content) or pa.types.is_large_binary(content))
 
 
 def _class_names(schema: pa.Schema, label_column: str) -> list[str]:
+    """Return the class names from Hugging Face's metadata; empty if there are none."""
     text = (schema.metadata or {}).get(b"huggingface")
     try:
         names = json.loads(text)["info"]["features"][label_column]["names"] if text else []
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return []  # The note is optional and other tools write it: classes then go by number.
+        return []  # The metadata is optional, and other tools write it: classes are then named by number.
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
-def _decode(image: dict[str, bytes] | None, place: str, shape: tuple[int, ...] | None, size: int | None) -> np.ndarray:
-    """[channels, height, width], of ``shape`` if one is due; palettes and transparency become color.
+def _decode_image(
+    image: dict[str, bytes] | None, place: str, shape: tuple[int, ...] | None, config: DataConfig
+) -> np.ndarray:
+    """Return the pixels, uint8 [channels, height, width], of ``shape`` unless that is None.
 
     Raises:
-        InputError: it is of another size, or of a type whose range is not known.
-        Exception: what PIL raises for bytes that are no image.
+        InputError: the image has another size.
+        Exception: whatever PIL raises for bytes that are not an image.
     """
     content = (image or {}).get("bytes")
     if content is None:
         raise ValueError("it has no bytes")
-    with Image.open(io.BytesIO(content), formats=_formats()) as opened:
-        picture = _eight_bits(ImageOps.exif_transpose(opened), opened.format)
+    with Image.open(io.BytesIO(content), formats=_readable_formats()) as opened:
+        picture = _convert_to_8_bits(ImageOps.exif_transpose(opened), opened.format)
     gray = picture.mode in ("L", "1") if shape is None else shape[0] == 1
     picture = picture.convert("L" if gray else "RGB")
+    size = config.image_size
     if size is not None and picture.size != (size, size):
         picture = picture.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(picture)
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     if shape is not None and pixels.shape != shape:
         raise InputError(
-            f"data.image_size: {place} is {pixels.shape[2]} x {pixels.shape[1]} pixels, the image of the "
-            f"lowest id {shape[2]} x {shape[1]}; set data.image_size to bring all to one size"
+            f"data.image_size: {place} is {pixels.shape[2]} x {pixels.shape[1]} pixels, the image with the "
+            f"lowest id {shape[2]} x {shape[1]}; set data.image_size to resize all images"
         )
     return pixels
 
 
 @functools.cache
-def _formats() -> list[str]:
-    """Return those of ``FORMATS`` that this version of PIL reads."""
+def _readable_formats() -> list[str]:
+    """Return the members of ``FORMATS`` that the installed version of PIL can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _eight_bits(picture: Image.Image, image_format: str | None) -> Image.Image:
-    """Return a picture of 16 bits with 8, each value scaled to the nearest; PIL would clip it to white.
+def _convert_to_8_bits(picture: Image.Image, image_format: str | None) -> Image.Image:
+    """Return a picture of 16 bits per channel with 8 bits, each value scaled; PIL would clip it to white.
 
     Raises:
-        ValueError: pixels are 32-bit numbers, whose range no file says.
+        ValueError: the pixels are 32-bit numbers, whose range the file does not state.
     """
-    # Older versions of PIL open a PNG of 16 bits in mode I.
+    # Older versions of PIL open a 16-bit PNG in mode I.
     if picture.mode.startswith("I;16") or (picture.mode == "I" and image_format == "PNG"):
         values = np.asarray(picture).astype(np.uint32)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8))

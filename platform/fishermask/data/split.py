@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fishermask.data.ids import BATCH, Ids
 from fishermask.data.images import StoredImages
-from fishermask.data.rows import compact
+from fishermask.data.rows import compress_rows
 
 
 @dataclass(frozen=True)
@@ -18,31 +18,30 @@ class Split:
     images: StoredImages
     """uint8 [n, channels, height, width], read when indexed"""
     labels: Tensor
-    """int64 [n]; mapped from a file where it is a run of the store's"""
+    """int64 [n]; a view of the store's file if its rows are consecutive"""
     ids: Ids
-    """What the source calls each image: a path or key, else split and row number."""
+    """Names from the source: paths or keys; otherwise split and row number."""
 
     def label_numbers(self) -> Iterator[int]:
-        """The labels as plain numbers, a batch at a time in memory."""
+        """Yield the labels as Python integers, with one batch at a time in memory."""
         for batch in self.labels.split(BATCH):
             yield from batch.tolist()
 
     def take(self, rows: Tensor) -> "Split":
-        """The images at ``rows``, ascending.
+        """Return the images at ``rows``, which must ascend.
 
         Raises:
-            ValueError: they do not ascend; a split without the order of its ids could not be searched.
+            ValueError: the rows do not ascend; the ids of the split could then not be searched.
         """
         if not (rows[1:] > rows[:-1]).all():
             raise ValueError("rows must ascend")
-        run = compact(rows.numpy())
-        chosen = slice(run.start, run.stop) if isinstance(run, range) else rows
-        labels = self.labels[chosen]
-        # A view of the mapped labels, unless rows are missing: the whole pool then takes no memory.
-        return Split(self.images.take(chosen), labels, self.ids.take(chosen))
+        compressed = compress_rows(rows.numpy())
+        # A slice of the labels is a view of the file: the pool of all training images takes no memory.
+        selection = slice(compressed.start, compressed.stop) if isinstance(compressed, range) else rows
+        return Split(self.images.take(selection), self.labels[selection], self.ids.take(selection))
 
-    def relabel(self, renamed: Tensor) -> "Split":
-        """Label c becomes ``renamed[c]``."""
-        if torch.equal(renamed, torch.arange(len(renamed))):
+    def relabel(self, new_labels: Tensor) -> "Split":
+        """Return the split with ``new_labels[c]`` in place of each label c."""
+        if torch.equal(new_labels, torch.arange(len(new_labels))):
             return self
-        return replace(self, labels=renamed[self.labels])
+        return replace(self, labels=new_labels[self.labels])

@@ -1,6 +1,6 @@
-"""Decoding a data set into its store: once per machine, in the order of the ids, a batch of images in memory at a time.
+"""Decoding of a data set into its store: once per machine, sorted by id, with one batch of images in memory at a time.
 
-Rows are sorted by id, so that the order in which a source happens to list its images decides nothing.
+Because rows are sorted by id, the order in which a source lists its images does not affect results.
 """
 
 import hashlib
@@ -12,175 +12,181 @@ from typing import Any
 import numpy as np
 
 from fishermask.config import DataConfig
-from fishermask.data import cache, sources
-from fishermask.data.sources import SPLITS, Source
+from fishermask.data import cache
+from fishermask.data.sources import SPLITS, SplitReader, find_source
 from fishermask.errors import InputError
 from fishermask.guard import reason
 from fishermask.paths import require_file
 
 FORMAT = 2
-"""To be raised when the same source would be decoded into something else."""
+"""Version of the stores' content; increase it when the same source is decoded to other arrays."""
+DECODING_SETTINGS = {"name", "image_column", "label_column", "image_size"}
+"""Fields of ``DataConfig`` that the content of a store depends on."""
 BATCH = 65_536
-"""Ids and labels handled at once."""
+"""Ids and labels processed per batch."""
 
 
-def ensure(config: DataConfig) -> Path:
-    """The folder of the data set's store, made first if it is not there.
+def ensure_store(config: DataConfig) -> Path:
+    """Return the folder of the data set's store, and create the store first if it does not exist.
 
     Raises:
         InputError: the source or the cache cannot be used, or the source changed while it was read.
     """
-    about = describe(config)
-    folder = cache.root() / key(about)
-    if (folder / cache.NOTE).exists():
+    description = describe_store(config)
+    folder = cache.cache_folder() / store_key(description)
+    if (folder / cache.METADATA).exists():
         return folder
-    with cache.writing(folder.name):
-        if (folder / cache.NOTE).exists():
+    with cache.lock_store(folder.name):
+        if (folder / cache.METADATA).exists():
             return folder
-        opened = {split: sources.open_split(config, split) for split in SPLITS}
-        about = describe(config)  # again: opening may have fetched the files
-        with cache.partial(key(about)) as unfinished:
-            about |= write(unfinished, opened)
-            if key(describe(config)) != key(about):
+        source = find_source(config)
+        readers = {split: source.open_split(config, split, source.find_files(config, split)) for split in SPLITS}
+        description = describe_store(config)  # again: opening the splits may have downloaded the files
+        key = store_key(description)
+        with cache.create_store(key) as unfinished:
+            content = _write_store(unfinished, readers)
+            if store_key(describe_store(config)) != key:
                 raise InputError("data: its files changed while they were read; run the same command again")
-            note = unfinished / cache.NOTE
-            note.write_text(json.dumps(about, indent=1))
-            # A store must not be found whole after a power cut that took half of it.
-            for file in [*unfinished.glob("*/*.npy"), note]:
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-        return cache.root() / key(about)
+            metadata = unfinished / cache.METADATA
+            metadata.write_text(json.dumps(description | content, indent=1))
+            # After a power failure, a store must not look complete while parts of it are missing.
+            for path in [*unfinished.glob("*/*.npy"), metadata]:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        return cache.cache_folder() / key
 
 
-def read_note(folder: Path) -> dict[str, Any]:
-    """Return what the note of a store says.
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Return the metadata of a store: its description, class names and image shape.
 
     Raises:
-        InputError: the note is not one that ``ensure`` wrote.
+        InputError: the file has other content than ``ensure_store`` writes.
     """
-    path = folder / cache.NOTE
+    path = folder / cache.METADATA
     try:
         require_file(path, cache.VARIABLE)
-        note = json.loads(path.read_text())
-        whole = all(isinstance(name, str) for name in note["classes"]) and len(note["shape"]) == 3
-        whole = whole and all(isinstance(size, int) for size in note["shape"])
-        whole = whole and all(len(file) == 3 for split in SPLITS for file in note["files"][split])
-    except Exception as error:  # any content is possible
-        raise cache.damaged(folder, reason(error)) from error
-    if not whole:
-        raise cache.damaged(folder, f"{cache.NOTE} has other content")
-    return dict(note)
+        metadata = json.loads(path.read_text())
+        valid = all(isinstance(name, str) for name in metadata["classes"]) and len(metadata["shape"]) == 3
+        valid = valid and all(isinstance(size, int) for size in metadata["shape"])
+        valid = valid and all(len(file) == 3 for split in SPLITS for file in metadata["files"][split])
+    except Exception as error:  # the file may contain anything
+        raise cache.damaged_store_error(folder, reason(error)) from error
+    if not valid:
+        raise cache.damaged_store_error(folder, f"{cache.METADATA} has other content")
+    return dict(metadata)
 
 
-def describe(config: DataConfig) -> dict[str, Any]:
-    """All that decides what the store holds: the files by path, size and time, and the settings that decoding reads.
+def describe_store(config: DataConfig) -> dict[str, Any]:
+    """Return all that a store's content depends on: path, size and time of each file, and the decoding settings.
 
     Raises:
-        InputError: a file is not there, or is no regular file.
+        InputError: a file is missing or is not a regular file.
     """
-    stats = {
-        split: [(str(f.absolute()), require_file(f, sources.setting(config, split))) for f in found]
-        for split in SPLITS
-        for found in [sources.files(config, split)]
-    }
-    return {
-        "format": FORMAT,
-        "settings": config.model_dump(include={"name", "image_column", "label_column", "image_size"}),
-        "files": {split: [[path, s.st_size, s.st_mtime_ns] for path, s in rows] for split, rows in stats.items()},
-    }
+    source = find_source(config)
+    files = {}
+    for split in SPLITS:
+        paths = source.find_files(config, split)
+        stats = [require_file(path, source.path_setting(split)) for path in paths]
+        files[split] = [
+            [str(path.absolute()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)
+        ]
+    return {"format": FORMAT, "settings": config.model_dump(include=DECODING_SETTINGS), "files": files}
 
 
-def key(about: dict[str, Any]) -> str:
-    """The store's name."""
-    decisive = {field: about[field] for field in ("format", "settings", "files")}
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]
+def store_key(description: dict[str, Any]) -> str:
+    """Return the name of the store with this description."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def write(folder: Path, opened: dict[str, Source]) -> dict[str, Any]:
-    """Write both splits; the class names and the images' shape.
+def _write_store(folder: Path, readers: dict[str, SplitReader]) -> dict[str, Any]:
+    """Write the arrays of both splits; return the class names and the image shape.
 
     Raises:
-        InputError: an image or a label that cannot be used, splits that do not match.
+        InputError: an image or a label cannot be used, or the splits do not match.
     """
     for split in SPLITS:
         (folder / split).mkdir()
-    # Everything but the pixels first: a mistake in the labels is found in seconds.
-    indexed = {split: _index(opened[split], split, folder / split) for split in SPLITS}
-    train_classes, test_classes = (indexed[split][1] for split in SPLITS)
-    shared = min(len(train_classes), len(test_classes))
-    if train_classes[:shared] != test_classes[:shared]:
+    # Pixels last: an error in the labels is then reported within seconds.
+    orders, classes = {}, {}
+    for split, reader in readers.items():
+        orders[split], classes[split] = _write_labels_and_ids(reader, split, folder / split)
+    shared = min(map(len, classes.values()))
+    if classes["train"][:shared] != classes["test"][:shared]:
         raise InputError(
-            f"data.test: its classes are {', '.join(test_classes)}, those of data.train {', '.join(train_classes)}; "
-            "the same number must mean the same class in both"
+            f"data.test: its classes are {', '.join(classes['test'])}, those of data.train "
+            f"{', '.join(classes['train'])}; a label must mean the same class in both"
         )
-    # The image with the lowest id decides between gray and color, wherever it stands in the source.
-    shapes = [next(iter(opened[split].pixels(indexed[split][0][:1], None)))[1].shape[1:] for split in SPLITS]
-    if shapes[0] != shapes[1]:
-        words = [" x ".join(map(str, shape)) for shape in shapes]
-        raise InputError(f"data: training images are {words[0]}, test images {words[1]}; set data.image_size")
+    # The image with the lowest id determines whether a split is gray or color, wherever it is in the source.
+    first = {split: next(iter(readers[split].pixels(orders[split][:1], None)))[1] for split in SPLITS}
+    train_shape, test_shape = first["train"].shape[1:], first["test"].shape[1:]
+    if train_shape != test_shape:
+        sizes = [" x ".join(map(str, shape)) for shape in (train_shape, test_shape)]
+        raise InputError(f"data: training images are {sizes[0]}, test images {sizes[1]}; set data.image_size")
     for split in SPLITS:
-        _decode(opened[split], indexed[split][0], shapes[0], folder / split / cache.IMAGES)
-    return {"classes": max(train_classes, test_classes, key=len), "shape": list(shapes[0])}
+        _write_images(readers[split], orders[split], train_shape, folder / split / cache.IMAGES)
+    return {"classes": max(classes.values(), key=len), "shape": list(train_shape)}
 
 
-def _index(source: Source, split: str, folder: Path) -> tuple[np.ndarray, list[str]]:
-    """Write labels, ids and source rows; the source's rows in the order of their ids, and the class names."""
-    labels, width, named, row = np.empty(source.count, np.int64), 1, True, 0
-    for batch, paths in source.entries():
+def _write_labels_and_ids(reader: SplitReader, split: str, folder: Path) -> tuple[np.ndarray, list[str]]:
+    """Write labels, ids and source rows; return the source's rows in the order of their ids, and the class names."""
+    labels, width, has_paths, row = np.empty(reader.count, np.int64), 1, True, 0
+    for batch, paths in reader.labels_and_paths():
         labels[row : row + len(batch)] = batch
         row += len(batch)
-        named = named and None not in paths
+        has_paths = has_paths and None not in paths
         width = max(width, *(len((path or "").encode()) for path in paths))
-    if row != source.count:
-        raise InputError(f"data.{split}: its files hold {row} images, but say that they hold {source.count}")
-    order = _sort_by_path(source, width, folder / cache.IDS) if named else None
+    if row != reader.count:
+        raise InputError(f"data.{split}: its files hold {row} images, but their metadata say {reader.count}")
+    order = _write_sorted_paths(reader, width, folder / cache.IDS) if has_paths else None
     if order is None:
-        order = np.arange(source.count)
-        _write_row_numbers(split, source.count, folder / cache.IDS)
+        order = np.arange(reader.count)
+        _write_row_numbers(split, reader.count, folder / cache.IDS)
     for name, values in ((cache.LABELS, labels[order]), (cache.SOURCE_ROWS, order)):
-        cache.allocate(folder / name, "<i8", values.shape)
-        cache.put(folder / name, slice(None), values)
-    count = max(int(labels.max()) + 1, len(source.classes))
-    return order, source.classes + [str(c) for c in range(len(source.classes), count)]
+        cache.allocate_array(folder / name, "<i8", values.shape)
+        cache.write_rows(folder / name, slice(None), values)
+    count = max(int(labels.max()) + 1, len(reader.classes))
+    return order, reader.classes + [str(c) for c in range(len(reader.classes), count)]
 
 
-def _sort_by_path(source: Source, width: int, target: Path) -> np.ndarray | None:
-    """Write the paths, sorted; the rows in that order, or None where two rows share a path."""
+def _write_sorted_paths(reader: SplitReader, width: int, target: Path) -> np.ndarray | None:
+    """Write the sorted paths as ids; return the rows in that order, or None if two rows have the same path."""
     unsorted = target.with_name("unsorted.npy")
     for path in (unsorted, target):
-        cache.allocate(path, f"S{width}", (source.count,))
+        cache.allocate_array(path, f"S{width}", (reader.count,))
     row = 0
-    for _, paths in source.entries():
-        cache.put(unsorted, slice(row, row + len(paths)), np.array([str(p).encode() for p in paths], f"S{width}"))
+    for _, paths in reader.labels_and_paths():
+        names = np.array([str(path).encode() for path in paths], f"S{width}")
+        cache.write_rows(unsorted, slice(row, row + len(paths)), names)
         row += len(paths)
-    names = cache.mapped(unsorted)
+    names = cache.map_array(unsorted)
     order = names.argsort(kind="stable")
-    before = b""
+    previous = b""
     for start in range(0, len(order), BATCH):
         batch = names[order[start : start + BATCH]]
-        if (batch[1:] == batch[:-1]).any() or (start and batch[0] == before):
+        if (batch[1:] == batch[:-1]).any() or (start and batch[0] == previous):
             return None
-        cache.put(target, slice(start, start + len(batch)), batch)
-        before = batch[-1]
+        cache.write_rows(target, slice(start, start + len(batch)), batch)
+        previous = batch[-1]
     unsorted.unlink()
     return order
 
 
 def _write_row_numbers(split: str, count: int, target: Path) -> None:
-    """Ids for a source that names no image: ``train-00000042``, as wide as their order as text needs."""
+    """Write ids such as ``train-00000042`` for images without paths, padded so that they sort by row."""
     digits = max(8, len(str(count - 1)))
     target.with_name("unsorted.npy").unlink(missing_ok=True)
-    cache.allocate(target, f"S{len(split) + 1 + digits}", (count,))
+    cache.allocate_array(target, f"S{len(split) + 1 + digits}", (count,))
     for start in range(0, count, BATCH):
         stop = min(start + BATCH, count)
         names = [f"{split}-{row:0{digits}d}".encode() for row in range(start, stop)]
-        cache.put(target, slice(start, stop), np.array(names))
+        cache.write_rows(target, slice(start, stop), np.array(names))
 
 
-def _decode(source: Source, order: np.ndarray, shape: tuple[int, ...], target: Path) -> None:
-    cache.allocate(target, "|u1", (len(order), *shape))
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    # In the source's order, which reads each of its files once from start to end.
-    for part, pixels in source.pixels(np.arange(len(order)), shape):
-        cache.put(target, place[part], pixels)
+def _write_images(reader: SplitReader, order: np.ndarray, shape: tuple[int, ...], target: Path) -> None:
+    """Decode all images and write each to its position in ``order``."""
+    cache.allocate_array(target, "|u1", (len(order), *shape))
+    position = np.empty_like(order)
+    position[order] = np.arange(len(order))
+    # In the order of the source, so that each of its files is read once from start to end.
+    for part, pixels in reader.pixels(np.arange(len(order)), shape):
+        cache.write_rows(target, position[part], pixels)

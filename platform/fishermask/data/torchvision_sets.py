@@ -1,6 +1,6 @@
-"""CIFAR10, CIFAR100, MNIST, FashionMNIST and SVHN as torchvision stores them."""
+"""CIFAR10, CIFAR100, MNIST, FashionMNIST and SVHN in the files of torchvision."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,28 +13,50 @@ from fishermask.guard import guarded
 from fishermask.tensors.images import Statistics
 
 BATCH = 4096
+"""Images returned per batch."""
 
 
 class TorchvisionSet(NamedTuple):
+    """What torchvision does not state about one of its data sets."""
+
+    summary: str
     train: dict[str, Any]
-    """The keyword that picks the training split, and the same for the test split."""
+    """Keyword argument that selects the training split."""
     test: dict[str, Any]
+    """Keyword argument that selects the test split."""
     files: str
-    """A glob, under torchvision's root, of what it keeps there."""
+    """Glob of the set's files below torchvision's root."""
     statistics: Statistics
 
 
 _BY_FLAG: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
-SETS: dict[str, TorchvisionSet] = {
+TORCHVISION_SETS: dict[str, TorchvisionSet] = {
     "CIFAR10": TorchvisionSet(
-        *_BY_FLAG, "cifar-10-batches-py/*", Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+        "50,000 training and 10,000 test images of 10 classes, 3 x 32 x 32",
+        *_BY_FLAG,
+        "cifar-10-batches-py/*",
+        Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     ),
     "CIFAR100": TorchvisionSet(
-        *_BY_FLAG, "cifar-100-python/*", Statistics((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+        "50,000 training and 10,000 test images of 100 classes, 3 x 32 x 32",
+        *_BY_FLAG,
+        "cifar-100-python/*",
+        Statistics((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     ),
-    "MNIST": TorchvisionSet(*_BY_FLAG, "MNIST/raw/*", Statistics((0.1307,), (0.3081,))),
-    "FashionMNIST": TorchvisionSet(*_BY_FLAG, "FashionMNIST/raw/*", Statistics((0.2860,), (0.3530,))),
+    "MNIST": TorchvisionSet(
+        "60,000 training and 10,000 test images of 10 classes, 1 x 28 x 28",
+        *_BY_FLAG,
+        "MNIST/raw/*",
+        Statistics((0.1307,), (0.3081,)),
+    ),
+    "FashionMNIST": TorchvisionSet(
+        "60,000 training and 10,000 test images of 10 classes, 1 x 28 x 28",
+        *_BY_FLAG,
+        "FashionMNIST/raw/*",
+        Statistics((0.2860,), (0.3530,)),
+    ),
     "SVHN": TorchvisionSet(
+        "73,257 training and 26,032 test images of 10 classes, 3 x 32 x 32",
         {"split": "train"},
         {"split": "test"},
         "*_32x32.mat",
@@ -43,37 +65,61 @@ SETS: dict[str, TorchvisionSet] = {
 }
 
 
-def files(config: DataConfig) -> list[Path]:
-    """The set's files, of both splits, as far as they are there.
-
-    Raises:
-        InputError: no root given.
-    """
-    return sorted(path for path in _root(config).glob(SETS[config.name].files) if not path.is_dir())
-
-
 class TorchvisionSource:
-    """A split of a torchvision set. These sets are small: torchvision loads all of it.
+    """The data set ``name`` of torchvision, in the folder ``data.root``."""
+
+    settings = ("root",)
+    downloads = True
+
+    def __init__(self, name: str) -> None:
+        self.name, self.set = name, TORCHVISION_SETS[name]
+        self.summary, self.statistics = self.set.summary, self.set.statistics
+
+    def path_setting(self, split: str) -> str:
+        """Return ``data.root``, which locates the files of both splits."""
+        return "data.root"
+
+    def find_files(self, config: DataConfig, split: str) -> list[Path]:
+        """Return the set's files of both splits that are in ``data.root``.
+
+        Raises:
+            InputError: ``data.root`` is missing.
+        """
+        return sorted(path for path in _root(config).glob(self.set.files) if not path.is_dir())
+
+    def open_split(self, config: DataConfig, split: str, paths: Sequence[Path]) -> "TorchvisionReader":
+        """Open ``split``; torchvision finds the files itself.
+
+        Raises:
+            InputError: as ``TorchvisionReader``.
+        """
+        return TorchvisionReader(config, split)
+
+
+class TorchvisionReader:
+    """A split of a torchvision set. These sets are small: torchvision loads all images into memory.
 
     Raises:
-        InputError: no root given, or the data set is not there and ``download`` is off.
+        InputError: ``data.root`` is missing, or the data set is not in it and ``data.download`` is false.
     """
 
     def __init__(self, config: DataConfig, split: str) -> None:
         root = _root(config)
-        which = SETS[config.name].train if split == "train" else SETS[config.name].test
-        remedy = "check the network" if config.download else "set data.download to true, or data.root to a whole copy"
+        which = getattr(TORCHVISION_SETS[config.name], split)
+        remedy = (
+            "check the network" if config.download else "set data.download to true, or data.root to a complete copy"
+        )
         with guarded("data.root", f"{config.name} cannot be read from {root}; {remedy}"):
             source = getattr(torchvision.datasets, config.name)(root, download=config.download, **which)
             self._unpack(config, source)
         if not self.count or self.images.shape[0] != len(self.labels) or self.images.dtype != np.uint8:
             raise InputError(
                 f"data.root: {config.name} in {root} holds {self.images.shape[0]} images of {self.images.dtype} and "
-                f"{len(self.labels)} labels for {split}; the files must be whole and belong together"
+                f"{len(self.labels)} labels for {split}; the files must be complete and belong together"
             )
         if not all(isinstance(label, int) and 0 <= label < len(self.classes) for label in self.labels):
             raise InputError(
-                f"data.root: {config.name} in {root} has labels that are none of its {len(self.classes)} classes"
+                f"data.root: {config.name} in {root} has labels outside of its {len(self.classes)} classes"
             )
 
     def _unpack(self, config: DataConfig, source: Any) -> None:
@@ -87,12 +133,12 @@ class TorchvisionSource:
         self.images, self.labels, self.count = images, labels.tolist(), len(images)
         self.classes = [str(name) for name in getattr(source, "classes", range(max(self.labels) + 1))]
 
-    def entries(self) -> Iterator[tuple[list[int], list[str | None]]]:
-        """Labels of all rows; there are no paths."""
+    def labels_and_paths(self) -> Iterator[tuple[list[int], list[str | None]]]:
+        """Yield the labels of all rows in one batch; these images have no paths."""
         yield self.labels, [None] * self.count
 
     def pixels(self, rows: np.ndarray, shape: tuple[int, ...] | None) -> Iterator[tuple[slice, np.ndarray]]:
-        """The images of ``rows``, which have the set's one ``shape``."""
+        """Yield the images of ``rows`` in batches; all images of a set have one shape, so ``shape`` is not used."""
         for start in range(0, len(rows), BATCH):
             part = slice(start, start + BATCH)
             yield part, self.images[rows[part]]
@@ -100,5 +146,5 @@ class TorchvisionSource:
 
 def _root(config: DataConfig) -> Path:
     if config.root is None:
-        raise InputError(f"data.root: missing; give the folder that holds (or shall hold) {config.name}")
+        raise InputError(f"data.root: missing; give the folder of {config.name}, or the folder to download it to")
     return Path(config.root).expanduser()

@@ -9,8 +9,8 @@ from torch import nn
 
 from fishermask import query_strategies
 from fishermask.config import DataConfig, ExperimentConfig, Imbalance, NamedConfig
-from fishermask.data import dataset, imbalance
-from fishermask.data.dataset import Dataset
+from fishermask.data.dataset import Dataset, load_dataset
+from fishermask.data.imbalance import select_pool
 from fishermask.errors import InputError
 from fishermask.experiment.streams import stream, stream_seed
 from fishermask.guard import guarded, short
@@ -154,8 +154,8 @@ def measure_model(
 @lru_cache(maxsize=CACHED_POOLS)
 def load_pool(data: DataConfig, rule: Imbalance, seed: int) -> Dataset:
     """Return the data set after imbalance, which all strategies and budgets of a seed share."""
-    source = dataset.load(data)
-    rows, classes = imbalance.select_pool(source.train.labels, len(source.classes), rule, stream(seed, "imbalance"))
+    source = load_dataset(data)
+    rows, classes = select_pool(source.train.labels, len(source.classes), rule, stream(seed, "imbalance"))
     return source.restrict(rows, classes)
 
 

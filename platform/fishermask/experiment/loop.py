@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def run(
         for index in range(len(history), budget.num_rounds):
             # Train a fresh model on the labeled set.
             started = time.perf_counter()
-            progress("train", 0, 1)
+            progress("train", 0, training.max_epochs)
             model = inputs.build_model(index).to(device)
             # Layers such as dropout draw from torch's global generators: seed them here, and restore them.
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -102,11 +103,13 @@ def run(
                     stream(seed, "order", index),
                     **training.model_dump(),
                     augmentation=stream(seed, "augmentation", index) if augment else None,
+                    progress=partial(progress, "train"),
                 )
             # Evaluate it on the test set.
             trained = time.perf_counter()
             progress("evaluate", 0, 1)
-            predictions = predict(model, test.images, inputs.statistics).argmax(-1).cpu()
+            logits = predict(model, test.images, inputs.statistics, partial(progress, "evaluate"))
+            predictions = logits.argmax(-1).cpu()
             metrics = evaluate(predictions, test.labels, len(classes))
             evaluated = time.perf_counter()
             # Query the next batch and label it.

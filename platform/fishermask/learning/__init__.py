@@ -1,1 +1,1 @@
-"""Models, their training and the metrics of their predictions. Know no active learning."""
+"""Models, their training, and the metrics of their predictions."""

@@ -1,4 +1,4 @@
-"""How good a classifier is on the test set, with numbers that a rare class can move."""
+"""Classification metrics, including those in which a rare class counts as much as a common one."""
 
 from typing import NamedTuple
 
@@ -7,29 +7,29 @@ from torch import Tensor
 
 
 class Metrics(NamedTuple):
-    """All between 0 and 1."""
+    """Metrics between 0 and 1."""
 
     accuracy: float
     balanced_accuracy: float
-    """Mean recall of the classes that the test set holds."""
+    """Mean recall of the classes in the test set."""
     macro_f1: float
-    """Mean F1 of the same classes; a class that is never predicted counts 0."""
+    """Mean F1 score of the classes in the test set; 0 for a class that is never predicted."""
     recall: list[float]
-    """By class; NaN for a class that the test set does not hold."""
+    """Recall of each class; NaN for a class that is not in the test set."""
 
 
-def confusion(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """[C, C] counts: row true class, column predicted class."""
+def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Return counts [C, C]: rows are true classes, columns are predicted classes."""
     return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, -1)
 
 
 def evaluate(predictions: Tensor, labels: Tensor, num_classes: int) -> Metrics:
-    """Metrics of ``predictions`` [n] against ``labels`` [n]."""
-    counts = confusion(predictions, labels, num_classes).double()
+    """Return the metrics of ``predictions`` [n] for ``labels`` [n]."""
+    counts = confusion_matrix(predictions, labels, num_classes).double()
     hits, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     present = true > 0
     recall = hits / true
-    # 2 hits / (true + predicted) is F1 without the division by zero of its usual form.
+    # Equal to the usual form of F1, without its division by zero.
     f1 = 2 * hits / (true + predicted)
     return Metrics(
         float(hits.sum() / true.sum()),

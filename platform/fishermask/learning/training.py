@@ -1,5 +1,6 @@
-"""Training a classifier on the labeled images until it fits them, and predicting with it. Knows no active learning."""
+"""Train a classifier on the labeled images until it fits them, and predict with it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,13 +13,13 @@ PREDICTION_BATCH = 256
 
 
 class TrainingReport(NamedTuple):
-    """How training went."""
+    """Outcome of training."""
 
     epochs: int
     accuracy: float
-    """Of the last epoch, counted while it ran, so on augmented images where there is augmentation."""
+    """Training accuracy of the last epoch, counted during the epoch, on augmented images if there is augmentation."""
     ended_by: str
-    """``target`` when the accuracy asked for was reached, ``cap`` when the epochs ran out."""
+    """``target`` if ``target_accuracy`` was reached, ``cap`` after ``max_epochs``."""
 
 
 def fit(
@@ -34,23 +35,25 @@ def fit(
     max_epochs: int,
     clip: float | None,
     augmentation: torch.Generator | None,
+    progress: Callable[[int, int], None] = lambda epoch, max_epochs: None,
 ) -> TrainingReport:
     """Train ``model`` in place with Adam and cross-entropy on uint8 ``images`` [n, ...] and ``labels`` [n].
 
     Args:
-        order: shuffles the images of each epoch.
-        clip: gradients are clamped to +- this.
-        augmentation: random crop and flip from this generator; none when None.
+        order: random generator that shuffles the images of each epoch.
+        clip: largest absolute value of a gradient's entries; None for no limit.
+        augmentation: random generator of the random crops and flips; None for no augmentation.
+        progress: called after each epoch with its number and ``max_epochs``.
 
     Raises:
-        FloatingPointError: the loss is no longer a number.
+        FloatingPointError: the loss is NaN or infinite.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     model.train()
     accuracy = 0.0
     for epoch in range(1, max_epochs + 1):
         correct = 0
-        batches = _batches(torch.randperm(len(images), generator=order).to(images.device), batch_size)
+        batches = _split_batches(torch.randperm(len(images), generator=order).to(images.device), batch_size)
         for batch in batches:
             inputs = images[batch]
             if augmentation is not None:
@@ -70,13 +73,14 @@ def fit(
         accuracy = correct / sum(map(len, batches))
         if accuracy >= target_accuracy:
             return TrainingReport(epoch, accuracy, "target")
+        progress(epoch, max_epochs)
     return TrainingReport(max_epochs, accuracy, "cap")
 
 
-def _batches(order: Tensor, size: int) -> list[Tensor]:
-    """``order`` [n] in batches of ``size``, none of them of a single image, of which batch norm has no statistics.
+def _split_batches(order: Tensor, size: int) -> list[Tensor]:
+    """Return ``order`` [n] in batches of ``size``, without batches of one image, which batch norm cannot train on.
 
-    A single image at the end joins the batch before it; where all batches are of one, each image comes twice.
+    A single last image is added to the batch before it. With ``size`` 1, or a single image, each image is repeated.
     """
     batches = list(order.split(size))
     if len(batches) > 1 and len(batches[-1]) == 1 and size > 1:
@@ -85,9 +89,22 @@ def _batches(order: Tensor, size: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Images, statistics: Statistics) -> Tensor:
-    """Logits [n, C] of ``images`` in eval mode, without augmentation, where the model is."""
+def predict(
+    model: nn.Module,
+    images: Images,
+    statistics: Statistics,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """Return the logits [n, C] of ``images`` in eval mode, without augmentation, on the model's device.
+
+    Args:
+        progress: called after each batch with the number of predicted images and n.
+    """
     model.eval()
     device = next(model.parameters()).device
-    batches = (images[start : start + PREDICTION_BATCH] for start in range(0, len(images), PREDICTION_BATCH))
-    return torch.cat([model(normalize(batch.to(device), statistics)) for batch in batches])
+    logits = []
+    for start in range(0, len(images), PREDICTION_BATCH):
+        batch = images[start : start + PREDICTION_BATCH]
+        logits.append(model(normalize(batch.to(device), statistics)))
+        progress(start + len(batch), len(images))
+    return torch.cat(logits)

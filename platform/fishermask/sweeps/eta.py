@@ -1,46 +1,183 @@
-"""How far the stages of a query are, how long each has to go, and how long all runs have."""
+"""Estimates of the time until all runs are finished: from plans, measured rounds and current stages."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fishermask.experiment.run_plan import RunPlan
+
+EPOCHS_SHARE = 0.5
+"""Share of the remaining epochs that training is expected to need before it reaches the target accuracy."""
+MODEL_STAGES = ("train", "evaluate")
 
 
 def format_duration(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
+    """Return ``1:02:03`` or ``2:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def time_left(elapsed: float, models: Sequence[float], queries: Sequence[float], rounds: int, batches: int) -> float:
-    """Seconds that ``rounds`` more rounds take which query ``batches``: a run's last round trains, and queries nothing.
+class RoundSeconds(NamedTuple):
+    """Duration of a round: of training and evaluation, and of the query."""
 
-    Each round to come takes as long as the mean model so far, and if it queries as the mean query. That is the work of
-    one run after the other; several at once have been faster than that, and will be.
-
-    Args:
-        elapsed: seconds since the start.
-        models: seconds of training and evaluation in each finished round.
-        queries: seconds of each finished query.
-    """
-    work = rounds * sum(models) / len(models) + (batches * sum(queries) / len(queries) if queries else 0.0)
-    return elapsed * work / (sum(models) + sum(queries))
+    model: float
+    query: float
 
 
-class StageTimer:
-    """Times the current stage of each of several runs."""
+def planned_rounds(plan: RunPlan) -> list[RoundSeconds]:
+    """Return the planned duration of each round of a run; the last round has no query."""
+    budget, num_rounds = plan.config.budget, plan.config.budget.num_rounds
+    epochs = EPOCHS_SHARE * plan.config.training.max_epochs
+    return [
+        RoundSeconds(
+            plan.measurement.training_seconds * epochs * min(budget.initial + index * budget.query, budget.total),
+            plan.query.seconds if index + 1 < num_rounds else 0.0,
+        )
+        for index in range(num_rounds)
+    ]
+
+
+@dataclass
+class _Stage:
+    """What a run does now."""
+
+    name: str
+    done: int
+    total: int
+    first_done: int
+    """Parts that were done when the stage was reported first, at ``since``."""
+    since: float
+    updated: float
+    part_since: float
+    """Start of training, or of the query."""
+
+    def seconds_left(self, now: float) -> float | None:
+        """Return the time that the stage still takes at the speed so far; None before there is a speed."""
+        if self.done <= self.first_done:
+            return None
+        seconds = (self.updated - self.since) / (self.done - self.first_done) * (self.total - self.done)
+        return max(0.0, seconds - (now - self.updated))
+
+
+class _Ratio:
+    """Measured seconds divided by planned seconds, by strategy."""
 
     def __init__(self) -> None:
-        self._began: dict[str, tuple[str, int, float]] = {}
-        self._last: dict[str, int] = {}
+        self.sums: dict[str, tuple[float, float]] = {}
 
-    def update(self, run: str, stage: str, done: int, total: int, now: float | None = None) -> str:
-        """``pick 35/100, ETA 0:12``: a line on a stage of ``run`` of which ``done`` parts are done."""
-        now = time.monotonic() if now is None else now
-        if run not in self._began or self._began[run][0] != stage or done < self._last[run]:
-            self._began[run] = stage, done, now
-        self._last[run] = done
-        if total <= 1:
-            return stage
-        _, first, since = self._began[run]
-        left = f", ETA {format_duration((now - since) / (done - first) * (total - done))}" if done > first else ""
-        return f"{stage} {done}/{total}{left}"
+    def add(self, strategy: str, measured: float, planned: float) -> None:
+        sums = self.sums.get(strategy, (0.0, 0.0))
+        self.sums[strategy] = sums[0] + measured, sums[1] + planned
+
+    def get(self, strategy: str) -> float:
+        """Return the ratio of a strategy, or else of all, or else 1."""
+        all_sums = tuple(map(sum, zip(*self.sums.values(), strict=True))) or (0.0, 0.0)
+        measured, planned = self.sums.get(strategy, all_sums)
+        return measured / planned if planned else 1.0
+
+
+class TimeEstimator:
+    """Estimates the time until all of several runs are finished. Times are seconds of one clock.
+
+    Args:
+        planned: planned duration of all rounds of each run, by the run's name.
+        strategies: strategy of each run.
+        finished: finished rounds of each run.
+    """
+
+    def __init__(
+        self, planned: Mapping[str, list[RoundSeconds]], strategies: Mapping[str, str], finished: Mapping[str, int]
+    ) -> None:
+        self.strategies = strategies
+        self.next_round = dict(finished)
+        self.planned = dict(planned)
+        # Planned duration of the rounds from each number on.
+        self.planned_from = {name: _sums_from(rounds) for name, rounds in planned.items()}
+        self.model_ratio, self.query_ratio = _Ratio(), _Ratio()
+        self.stages: dict[str, _Stage] = {}
+        self.most_active = 0
+        """The largest number of runs in progress at once."""
+
+    def start_stage(self, run: str, stage: str, done: int, total: int, now: float) -> None:
+        """Note that ``done`` of ``total`` parts of a stage are done."""
+        last = self.stages.get(run)
+        if last is not None and last.name == stage and done >= last.done:
+            last.done, last.total, last.updated = done, total, now
+            return
+        part_since = now
+        if last is not None and (stage in MODEL_STAGES) == (last.name in MODEL_STAGES):
+            part_since = last.part_since
+        self.stages[run] = _Stage(stage, done, total, done, now, now, part_since)
+        self.most_active = max(self.most_active, len(self.stages))
+
+    def finish_round(self, run: str, seconds: RoundSeconds, now: float) -> None:
+        """Note how long the current round of a run took; the next round begins."""
+        planned, strategy = self.planned[run][self.next_round[run]], self.strategies[run]
+        self.model_ratio.add(strategy, seconds.model, planned.model)
+        self.query_ratio.add(strategy, seconds.query, planned.query)
+        self.next_round[run] += 1
+        self.stages.pop(run, None)
+        if self.next_round[run] < len(self.planned[run]):
+            self.start_stage(run, MODEL_STAGES[0], 0, 1, now)
+        else:
+            self.remove(run)
+
+    def remove(self, run: str) -> None:
+        """Stop counting a run, because it is finished or failed."""
+        self.stages.pop(run, None)
+        self.planned.pop(run, None)
+
+    def seconds_left(self, now: float) -> float | None:
+        """Return the time until all runs are finished; None before the first run has begun.
+
+        As many runs proceed at once as did so far.
+        """
+        if not self.most_active:
+            return None
+        seconds = [self._run_seconds(run, now) for run in self.planned]
+        return max(sum(seconds) / self.most_active, max(seconds, default=0.0))
+
+    def round_fraction(self, run: str, now: float) -> float:
+        """Return how much of the current round of a run is done, from 0 to 1."""
+        stage = self.stages.get(run)
+        if stage is None:
+            return 0.0
+        elapsed, left = now - stage.part_since, self._round_seconds(run, now)
+        if stage.name not in MODEL_STAGES:
+            elapsed += self._expected(run, self.planned[run][self.next_round[run]]).model
+        return elapsed / (elapsed + left) if elapsed else 0.0
+
+    def _expected(self, run: str, planned: RoundSeconds) -> RoundSeconds:
+        strategy = self.strategies[run]
+        return RoundSeconds(
+            planned.model * self.model_ratio.get(strategy), planned.query * self.query_ratio.get(strategy)
+        )
+
+    def _run_seconds(self, run: str, now: float) -> float:
+        later = self.planned_from[run][self.next_round[run] + 1]
+        return self._round_seconds(run, now) + sum(self._expected(run, later))
+
+    def _round_seconds(self, run: str, now: float) -> float:
+        """Return the time that the current round of a run still takes."""
+        expected = self._expected(run, self.planned[run][self.next_round[run]])
+        stage = self.stages.get(run)
+        if stage is None:
+            return sum(expected)
+        elapsed, stage_left = now - stage.part_since, stage.seconds_left(now)
+        if stage.name in MODEL_STAGES:
+            left = max(0.0, expected.model - elapsed)
+            if stage.name == "train" and stage_left is not None and (not left or not self.model_ratio.sums):
+                left = EPOCHS_SHARE * stage_left
+            return left + expected.query
+        if stage.name == "pick" and stage_left is not None:
+            return stage_left
+        return max(expected.query - elapsed, stage_left or 0.0)
+
+
+def _sums_from(rounds: list[RoundSeconds]) -> list[RoundSeconds]:
+    """Return for each index, and for the length of ``rounds``, the sum from there on."""
+    sums = [RoundSeconds(0.0, 0.0)]
+    for seconds in reversed(rounds):
+        sums.append(RoundSeconds(sums[-1].model + seconds.model, sums[-1].query + seconds.query))
+    return sums[::-1]

@@ -71,13 +71,13 @@ class StoredJournal:
 
 
 class ProgressReporter:
-    """Tells a ledger how far a run is, at most once a second."""
+    """Reports the progress of a run to a ``RunStorage``: each stage, and within a stage at most once a second."""
 
     def __init__(self, storage: Any, run: str) -> None:
         self.storage, self.run = storage, run
-        self._last = -1.0
+        self._stage, self._last = "", 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if time.monotonic() - self._last > 1.0:
+        if stage != self._stage or time.monotonic() - self._last > 1.0:
             self.storage.report_progress.remote(self.run, stage, done, total)
-            self._last = time.monotonic()
+            self._stage, self._last = stage, time.monotonic()

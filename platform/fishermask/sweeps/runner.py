@@ -25,7 +25,7 @@ from fishermask.pool.pool import Progress
 from fishermask.pool.shards import LocalShards, Shards
 from fishermask.results import files
 from fishermask.results.tables import strategy_label, varied_settings
-from fishermask.sweeps.recorder import QUIET_SECONDS, Recorder, rounds_of
+from fishermask.sweeps.recorder import QUIET_SECONDS, Recorder
 from fishermask.sweeps.sweep_file import Run, Sweep, check_folder
 from fishermask.tensors.images import Images
 
@@ -95,7 +95,7 @@ def describe_plans(plans: Plans) -> list[str]:
 def missing(sweep: Sweep) -> list[tuple[Run, History]]:
     """Return the runs that are not finished, with the rounds each has."""
     started = [(run, run.folder.history()) for run in sweep.runs]
-    return [(run, history) for run, history in started if len(history) < rounds_of(run)]
+    return [(run, history) for run, history in started if len(history) < run.config.budget.num_rounds]
 
 
 def create_folders(sweep: Sweep, runs: list[tuple[Run, History]], plans: Plans) -> None:
@@ -119,7 +119,7 @@ def run_in_process(sweep: Sweep, plans: Plans, console: Console) -> Recorder:
     runs = missing(sweep)
     create_folders(sweep, runs, plans)
     varied = varied_settings(sweep.folder)
-    with Recorder(runs, varied, console, len(sweep.runs) - len(runs), every_round=True) as recorder:
+    with Recorder(runs, plans, varied, console, len(sweep.runs) - len(runs), every_round=True) as recorder:
         for run, history in runs:
             try:
                 compute_rounds(
@@ -127,7 +127,7 @@ def run_in_process(sweep: Sweep, plans: Plans, console: Console) -> Recorder:
                     history,
                     functools.partial(recorder.record, run.name),
                     run.folder.journal,
-                    functools.partial(recorder.stage, run.name),
+                    functools.partial(recorder.show_stage, run.name),
                 )
             # Shown at the end, with its traceback in the run's folder; other runs go on. A model may try to exit.
             except (Exception, SystemExit) as error:

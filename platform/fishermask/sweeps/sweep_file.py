@@ -26,7 +26,7 @@ from fishermask.guard import guarded, short
 from fishermask.paths import check_text, improper_character
 from fishermask.results.files import RunFolder
 from fishermask.results.tables import strategy_label
-from fishermask.user_modules import absolute_file_name
+from fishermask.user_modules import absolute_file_name, split_file_name
 from fishermask.yaml_files import parse_yaml, read_yaml
 
 MAX_RUNS = 10_000
@@ -263,4 +263,7 @@ def _name(config: ExperimentConfig, values: dict[str, Any]) -> str:
 def _brief(value: Any) -> str:
     if isinstance(value, dict):
         return ",".join(f"{key}={_brief(inner)}" for key, inner in value.items())
+    if isinstance(value, str) and (parts := split_file_name(value)) is not None:
+        file, attribute = parts
+        return f"{file.stem}:{attribute}" if attribute else file.stem
     return "+".join(map(_brief, value)) if isinstance(value, list) else str(value)

@@ -49,7 +49,7 @@ def run_on_ray(sweep: Sweep, plans: Plans, nodes: Cluster, console: Console) -> 
         console.print(f"{problem}; such runs wait until the autoscaler has started nodes (see ray status)")
     create_folders(sweep, runs, plans)
     restarts = max((run.config.resources.restarts for run, _ in runs), default=0)
-    recorder = Recorder(runs, varied_settings(sweep.folder), console, len(sweep.runs) - len(runs))
+    recorder = Recorder(runs, plans, varied_settings(sweep.folder), console, len(sweep.runs) - len(runs))
     configs = {run.name: (plans[run.name], requests[run.name][-1]["memory"]) for run, _ in runs}
     first_nodes = {node["NodeID"] for node in ray.nodes()}
     storage = run_storage.start({run.name: run.folder.path for run, _ in runs})
@@ -113,7 +113,7 @@ class _Listener(tune.Callback):
         ready, _late = ray.wait([self.storage.pop_progress.remote()], timeout=STAGE_SECONDS)
         for told in ray.get(ready):
             for run, (stage, done, total) in told.items():
-                self.recorder.stage(run, stage, done, total)
+                self.recorder.show_stage(run, stage, done, total)
         self.asked = time.monotonic()
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any) -> None:
@@ -124,7 +124,7 @@ class _Listener(tune.Callback):
             self.recorder.fail(trial.config["run"], result["error"])
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        self.recorder.lost(trial.config["run"], trial.num_failures, self.restarts)
+        self.recorder.report_restart(trial.config["run"], trial.num_failures, self.restarts)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         if trial.config["run"] not in self.recorder.failed:

@@ -1,7 +1,7 @@
-"""Make the embedded data set: the first 1,000 training and 200 test images of each Fashion-MNIST class.
+"""Make the bundled data set: the first 1,000 training and 200 test images of each Fashion-MNIST class.
 
     apt-get install dataset-fashion-mnist
-    python scripts/make_embedded_data.py /usr/share/datasets/fashion-mnist platform/fishermask/data/fashion_mnist
+    python scripts/make_bundled_data.py /usr/share/datasets/fashion-mnist platform/fishermask/data/fashion_mnist
 
 The files' bytes depend on the versions of Arrow and zlib; their *content* does not, and its digest is checked.
 """

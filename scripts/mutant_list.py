@@ -31,10 +31,10 @@ MUTANTS = [
     ),
     Mutant("config.py", "if self.total < self.initial:", "if False:", "total may be below initial", "plan"),
     Mutant(
-        "config.py",
-        '"strategy": {"label"}}',
-        '"strategy": {"label", "params"}}',
-        "runs with different strategy parameters have the same fingerprint",
+        "experiment/identity.py",
+        "params.model_dump(",
+        "config.strategy.params and params.model_dump(",
+        "the identity lacks the defaults of the strategy's parameters",
         "settings",
     ),
     Mutant("config.py", "Field(0.1, gt=0)", "Field(1.0, gt=0)", "default clip is 10 times the paper's", "replay"),
@@ -749,7 +749,7 @@ MUTANTS = [
         "loop",
     ),
     # results
-    Mutant("results/files.py", "fcntl.LOCK_EX |", "fcntl.LOCK_SH |", "two processes may write to a sweep", "results"),
+    Mutant("results/files.py", "lock.acquire(timeout=0)", "pass", "two processes may write to a sweep", "results"),
     Mutant(
         "results/files.py",
         "and first <= len(entries)",
@@ -759,8 +759,8 @@ MUTANTS = [
     ),
     Mutant(
         "results/files.py",
-        "and not filecmp.cmp(index, partial, shallow=False)",
-        "and False",
+        'if provenance.pool not in ("", pool):',
+        "if False:",
         "a run goes on with other images",
         "results",
     ),
@@ -814,10 +814,10 @@ MUTANTS = [
     ),
     Mutant("sweeps/sweep_file.py", 'key != "seed"', 'key == "seed"', "the seed varies fastest", "plan"),
     Mutant(
-        "sweeps/sweep_file.py",
-        "present.fingerprint() != run.config.fingerprint()",
-        "False",
-        "a run goes on with other settings",
+        "sweeps/folder_check.py",
+        "if differences and same_settings and",
+        "if",
+        "a finished run of other settings is accepted",
         "records plan",
     ),
     Mutant("sweeps/eta.py", "sum(seconds) / self.most_active", "sum(seconds)", "runs at once are ignored", "progress"),
@@ -858,9 +858,9 @@ MUTANTS = [
     ),
     Mutant(
         "sweeps/runner.py",
-        "position in initial)",
-        "position < len(initial))",
-        "pool.csv marks the wrong images as labeled",
+        "classes[label] for label",
+        "classes[0] for label",
+        "the file of a pool has wrong classes",
         "records sweep",
     ),
     Mutant(
@@ -871,7 +871,7 @@ MUTANTS = [
         "sweep",
     ),
     Mutant(
-        "sweeps/source_version.py",
+        "environment.py",
         "followlinks=True",
         "followlinks=False",
         "nodes with other strategies are accepted",

@@ -240,7 +240,7 @@ def test_another_sweeps_results_are_refused_and_kept(sweep, capsys):
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
     assert cli.main(["sweep", "tiny.yaml"]) == 2
-    assert "is no sweep's results; choose another name=NAME" in capsys.readouterr().err
+    assert "holds no sweep's results; choose another name=NAME" in capsys.readouterr().err
     assert (folder / "notes.txt").read_text() == "mine"
 
 

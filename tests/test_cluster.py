@@ -11,6 +11,7 @@ import ray
 from ray import cloudpickle
 from ray._private.utils import check_version_info
 
+from fishermask import environment
 from fishermask.errors import InputError
 from fishermask.sweeps import cluster, source_version
 
@@ -60,20 +61,20 @@ def test_other_messages_of_ray_are_put_on_one_line():
 
 
 def test_a_node_with_another_fishermask_is_refused_by_address(ray_session):
-    local_version = source_version.installed()
-    source_version.check(local_version)
+    local_version = environment.installed_version()
+    source_version.check_nodes(local_version)
     node = ray.nodes()[0]["NodeManagerAddress"]
-    message = refusal(source_version.check, "0.0.9 (abcdef)")
+    message = refusal(source_version.check_nodes, "0.0.9 (abcdef)")
     assert message == (
         f"RAY_ADDRESS: the node {node} has fishermask {local_version}, this command 0.0.9 (abcdef); install the same"
     )
 
 
 def installed_elsewhere(preparation):
-    """Return what ``source_version.installed`` returns in a new process, after ``preparation``, as on another node."""
-    cloudpickle.register_pickle_by_value(source_version)
-    sent = cloudpickle.dumps(source_version.installed)
-    cloudpickle.unregister_pickle_by_value(source_version)
+    """Return what ``installed_version`` returns in a new process, after ``preparation``, as on another node."""
+    cloudpickle.register_pickle_by_value(environment)
+    sent = cloudpickle.dumps(environment.installed_version)
+    cloudpickle.unregister_pickle_by_value(environment)
     code = f"import pickle, sys; {preparation}; print(pickle.loads({sent!r})())"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert process.stderr == ""

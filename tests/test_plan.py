@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fishermask import query_strategies
+from fishermask import environment, query_strategies
 from fishermask.config import ExperimentConfig, StrategyConfig, parse
 from fishermask.errors import InputError
+from fishermask.experiment import identity
+from fishermask.experiment.identity import identify
 from fishermask.experiment.inputs import prepare_inputs
 from fishermask.sweeps import sweep_file
+from fishermask.sweeps.folder_check import check_folder
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -60,20 +63,6 @@ def test_two_variants_of_a_strategy_are_told_apart_by_their_parameters(tmp_path)
     variants = [{"name": "fisher_mask", "params": {"fraction": f}} for f in (0.02, 0.04)]
     names = [run.name for run in sweep_of(tmp_path, grid={"strategy": [*variants, "random"]}).runs]
     assert names == ["fisher_mask(fraction=0.02)", "fisher_mask(fraction=0.04)", "random"]
-
-
-def test_a_fingerprint_is_of_what_the_result_depends_on():
-    base = parse(ExperimentConfig, {})
-
-    def same(**settings):
-        return parse(ExperimentConfig, settings).fingerprint() == base.fingerprint()
-
-    assert same(resources={"shards": 5, "workers": "ray", "cpus_per_shard": 2})
-    assert same(resources={"shards": "auto", "restarts": 0})
-    assert same(strategy={"name": "fisher_mask", "label": "ours"})
-    assert not same(resources={"gpus": 1})
-    assert not same(seed=1)
-    assert not same(budget={"query": 3})
 
 
 @pytest.mark.parametrize("value", [0, -1, 10_001, 1.0, True, "many", None])
@@ -150,30 +139,121 @@ def test_a_preset_sets_what_is_not_given():
         params(preset="released")
 
 
-def test_another_sweeps_folder_is_refused_and_a_grown_grid_is_welcome(tmp_path):
-    def sweep(seeds, **base):
-        return sweep_of(tmp_path, base=BASE | base, grid={"seed": seeds})
+def begin(sweep, finished=False):
+    """Write the files of a sweep whose runs have one round, or all of their rounds."""
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    stored = sweep.config.model_dump(mode="json", exclude={"output"})
+    (sweep.folder / "config.yaml").write_text(yaml.safe_dump(stored))
+    for run in sweep.runs:
+        run.folder.create(run.config, identify(run.config), "p.csv")
+        for index in range(run.config.budget.num_rounds if finished else 1):
+            run.folder.append({"round": index, "labels": 1, **ROUND})
 
-    first = sweep([0, 1])
-    sweep_file.check_folder(first)
-    for run in first.runs:
-        run.folder.create(run.config, [])
-    stored = first.config.model_dump(mode="json", exclude={"output"})
-    (first.folder / "config.yaml").write_text(yaml.safe_dump(stored))
-    sweep_file.check_folder(sweep([0, 1, 2]))
-    sweep_file.check_folder(sweep([0], resources={"shards": 3}))
-    with pytest.raises(InputError, match="training.max_epochs is 100 there, 5 here; choose another name=NAME"):
-        sweep_file.check_folder(sweep([7], training={"max_epochs": 5}))
-    with pytest.raises(InputError, match="varies seed; choose another"):
-        sweep_file.check_folder(sweep_of(tmp_path, grid={"budget.query": [1]}))
+
+ROUND = dict.fromkeys(("accuracy", "balanced_accuracy", "macro_f1", "epochs", "train_accuracy"), 0.5)
+ROUND |= {"recall": {}, "batch": [], "batch_classes": {}, "seconds": {}, "ended_by": "cap"}
+
+
+def test_folder_of_the_same_sweep_with_more_seeds_or_other_shards_is_accepted(tmp_path):
+    begin(sweep_of(tmp_path, base=BASE, grid={"seed": [0, 1]}))
+    assert check_folder(sweep_of(tmp_path, base=BASE, grid={"seed": [0, 1, 2]})) == []
+    assert check_folder(sweep_of(tmp_path, base=BASE | {"resources": {"shards": 3}}, grid={"seed": [0]})) == []
+
+
+def test_folder_of_another_sweep_is_refused(tmp_path):
+    begin(sweep_of(tmp_path, base=BASE, grid={"seed": [0, 1]}))
+    other = sweep_of(tmp_path, base=BASE | {"training": {"max_epochs": 5}}, grid={"seed": [7]})
+    expected = "training.max_epochs is 100 in the folder, 5 here; choose another name=NAME, or add --continue-anyway"
+    with pytest.raises(InputError, match=expected):
+        check_folder(other)
+    assert check_folder(other, continue_anyway=True) == [
+        "continuing under another identity: training.max_epochs is 100 in the folder, 5 here"
+    ]
+    with pytest.raises(InputError, match="holds another sweep's results, which vary seed; choose another"):
+        check_folder(sweep_of(tmp_path, grid={"budget.query": [1]}), continue_anyway=True)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_run_of_another_source_is_named_and_not_continued_unless_told(tmp_path, monkeypatch, finished):
+    sweep = sweep_of(tmp_path, base=BASE, grid={"seed": [0, 1]})
+    with monkeypatch.context() as earlier:
+        earlier.setattr(identity, "loaded_version", lambda: "0.1.0 (abc)")
+        begin(sweep, finished)
+    difference = f"fishermask 0.1.0 (abc) in the folder, {environment.loaded_version()} here"
+    if finished:
+        assert check_folder(sweep) == [f"2 finished runs differ: {difference}"]
+        return
+    with pytest.raises(InputError) as caught:
+        check_folder(sweep)
+    assert f"random-seed=0: {difference}; choose another name=NAME, or add --continue-anyway" in str(caught.value)
+    assert check_folder(sweep, True) == [f"continuing under another identity: random-seed=0: {difference}"]
+    for run in sweep.runs:
+        run.folder.create(run.config, identify(run.config), "p.csv")
+    assert check_folder(sweep) == []  # from here on, the rounds have this identity
+
+
+def test_changed_default_of_a_strategy_parameter_is_noticed(tmp_path):
+    """The sweep file is the same; the default in the strategy's file is another."""
+    sweep = sweep_of(tmp_path, base={"strategy": "bait"}, grid={"seed": [0]})
+    begin(sweep, finished=True)
+    folder = sweep.runs[0].folder
+    recorded = identify(sweep.runs[0].config)
+    recorded["settings"]["strategy"]["params"]["damping"] = 7.0
+    folder.create(sweep.runs[0].config, recorded, "p.csv")
+    with pytest.raises(InputError, match="bait-seed=0: strategy.params.damping is 7.0 in the folder, 1.0 here"):
+        check_folder(sweep)
+
+
+def test_rounds_without_a_recorded_identity_are_not_continued(tmp_path):
+    sweep = sweep_of(tmp_path, base=BASE, grid={"seed": [0]})
+    begin(sweep)
+    (sweep.runs[0].folder.path / "provenance.json").unlink()
+    with pytest.raises(InputError, match="random-seed=0: fishermask of an unknown version in the folder, "):
+        check_folder(sweep)
+
+
+def test_run_folder_name_depends_on_settings_only(tmp_path, monkeypatch):
+    def name(**base):
+        config = sweep_file.SweepConfig(name="s", base=BASE | base, output=str(tmp_path))
+        return sweep_file.select_first_run(config).name
+
+    before = name()
+    assert name(training={"max_epochs": 100}, resources={"shards": 2}) == before  # the default, spelled out
+    assert name(training={"max_epochs": 5}) != before
+    monkeypatch.setattr(identity, "loaded_version", lambda: "0.2.0 (abc)")
+    assert name() == before
+
+
+@pytest.mark.parametrize(
+    ("strategies", "message"),
+    [
+        ([{"name": "margin", "label": "random"}, "random"], "'random' is the name of another strategy than margin"),
+        ([{"name": "margin", "label": "random"}], "'random' is the name of another strategy than margin"),
+        ([{"name": "margin", "label": "ours"}, {"name": "bait", "label": "ours"}],
+         "'ours' names two strategies, margin and bait"),
+        ([{"name": "bait", "label": "ours", "params": {"damping": d}} for d in (1.0, 2.0)],
+         r"'ours' names two strategies, bait\(damping=1.0\) and bait\(damping=2.0\)"),
+        ([{"name": "margin", "label": "bait(damping=2.0)"}, {"name": "bait", "params": {"damping": 2.0}}],
+         r"'bait\(damping=2.0\)' names two strategies"),
+    ],
+)  # fmt: skip
+def test_labels_that_collide_are_refused(tmp_path, strategies, message):
+    with pytest.raises(InputError, match=f"^strategy.label: {message}"):
+        sweep_of(tmp_path, grid={"strategy": strategies})
+
+
+def test_settings_with_the_same_last_part_have_their_full_paths_in_run_names(tmp_path):
+    grid = {"data.name": ["parquet", "cifar10"], "model.name": ["mlp"], "seed": [0]}
+    names = [run.name for run in sweep_of(tmp_path, base=BASE, grid=grid).runs]
+    assert names == [f"random-data.name={name}-model.name=mlp-seed=0" for name in ("parquet", "cifar10")]
 
 
 def test_a_folder_that_is_no_sweeps_is_refused(tmp_path):
     sweep = sweep_of(tmp_path, base=BASE)
     sweep.folder.mkdir(parents=True)
     (sweep.folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="is no sweep's results"):
-        sweep_file.check_folder(sweep)
+    with pytest.raises(InputError, match="holds no sweep's results"):
+        check_folder(sweep)
 
 
 def test_numbers_with_an_exponent_are_numbers(tmp_path):

@@ -98,7 +98,7 @@ def test_every_dependency_has_a_reason():
 def test_nodes_are_compared_by_every_source_file_strategies_included(tmp_path, monkeypatch):
     """The strategies may be a linked folder, which ``os.walk`` leaves out by default."""
     import fishermask
-    from fishermask.sweeps import source_version
+    from fishermask.environment import installed_version
 
     folder, linked = tmp_path / "platform/fishermask", tmp_path / "strategies"
     (folder / "pool").mkdir(parents=True)
@@ -108,10 +108,10 @@ def test_nodes_are_compared_by_every_source_file_strategies_included(tmp_path, m
     for file in files:
         file.write_text("x = 1\n")
     monkeypatch.setattr(fishermask, "__spec__", spec_from_file_location("fishermask", files[0]))
-    found = [source_version.installed()]
+    found = [installed_version()]
     for file in files:
         file.write_text("x = 2\n")
-        found.append(source_version.installed())
+        found.append(installed_version())
     assert len(set(found)) == 4
     (folder / "notes.txt").write_text("no source")
-    assert source_version.installed() == found[-1]
+    assert installed_version() == found[-1]

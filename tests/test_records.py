@@ -1,26 +1,30 @@
 """What is written of a run and read off it, against numbers computed by hand from the rounds."""
 
+import json
 import math
+import platform
 import random
+import subprocess
 from pathlib import Path
 from statistics import mean, stdev
 
 import oracle
 import pandas as pd
 import pytest
+import ray
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fishermask import cli
 from fishermask.config import ExperimentConfig, parse
-from fishermask.errors import InputError
+from fishermask.environment import installed_version
 from fishermask.results import curves, report
 from fishermask.results.files import RunFolder
 from fishermask.results.tables import METRICS, read_rounds, summarize
-from fishermask.sweeps import sweep_file
 from fishermask.sweeps.tensorboard import RunEvents
 
+ROOT = Path(__file__).parent.parent
 STRATEGIES, RATIOS, SEEDS, LABELS = ("bait", "margin", "random"), (1.0, 20.0), (0, 1, 2), (10, 20, 30)
 
 
@@ -57,7 +61,7 @@ def written(tmp_path_factory):
         settings = {"strategy": strategy, "imbalance": {"kind": "step", "ratio": ratio}, "seed": seed}
         settings["budget"] = {"initial": 10, "query": 10, "total": 30}
         run = RunFolder(folder / "runs" / f"{strategy}-{ratio}-{seed}")
-        run.create(parse(ExperimentConfig, settings), [("a", "cat", True)])
+        run.create(parse(ExperimentConfig, settings), {}, "p.csv")
         for result in found:
             run.append(result)
     report.write(folder)
@@ -199,14 +203,15 @@ def tiny_yaml(tmp_path, monkeypatch):
     return "tiny.yaml"
 
 
-def test_the_pool_of_a_run_marks_the_images_that_are_labeled_first(tiny_yaml):
+def test_round_0_records_the_initial_labels_of_the_runs_pool(tiny_yaml):
     assert cli.main(["run", tiny_yaml]) == 0
     (folder,) = Path("results").glob("*/runs/*")
-    table = pd.read_csv(folder / "pool.csv")
+    run = RunFolder(folder)
+    table = pd.read_csv(folder.parent.parent / "pools" / run.provenance().pool)
     permutation = torch.randperm(300, generator=oracle.stream(3, "initial")).tolist()
-    assert table.index[table["initial"] == 1].tolist() == sorted(permutation[:10])
-    batch = RunFolder(folder).history()[0]["batch"]
-    assert set(batch) <= set(table["id"][table["initial"] == 0])
+    first = run.history()[0]
+    assert first["initial"] == [table["id"][position] for position in sorted(permutation[:10])]
+    assert set(first["batch"]) <= set(table["id"]) - set(first["initial"])
     assert table["class"].value_counts().tolist() == [30] * 10
 
 
@@ -218,12 +223,41 @@ def test_a_failed_run_ends_the_command_with_status_1_and_names_its_log(tiny_yaml
     assert "lower training.learning_rate" in Path(log).read_text()
 
 
-def test_a_run_that_was_begun_with_other_settings_is_not_continued(tiny_yaml):
-    sweep = sweep_file.expand(sweep_file.load(Path(tiny_yaml)))
-    sweep.folder.mkdir(parents=True)
-    resolved = sweep.config.model_dump(exclude={"output"})
-    (sweep.folder / "config.yaml").write_text(yaml.safe_dump(resolved))
-    other = parse(ExperimentConfig, TINY["base"] | {"seed": 3, "training": {"max_epochs": 7}})
-    sweep.runs[0].folder.create(other, [])
-    with pytest.raises(InputError, match="training.max_epochs is 7 there, 2 here; choose another name=NAME"):
-        sweep_file.check_folder(sweep)
+def test_rounds_are_valid_json_and_a_class_that_the_test_set_lacks_is_null(written):
+    folder, _ = written
+    for path in folder.glob("runs/*/rounds.jsonl"):
+        lines = path.read_text().splitlines()
+        records = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in lines]
+        assert [record["recall"]["dog"] for record in records] == [None] * 3
+    assert read_rounds(folder)[0]["recall.dog"].isna().all()
+
+
+def test_each_row_says_how_it_was_computed_and_whether_its_run_continued_under_another_identity(tiny_yaml, capsys):
+    assert cli.main(["run", tiny_yaml]) == 0
+    (folder,) = Path("results").iterdir()
+    run = RunFolder(next((folder / "runs").iterdir()))
+    first = run.rounds.read_text().splitlines(keepends=True)[0]
+    run.rounds.write_text(first)
+    recorded = json.loads((run.path / "provenance.json").read_text())
+    identity = next(iter(recorded["identities"].values())) | {"fishermask": "0.0.9 (0123)"}
+    environment = next(iter(recorded["environments"].values())) | {"fishermask": "0.0.9 (0123)", "cpu": "another CPU"}
+    recorded |= {"identities": {"old": identity}, "environments": {"old": environment}}
+    (run.path / "provenance.json").write_text(json.dumps(recorded))
+    run.rounds.write_text(json.dumps(json.loads(first) | {"identity": "old", "environment": "old"}) + "\n")
+
+    assert cli.main(["run", tiny_yaml]) == 2
+    assert f"fishermask 0.0.9 (0123) in the folder, {installed_version()} here" in capsys.readouterr().err
+    assert cli.main(["run", tiny_yaml, "--continue-anyway"]) == 0
+    assert "continuing under another identity: random-seed=3: fishermask 0.0.9" in capsys.readouterr().out
+
+    rounds = run.history()
+    columns = pd.DataFrame(run.provenance().round_columns(rounds))
+    assert columns["fishermask"].tolist() == ["0.0.9 (0123)", installed_version()]
+    assert columns["continued"].tolist() == [False, True]
+    assert columns["cpu"][0] == "another CPU" != columns["cpu"][1]
+    versions = (torch.__version__, ray.__version__, platform.python_version(), "cpu")
+    assert tuple(columns[["torch", "ray", "python", "device"]].iloc[1]) == versions
+    assert columns["config_hash"].nunique() == 1 and columns["config_hash"].notna().all()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert columns["git_commit"][1] == (commit.stdout.strip() or None)
+    assert cli.main(["run", tiny_yaml]) == 0  # finished

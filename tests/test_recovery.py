@@ -150,7 +150,7 @@ def test_a_run_that_is_lost_too_often_fails_and_says_why(tmp_path, ray_session):
     assert killed
     assert "its process was lost after 0 restarts; see resources.restarts" in recorder.failed["margin-seed=0"]
     assert "The actor died unexpectedly" in sweep.runs[0].folder.error.read_text()
-    assert len(runner.missing(sweep)) == 1
+    assert len(runner.unfinished_runs(sweep)) == 1
 
 
 def test_the_same_command_finishes_what_a_killed_driver_left(tmp_path, undisturbed):
@@ -159,7 +159,7 @@ def test_the_same_command_finishes_what_a_killed_driver_left(tmp_path, undisturb
     wait_until(lambda: driver.poll() is not None or any(has_rounds(run) for run in sweep.runs))
     driver.kill()
     driver.communicate()
-    assert runner.missing(sweep)
+    assert runner.unfinished_runs(sweep)
     again = command(tmp_path)
     _, err = again.communicate(timeout=120)
     assert (again.returncode, err) == (0, "")

@@ -1,21 +1,28 @@
-"""Settings as a whole: what a run's fingerprint depends on, and that no value of another type passes for a number."""
+"""Settings: the identity of a run depends on each setting that can change a result, and types are strict."""
 
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ConfigDict
 
+from fishermask import query_strategies
 from fishermask.config import Config, ExperimentConfig, parse
+from fishermask.environment import installed_version
 from fishermask.errors import InputError
+from fishermask.experiment.identity import describe_differences, identify
+from fishermask.query_strategies.bait import Params
 from fishermask.sweeps import sweep_file
 from fishermask.sweeps.sweep_file import SweepConfig
 
 WITHOUT_EFFECT = {"strategy.label", *(f"resources.{name}" for name in ("shards", "workers", "memory", "restarts"))}
-WITHOUT_EFFECT |= {"resources.cpus_per_shard", "resources.gpus_per_shard"}
+WITHOUT_EFFECT |= {"resources.cpus_per_shard", "resources.gpus_per_shard"}  # the device of in-process shards is gpus
 """Settings that change no result: a name, and how the pool is cut into shards."""
 
 
-def changed(value: Any) -> Any:
-    """Another value of the same kind."""
+def another_value(value: Any) -> Any:
+    """Return another value of the same type."""
     match value:
         case bool():
             return not value
@@ -27,27 +34,60 @@ def changed(value: Any) -> Any:
 
 
 def variants(config: Config, prefix: str = "") -> dict[str, Config]:
-    """Dotted path of each setting -> ``config`` with another value there."""
-    found: dict[str, Config] = {}
+    """Return ``config`` with another value of one setting, by the dotted path of that setting."""
+    configs: dict[str, Config] = {}
     for name in type(config).model_fields:
         value, path = getattr(config, name), f"{prefix}{name}"
         if isinstance(value, Config):
             inner = variants(value, f"{path}.")
-            found |= {key: config.model_copy(update={name: one}) for key, one in inner.items()}
+            configs |= {key: config.model_copy(update={name: one}) for key, one in inner.items()}
         else:
-            found[path] = config.model_copy(update={name: changed(value)})
-    return found
+            configs[path] = config.model_copy(update={name: another_value(value)})
+    return configs
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 @pytest.mark.parametrize("imbalance", [{"kind": "step", "ratio": 2}, {"kind": "long_tail", "ratio": 2}])
-def test_a_fingerprint_depends_on_every_setting_that_can_change_a_result(imbalance):
+def test_the_identity_of_a_run_depends_on_every_setting_that_can_change_a_result(imbalance, monkeypatch):
+    # Other parameters than a strategy has are refused elsewhere.
+    monkeypatch.setattr(query_strategies, "load", lambda strategy: SimpleNamespace(params=Given(**strategy.params)))
     base = parse(ExperimentConfig, {"imbalance": imbalance})
-    found = variants(base)
-    same = {path for path, config in found.items() if config.fingerprint() == base.fingerprint()}
-    assert same == WITHOUT_EFFECT
-    fingerprints = [config.fingerprint() for path, config in found.items() if path not in WITHOUT_EFFECT]
-    assert len(set(fingerprints)) == len(fingerprints)
+    configs = variants(base)
+    identities = {path: identify(config) for path, config in configs.items()}
+    assert {path for path, identity in identities.items() if identity == identify(base)} == WITHOUT_EFFECT
+    different = [json.dumps(identity) for path, identity in identities.items() if path not in WITHOUT_EFFECT]
+    assert len(set(different)) == len(different)
+
+
+class Given(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+def test_the_identity_holds_the_defaults_of_the_strategys_parameters():
+    def identity(**params):
+        return identify(parse(ExperimentConfig, {"strategy": {"name": "bait", "params": params}}))
+
+    default = Params().damping
+    assert identity() == identity(damping=default)
+    assert describe_differences(identity(), identity(damping=0.5)) == [
+        f"strategy.params.damping is {default} in the folder, 0.5 here"
+    ]
+
+
+def test_the_identity_holds_version_source_devices_and_threads():
+    def identity(**resources):
+        return identify(parse(ExperimentConfig, {"resources": resources, "strategy": "random"}))
+
+    assert identity()["fishermask"] == installed_version()
+    assert identity(gpus=0.5)["device"] == {"trial": "cuda", "shards": "cuda"}
+    assert identity(gpus=0.5) == identity(gpus=1)
+    ray_shards = identity(workers="ray", gpus_per_shard=1)
+    assert describe_differences(identity(), ray_shards) == ["device.shards is 'cpu' in the folder, 'cuda' here"]
+    assert describe_differences(identity(), identity(cpus=2)) == ["threads is 1 in the folder, 2 here"]
+    older = identity() | {"fishermask": "0.0.9 (0123)"}
+    assert describe_differences(older, identity()) == [
+        f"fishermask 0.0.9 (0123) in the folder, {installed_version()} here"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,13 +107,13 @@ def test_a_fingerprint_depends_on_every_setting_that_can_change_a_result(imbalan
     ],
     ids=str,
 )
-def test_a_value_of_another_type_is_refused_in_one_line(settings, path):
+def test_value_of_another_type_is_refused_in_one_line(settings, path):
     with pytest.raises(InputError, match=f"^{path}: ") as caught:
         parse(ExperimentConfig, settings)
     assert "\n" not in str(caught.value)
 
 
-def test_the_runs_of_a_sweep_share_no_settings_with_it_or_with_each_other(tmp_path):
+def test_runs_of_a_sweep_share_no_mutable_settings(tmp_path):
     variants = [{"name": "fisher_mask", "params": {"fraction": 0.1}}, "margin"]
     grid = {"strategy": variants, "training.max_epochs": [3, 5], "seed": [0, 1]}
     config = SweepConfig(name="s", base={"budget": {"query": 7}}, grid=grid, output=str(tmp_path))

@@ -62,10 +62,14 @@ def by_name(sweep, start):
 def test_every_run_has_a_folder_with_its_settings_pool_and_rounds(swept):
     _, sweep, *_ = swept
     run = by_name(sweep, "bait-learning_rate=0.001")
-    assert run.folder.config().fingerprint() == run.config.fingerprint()
+    assert run.folder.config() == run.config
     assert [r["labels"] for r in run.folder.history()] == [10, 20, 30]
-    pool = pd.read_csv(run.folder.path / "pool.csv")
-    assert (len(pool), pool["initial"].sum()) == (600, 10)
+    (pool,) = (sweep.folder / "pools").iterdir()  # all runs share it
+    assert run.folder.provenance().pool == pool.name
+    table = pd.read_csv(pool)
+    assert len(table) == 600
+    initial = run.folder.history()[0]["initial"]
+    assert len(set(initial)) == 10 and set(initial) <= set(table["id"])
     assert yaml.safe_load((sweep.folder / "config.yaml").read_text())["grid"] == SWEEP["grid"]
 
 
@@ -149,7 +153,7 @@ def test_the_same_command_again_finishes_what_is_missing_and_repeats_nothing(swe
     assert without_seconds(cut.folder) == without_seconds(original.folder)
     events = EventAccumulator(str(cut.folder.path)).Reload()
     assert [e.step for e in events.Scalars("metrics/accuracy")] == [10, 20, 30]
-    assert runner.missing(sweep) == []
+    assert runner.unfinished_runs(sweep) == []
 
 
 def test_a_run_in_this_process_gives_what_the_trial_gave(swept, tmp_path):

@@ -165,6 +165,11 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--dry-run", action="store_true", help="check everything and list the runs; run none")
     sweep.set_defaults(command=_sweep)
     for each in (run, sweep):
+        each.add_argument(
+            "--continue-anyway",
+            action="store_true",
+            help="continue runs whose rounds have other settings, another source or another device; rows record it",
+        )
         each.add_argument("file", type=_path, metavar="FILE", help="YAML file with name, base and grid")
         each.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
     report = command("report", "Make tables, curves and summary.md again from a sweep's folder.")
@@ -183,12 +188,12 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
 
     with ExitStack() as stack:
         with _checks(str(arguments.file)):
-            config = sweep_file.single(sweep_file.load(arguments.file, arguments.settings))
+            config = sweep_file.select_first_run(sweep_file.load(arguments.file, arguments.settings))
             sweep = sweep_file.expand(config)
         ray_shards = sweep.runs[0].config.resources.workers == "ray"
         nodes = _nodes(stack, join=ray_shards)
         with _checks(str(arguments.file)):
-            plans = runner.plan_sweep(sweep, nodes, console, in_process=True)
+            plans = runner.plan_sweep(sweep, nodes, console, True, arguments.continue_anyway)
         for line in runner.describe_plans(plans):
             console.print(line)
         for key, values in config.grid.items():
@@ -206,7 +211,8 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> int:
             sweep = sweep_file.expand(sweep_file.load(arguments.file, arguments.settings))
         nodes = _nodes(stack, join=not arguments.dry_run)
         with _checks(str(arguments.file)):
-            plans, todo = runner.plan_sweep(sweep, nodes, console), runner.missing(sweep)
+            plans = runner.plan_sweep(sweep, nodes, console, continue_anyway=arguments.continue_anyway)
+            todo = runner.unfinished_runs(sweep)
         for line in runner.describe_plans(plans):
             console.print(line)
         count = len(sweep.runs)
@@ -264,7 +270,7 @@ def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) ->
             recorder = work()
     except KeyboardInterrupt as interrupt:
         stopped = stop_reason(interrupt)
-        left = len(runner.missing(sweep))
+        left = len(runner.unfinished_runs(sweep))
         done = len(sweep.runs) - left
         print(
             f"fishermask: {stopped}; {done} of {len(sweep.runs)} runs are finished, and all finished rounds are in "

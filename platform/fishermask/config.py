@@ -1,7 +1,4 @@
-"""What a user may set for one run: one typed tree, checked when it is read, unknown keys refused.
-
-A run is named by its resolved settings: ``fingerprint`` is equal for two runs exactly when their rounds must be.
-"""
+"""The settings of one run as a typed tree, validated when it is read. Unknown keys are errors."""
 
 import hashlib
 import json
@@ -278,13 +275,10 @@ class ExperimentConfig(Config):
     engine: EngineConfig = EngineConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
-    def fingerprint(self) -> str:
-        """Hash of all settings that the result depends on, to the last bit.
 
-        How the pool is sharded does not count. What trains does: sums over other threads round otherwise.
-        """
-        settings = self.model_dump(mode="json", exclude={"resources": SHARDING, "strategy": {"label"}})
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+def hash_json(value: Any) -> str:
+    """Return a hash, 16 hexadecimal digits, of a tree of plain JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -1,28 +1,33 @@
-"""The folder of one sweep, and in it the folder of each run. Any of it can be read while a sweep writes.
+"""The folder of one sweep and the folder of each run. Every file can be read while a sweep writes.
 
-results/<sweep>/config.yaml               the sweep as resolved
-results/<sweep>/runs/<run>/config.yaml    the run's settings, defaults included
-results/<sweep>/runs/<run>/pool.csv       id, class, and whether it was labeled at the start
-results/<sweep>/runs/<run>/rounds.jsonl   a line a round
-results/<sweep>/runs/<run>/journal.jsonl  picks of the round under way
-results/<sweep>/runs/<run>/error.txt      traceback of the last attempt, if it failed
+results/<sweep>/config.yaml                   the sweep with all overrides
+results/<sweep>/pools/<hash>.csv              id and class of each image of a pool; runs of one pool share it
+results/<sweep>/runs/<run>/config.yaml        settings of the run, defaults included
+results/<sweep>/runs/<run>/provenance.json    pool, identities and environments of the run
+results/<sweep>/runs/<run>/rounds.jsonl       one line per round
+results/<sweep>/runs/<run>/journal.jsonl      picks of the round in progress
+results/<sweep>/runs/<run>/error.txt          traceback of the last attempt, if it failed
 """
 
 import csv
-import fcntl
-import filecmp
+import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
-from fishermask.config import ExperimentConfig, parse
+from fishermask.config import ExperimentConfig, hash_json, parse
 from fishermask.errors import InputError
+from fishermask.guard import one_line
 from fishermask.paths import require_file
+from fishermask.results.provenance import Provenance
 from fishermask.yaml_files import read_yaml
 
 ROUND_KEYS = {"round", "labels", "accuracy", "balanced_accuracy", "macro_f1", "recall", "batch", "batch_classes"}
@@ -33,31 +38,31 @@ ROUND_TABLES = ("recall", "batch_classes", "seconds")
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a sweep's folder, so that no second process writes there; the lock ends with this process at the latest.
+    """Hold the lock of a sweep's folder, so that no second process writes there. A process that ends releases it.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process holds the lock.
     """
-    lock = folder / ".lock"
-    if lock.exists():
-        require_file(lock, "output")  # to open a FIFO would block
-    with writing(lock):
-        file = lock.open("w")
-    with file:
+    path = folder / ".lock"
+    if path.exists():
+        require_file(path, "output")
+    lock = FileLock(path)
+    with writing(path):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(timeout=0)
+        except Timeout:
             raise InputError(
                 f"name: another process is writing to {folder}; wait for it, or choose name=NAME"
             ) from None
-        except OSError as error:
-            raise InputError(f"output: cannot lock {lock} ({error.strerror}); choose another folder") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an error of the disk into one line.
+    """Turn a disk error of the block into an ``InputError``.
 
     Raises:
         InputError: the disk is full, the folder cannot be written to, or a folder has the file's name.
@@ -71,7 +76,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write to a temporary name, then rename: a reader sees the old file or the whole new one.
+    """Write to a temporary name, then rename: a reader sees the old content or the new content.
 
     Raises:
         InputError: the file cannot be written.
@@ -87,7 +92,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the whole lines of a text file; what a kill left of a last line is left out.
+    """Return the lines of a text file without an incomplete last line, which a killed process may leave.
 
     Raises:
         InputError: it is no regular file, or cannot be read.
@@ -105,11 +110,14 @@ def _partial(path: Path) -> Path:
 
 
 def append_line(path: Path, content: Any) -> None:
-    """Add a line of JSON, over what a kill left of a line before it; it is on disk when this returns.
+    """Add a line of JSON and flush it to disk. An incomplete last line is overwritten.
+
+    Values that JSON lacks (NaN and infinities) become null.
 
     Raises:
         InputError: the file cannot be written.
     """
+    line = json.dumps(_plain(content), allow_nan=False).encode() + b"\n"
     with writing(path), path.open("r+b" if path.exists() else "w+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -117,16 +125,25 @@ def append_line(path: Path, content: Any) -> None:
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
         file.seek(0, os.SEEK_END)
-        file.write(json.dumps(content).encode() + b"\n")
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
 
 
+def _plain(value: Any) -> Any:
+    """Return ``value`` with None for each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def make_folder(path: Path) -> None:
-    """Make a folder that can be written to.
+    """Create a folder, and check that files can be written to it.
 
     Raises:
-        InputError: it cannot be.
+        InputError: the folder cannot be created or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -137,8 +154,33 @@ def make_folder(path: Path) -> None:
         raise InputError(f"output: cannot write to {path} ({error.strerror}); choose another with output=DIR") from None
 
 
+def write_pool(sweep: Path, images: Iterable[tuple[str, str]]) -> str:
+    """Write the id and class of each image of a pool to the sweep's folder ``pools``; return the file's name.
+
+    The name is a hash of the content: equal pools share a file.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    folder = sweep / "pools"
+    make_folder(folder)
+    partial = _partial(folder / "pool.csv")
+    with writing(partial):
+        try:
+            with partial.open("w", encoding="utf-8", newline="") as table:
+                writer = csv.writer(table, lineterminator="\n")
+                writer.writerow(["id", "class"])
+                writer.writerows(images)
+            with partial.open("rb") as content:
+                path = folder / f"{hashlib.file_digest(content, 'sha256').hexdigest()[:16]}.csv"
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return path.name
+
+
 class RunFolder:
-    """One run's folder."""
+    """The folder of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -147,43 +189,55 @@ class RunFolder:
         self.journal = JournalFile(path / "journal.jsonl")
 
     def config(self) -> ExperimentConfig | None:
-        """The settings of the run that the folder holds; None if it holds none yet."""
+        """Return the settings of the folder's run; None if the folder holds no run yet."""
         path = self.path / "config.yaml"
         return parse(ExperimentConfig, read_yaml(path), str(path)) if path.exists() else None
 
-    def create(self, config: ExperimentConfig, pool: Iterable[tuple[str, str, bool]]) -> None:
-        """Make the folder of a run with this config and pool (id, class, labeled at the start).
-
-        A run of the same fingerprint may be there already, and is then continued.
+    def provenance(self) -> Provenance:
+        """Return the pool, identities and environments of the run; empty if none are recorded.
 
         Raises:
-            InputError: the run's first rounds were made with other data.
+            InputError: the file is damaged.
+        """
+        path = self.path / "provenance.json"
+        if not os.path.lexists(path):
+            return Provenance()
+        require_file(path)
+        try:
+            return Provenance.from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
+            raise InputError(f"{path}: is damaged ({one_line(str(error))}); move the run's folder away") from None
+
+    def create(self, config: ExperimentConfig, identity: dict[str, Any], pool: str) -> None:
+        """Create the folder of a run, or prepare it for more rounds of the run that it holds.
+
+        Args:
+            identity: the identity under which the next rounds are computed.
+            pool: the name that ``write_pool`` returned.
+
+        Raises:
+            InputError: the rounds in the folder were computed with another pool.
         """
         make_folder(self.path)
-        index = self.path / "pool.csv"
-        partial = _partial(index)
-        with writing(index), ExitStack() as stack:
-            stack.callback(partial.unlink, missing_ok=True)
-            with partial.open("w", encoding="utf-8", newline="") as table:
-                writer = csv.writer(table, lineterminator="\n")
-                writer.writerow(["id", "class", "initial"])
-                writer.writerows((name, label, int(initial)) for name, label, initial in pool)
-            stack.pop_all()
-        if self.rounds.exists() and index.exists() and not filecmp.cmp(index, partial, shallow=False):
-            partial.unlink()
+        provenance = self.provenance()
+        if provenance.identity != identity:
+            self.journal.path.unlink(missing_ok=True)  # picks of another identity
+        if not self.rounds.exists():
+            provenance = Provenance()
+        if provenance.pool not in ("", pool):
             raise InputError(
-                f"data: its images are not those that {self.path} was begun with; choose another name=NAME"
+                f"data: the pool differs from pools/{provenance.pool}, with which {self.path} was begun; restore the "
+                "data, or choose another name=NAME"
             )
-        with writing(index):
-            partial.replace(index)
-        settings = config.model_dump()
-        write_atomically(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        provenance = replace(provenance.with_identity(identity), pool=pool)
+        write_atomically(self.path / "provenance.json", provenance.to_json())
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
 
     def history(self) -> list[dict[str, Any]]:
-        """The rounds so far. A last line that a kill cut short does not count.
+        """Return the records of the finished rounds.
 
         Raises:
-            InputError: a line in the middle is not what we wrote.
+            InputError: the file is damaged.
         """
         if not self.rounds.exists() and not self.rounds.is_symlink():
             return []
@@ -194,20 +248,30 @@ class RunFolder:
         except InputError:
             raise
         except (ValueError, RecursionError):
-            pass  # not JSON, not UTF-8, or nested without end: the same to whoever must mend it
+            pass  # neither JSON nor UTF-8, or nested too deeply
         raise InputError(f"{self.rounds}: is damaged, its lines are not rounds 0, 1, 2, ...; remove it to run again")
 
     def append(self, result: dict[str, Any]) -> None:
-        """Add a round; it is on disk when this returns. The journal of its picks has served."""
+        """Add a round and flush it to disk; remove the journal of its picks.
+
+        A round's ``environment`` is written to ``provenance.json``; the round refers to it by its hash.
+        """
+        environment = result.get("environment")
+        if isinstance(environment, dict):
+            result = result | {"environment": hash_json(environment)}
+            provenance = self.provenance()
+            if result["environment"] not in provenance.environments:
+                content = provenance.with_environment(environment).to_json()
+                write_atomically(self.path / "provenance.json", content)
         append_line(self.rounds, result)
         self.journal.path.unlink(missing_ok=True)
         self.error.unlink(missing_ok=True)
 
 
 class JournalFile:
-    """The picks of one run's round under way, a line for each ``append``.
+    """The picks of a run's round in progress, one line per ``append``.
 
-    Entries are numbered: a writer that was thought dead and comes late can neither shift nor repeat what another wrote.
+    Entries are numbered, so that a late write by a process that was presumed dead neither shifts nor repeats entries.
     """
 
     def __init__(self, path: Path) -> None:
@@ -215,10 +279,10 @@ class JournalFile:
         self._next = ("", 0)  # the query that was read last, and the number of its next entry
 
     def read(self, query: str) -> list[list[Any]]:
-        """The entries of ``query``; other queries' and a last line that a kill cut short do not count.
+        """Return the entries of ``query``. Entries of other queries and an incomplete last line do not count.
 
         Raises:
-            InputError: a line is not what we wrote.
+            InputError: the file is damaged.
         """
         entries: list[list[Any]] = []
         try:
@@ -230,12 +294,12 @@ class JournalFile:
         except InputError:
             raise
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise InputError(f"{self.path}: is damaged; remove it, the round's picks are made again") from None
+            raise InputError(f"{self.path}: is damaged; remove it to compute the round's picks again") from None
         self._next = (query, len(entries))
         return entries
 
     def append(self, query: str, entries: list[list[Any]], first: int | None = None) -> None:
-        """Add entries to ``query``, behind those read or added last, or as its entries from number ``first`` on."""
+        """Add entries to ``query`` after those that were read or added last, or from entry number ``first`` on."""
         if first is None:
             if self._next[0] != query:
                 self.read(query)
@@ -245,21 +309,28 @@ class JournalFile:
 
 
 def _is_round(value: Any, index: int) -> bool:
-    """Whether ``value`` is the record of round ``index``, with numbers where a report computes with them."""
+    """Return whether ``value`` is a valid record of round ``index``."""
     if not isinstance(value, dict) or not value.keys() >= ROUND_KEYS or value["round"] != index:
         return False
-    if not all(_is_number(value[key]) for key in ROUND_NUMBERS):
+    if not _is_number(value["labels"]) or not all(_is_number_or_null(value[key]) for key in ROUND_NUMBERS):
         return False
     tables = [value[key] for key in ROUND_TABLES]
-    if not all(isinstance(table, dict) and all(map(_is_number, table.values())) for table in tables):
+    if not all(isinstance(table, dict) and all(map(_is_number_or_null, table.values())) for table in tables):
         return False
-    return isinstance(value["batch"], list) and all(isinstance(name, str) for name in value["batch"])
+    if not all(isinstance(value.get(key, ""), str) for key in ("identity", "environment")):
+        return False
+    lists = value["batch"], value.get("initial", [])
+    return all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_number_or_null(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
 def run_folders(sweep: Path) -> list[RunFolder]:
-    """The run folders of a sweep, by name."""
+    """Return the run folders of a sweep, sorted by name."""
     return [RunFolder(path.parent) for path in sorted((sweep / "runs").glob("*/config.yaml"))]

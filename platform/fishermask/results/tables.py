@@ -105,8 +105,8 @@ def read_rounds(sweep: Path) -> tuple[pd.DataFrame, list[UnfinishedRun]]:
     """Return the rounds of all runs of a sweep, and its unfinished runs.
 
     A row is one round. Its columns: the run; the strategy's name and its label in tables; each setting that the sweep
-    varies; the seed; whether the run is finished; and all that ``rounds.jsonl`` has of the round, except for the ids
-    of the batch. A missing value is NaN or None.
+    varies; the seed; whether the run is finished; all that ``rounds.jsonl`` has of the round, except for ids; and how
+    it was computed (see ``Provenance.round_columns``). A missing value is NaN or None.
 
     Raises:
         InputError: the folder holds no finished round.
@@ -124,12 +124,12 @@ def read_rounds(sweep: Path) -> tuple[pd.DataFrame, list[UnfinishedRun]]:
         start["strategy"] = labels[config.strategy]
         start |= {path: setting(config, path) for path in varied}
         start |= {"seed": config.seed, "finished": len(history) >= planned}
-        for result in history:
+        for result, origin in zip(history, folder.provenance().round_columns(history), strict=True):
             row = {key: value for key, value in result.items() if not isinstance(value, dict | list)}
             for group, values in result.items():
                 if isinstance(values, dict):
                     row |= {f"{group}.{name}": value for name, value in values.items()}
-            rows.append(start | row)
+            rows.append(start | row | origin)
     if not rows:
         raise InputError(f"{sweep}: no round is finished yet")
     return pd.DataFrame(rows).apply(_of_one_type), unfinished

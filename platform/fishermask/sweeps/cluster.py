@@ -39,6 +39,7 @@ if not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & os.environ.keys() and "ray" not in sys
 import ray  # noqa: E402
 from ray.experimental.internal_kv import _internal_kv_get  # noqa: E402
 
+from fishermask.environment import loaded_version  # noqa: E402
 from fishermask.sweeps import source_version  # noqa: E402
 
 VITAL = ("gcs_server", "raylet")
@@ -91,7 +92,7 @@ def connect(local: Cluster | None = None) -> Iterator[None]:
     monitor = ClusterMonitor() if address == "local" else None
     try:
         if address != "local":
-            source_version.check(source_version.installed())
+            source_version.check_nodes(loaded_version())
         yield
     finally:
         if monitor is None or monitor.stop():

@@ -1,4 +1,4 @@
-"""The driver's files, for trials on any node: what a run has so far, and the journal of its picks."""
+"""Access to the driver's files for trials on any node: the finished rounds of a run and the journal of its picks."""
 
 import time
 from pathlib import Path
@@ -11,10 +11,10 @@ from fishermask.results.files import RunFolder
 
 
 class RunStorage:
-    """Reads and writes run folders on the node that it lives on. All that matters of what it knows is in the files.
+    """Reads and writes the run folders on its node. Its only state besides the files is the progress of each run.
 
     Args:
-        folders: the folder of each run, by the run's name.
+        folders: run folders by the name of the run.
     """
 
     def __init__(self, folders: dict[str, Path]) -> None:
@@ -22,41 +22,41 @@ class RunStorage:
         self.stages: dict[str, tuple[str, int, int]] = {}
 
     def report_progress(self, run: str, stage: str, done: int, total: int) -> None:
-        """Note how far ``run`` is."""
+        """Set the current stage of ``run``."""
         self.stages[run] = stage, done, total
 
     def pop_progress(self) -> dict[str, tuple[str, int, int]]:
-        """What was told since it was last asked for, by run."""
-        told, self.stages = self.stages, {}
-        return told
+        """Return the stages that were reported since the last call, by run."""
+        stages, self.stages = self.stages, {}
+        return stages
 
     def history(self, run: str) -> list[dict[str, Any]]:
-        """The rounds of ``run`` so far."""
+        """Return the finished rounds of ``run``."""
         return RunFolder(self.folders[run]).history()
 
     def read(self, run: str, query: str) -> list[list[Any]]:
-        """Journal entries of a query of ``run``."""
+        """Return the journal entries of a query of ``run``."""
         return RunFolder(self.folders[run]).journal.read(query)
 
     def append(self, run: str, query: str, entries: list[list[Any]], first: int) -> None:
-        """Add journal entries, which are those of the query from number ``first`` on."""
+        """Add journal entries of a query, from entry number ``first`` on."""
         RunFolder(self.folders[run]).journal.append(query, entries, first)
 
 
 def start(folders: dict[str, Path]) -> Any:
-    """A ``RunStorage`` as an actor beside this process, which writes ``rounds.jsonl`` there. It reserves nothing."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # It has no state and its entries are numbered, so it may start again and repeat what it was asked.
-    again = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-    return ray.remote(RunStorage).options(scheduling_strategy=here, **again).remote(folders)
+    """Start a ``RunStorage`` as an actor on the node of this process. It reserves no resources."""
+    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # Entries are numbered, so a restarted actor may repeat a call.
+    restarting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(RunStorage).options(scheduling_strategy=driver_node, **restarting).remote(folders)
 
 
 class StoredJournal:
-    """The journal of one run, written by a ledger; satisfies ``experiment.journal.Journal``."""
+    """The journal of one run in a ``RunStorage`` actor; satisfies ``experiment.journal.Journal``."""
 
     def __init__(self, storage: Any, run: str) -> None:
         self.storage, self.run = storage, run
-        self._next = ("", 0)  # the query that was read last, and the number of its next entry
+        self._next = ("", 0)  # the last query that was read, and the number of its next entry
 
     def read(self, query: str) -> list[list[Any]]:
         entries: list[list[Any]] = ray.get(self.storage.read.remote(self.run, query))
@@ -71,7 +71,7 @@ class StoredJournal:
 
 
 class ProgressReporter:
-    """Reports the progress of a run to a ``RunStorage``: each stage, and within a stage at most once a second."""
+    """Reports the progress of a run to a ``RunStorage`` actor: each stage, and within a stage at most once a second."""
 
     def __init__(self, storage: Any, run: str) -> None:
         self.storage, self.run = storage, run

@@ -1,4 +1,4 @@
-"""Planning the runs of a sweep, finding those that are not finished, and running them in this process."""
+"""Plans the runs of a sweep, finds the unfinished ones, and runs them in this process."""
 
 import functools
 import os
@@ -12,10 +12,12 @@ import torch
 import yaml
 from rich.console import Console
 
-from fishermask.config import ResourcesConfig
+from fishermask.config import ResourcesConfig, hash_json
+from fishermask.environment import describe_environment
 from fishermask.errors import InputError
 from fishermask.experiment import loop
-from fishermask.experiment.inputs import load_inputs
+from fishermask.experiment.identity import devices, identify, num_threads
+from fishermask.experiment.inputs import load_pool
 from fishermask.experiment.journal import Journal
 from fishermask.experiment.loop import MakeShards
 from fishermask.experiment.run_plan import RunPlan, plan_run
@@ -25,13 +27,14 @@ from fishermask.pool.pool import Progress
 from fishermask.pool.shards import LocalShards, Shards
 from fishermask.results import files
 from fishermask.results.tables import strategy_label, varied_settings
+from fishermask.sweeps.folder_check import check_folder
 from fishermask.sweeps.recorder import QUIET_SECONDS, Recorder
-from fishermask.sweeps.sweep_file import Run, Sweep, check_folder
+from fishermask.sweeps.sweep_file import Run, Sweep
 from fishermask.tensors.images import Images
 
 History = list[dict[str, Any]]
 Plans = dict[str, RunPlan]
-"""The plan of each run, by the run's name."""
+"""Plans by the name of their run."""
 
 
 def joins_cluster() -> bool:
@@ -39,16 +42,20 @@ def joins_cluster() -> bool:
     return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
-def plan_sweep(sweep: Sweep, cluster: Cluster, console: Console, in_process: bool = False) -> Plans:
+def plan_sweep(
+    sweep: Sweep, cluster: Cluster, console: Console, in_process: bool = False, continue_anyway: bool = False
+) -> Plans:
     """Check every run against its data, its model and the results folder before anything starts, and plan it.
 
     Args:
-        in_process: whether the runs' own processes are this one; only their Ray shards are placed on ``cluster``.
+        in_process: whether the runs are computed in this process; only their Ray shards are placed on ``cluster``.
+        continue_anyway: whether runs whose rounds have another identity may be continued.
 
     Raises:
-        InputError: a setting that cannot work, by its dotted path.
+        InputError: a setting cannot work; the message begins with its dotted path.
     """
-    check_folder(sweep)
+    for note in check_folder(sweep, continue_anyway):
+        console.print(note)
     plans: Plans = {}
     reported = time.monotonic()
     with console.status("") if console.is_terminal else nullcontext() as status:
@@ -62,7 +69,7 @@ def plan_sweep(sweep: Sweep, cluster: Cluster, console: Console, in_process: boo
             _check_gpus(run.config.resources, in_process)
             plan = plans[run.name] = plan_run(run.config, cluster)
             if run.config.resources.workers == "ray" or not in_process:
-                check_placement(reserved(plan, in_process), cluster)
+                check_placement(requested_bundles(plan, in_process), cluster)
     return plans
 
 
@@ -73,8 +80,8 @@ def _check_gpus(resources: ResourcesConfig, in_process: bool) -> None:
             raise InputError(f"resources.{field}: this machine has no GPU that PyTorch can use; set it to 0")
 
 
-def reserved(plan: RunPlan, in_process: bool = False) -> list[Bundle]:
-    """Return what a run reserves of a cluster: nothing for its own process where that is this one."""
+def requested_bundles(plan: RunPlan, in_process: bool = False) -> list[Bundle]:
+    """Return the bundles that a run reserves on a cluster; the first is empty if the run is in this process."""
     run, *shards = bundles(plan.config.resources, plan.query)
     return [{} if in_process else run, *shards]
 
@@ -92,32 +99,36 @@ def describe_plans(plans: Plans) -> list[str]:
     return [*pools, *(f"{label}: {plan.query}" for label, plan in largest.items())]
 
 
-def missing(sweep: Sweep) -> list[tuple[Run, History]]:
-    """Return the runs that are not finished, with the rounds each has."""
-    started = [(run, run.folder.history()) for run in sweep.runs]
-    return [(run, history) for run, history in started if len(history) < run.config.budget.num_rounds]
+def unfinished_runs(sweep: Sweep) -> list[tuple[Run, History]]:
+    """Return the unfinished runs, each with its finished rounds."""
+    histories = [(run, run.folder.history()) for run in sweep.runs]
+    return [(run, history) for run, history in histories if len(history) < run.config.budget.num_rounds]
 
 
-def create_folders(sweep: Sweep, runs: list[tuple[Run, History]], plans: Plans) -> None:
-    """Create the sweep's folder, and one for each of ``runs`` with its settings and its pool."""
+def create_folders(sweep: Sweep, runs: list[tuple[Run, History]]) -> None:
+    """Create the sweep's folder, the pools of ``runs`` and the folder of each run.
+
+    Raises:
+        InputError: a folder cannot be written to, or a run was begun with another pool.
+    """
     files.make_folder(sweep.folder)
     resolved = sweep.config.model_dump(exclude={"output"})
     files.write_atomically(sweep.folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    pools: dict[str, str] = {}
     for run, _ in runs:
-        inputs = load_inputs(run.config, plans[run.name].statistics)
-        initial = set(inputs.initial.tolist())
-        pool = inputs.data.train
-        rows = (
-            (name, inputs.data.classes[label], position in initial)
-            for position, (name, label) in enumerate(zip(pool.ids, pool.label_numbers(), strict=True))
-        )
-        run.folder.create(run.config, rows)
+        config = run.config
+        key = config.model_dump_json(include={"data", "imbalance", "seed"})
+        if key not in pools:
+            data = load_pool(config.data, config.imbalance, config.seed)
+            classes = (data.classes[label] for label in data.train.label_numbers())
+            pools[key] = files.write_pool(sweep.folder, zip(data.train.ids, classes, strict=True))
+        run.folder.create(config, identify(config), pools[key])
 
 
 def run_in_process(sweep: Sweep, plans: Plans, console: Console) -> Recorder:
-    """Run what is missing of a sweep in this process, one run after the other, in the order of the grid."""
-    runs = missing(sweep)
-    create_folders(sweep, runs, plans)
+    """Compute the unfinished runs of a sweep in this process, one at a time, in the order of the grid."""
+    runs = unfinished_runs(sweep)
+    create_folders(sweep, runs)
     varied = varied_settings(sweep.folder)
     with Recorder(runs, plans, varied, console, len(sweep.runs) - len(runs), every_round=True) as recorder:
         for run, history in runs:
@@ -129,14 +140,14 @@ def run_in_process(sweep: Sweep, plans: Plans, console: Console) -> Recorder:
                     run.folder.journal,
                     functools.partial(recorder.show_stage, run.name),
                 )
-            # Shown at the end, with its traceback in the run's folder; other runs go on. A model may try to exit.
+            # The error is shown at the end, and other runs continue. A model may try to exit.
             except (Exception, SystemExit) as error:
                 recorder.fail(run.name, describe_failure(error))
     return recorder
 
 
 def describe_failure(error: BaseException) -> str:
-    """Return the traceback of ``error``; its last line is the error in one line, however many its message has."""
+    """Return the traceback of ``error``, whose last line is the message in one line."""
     text, line = "".join(traceback.format_exception(error)), reason(error)
     return text if text.rstrip().endswith(line) else f"{text}{line}\n"
 
@@ -149,21 +160,24 @@ def compute_rounds(
     progress: Progress,
     shard_memory: float | None = None,
 ) -> None:
-    """Run one experiment from where ``history`` ends, handing each round's result to ``record``.
+    """Compute the rounds of a run after those in ``history``; pass each to ``record``.
 
     Args:
-        shard_memory: bytes that each Ray shard reserves, where it is not what the plan says.
+        shard_memory: bytes that each Ray shard reserves; those of the plan by default.
     """
     resources = plan.config.resources
-    # One number whatever runs it: a sum over threads depends on how many there are.
-    torch.set_num_threads(max(1, int(resources.cpus)))
+    torch.set_num_threads(num_threads(resources))
+    origin = {
+        "identity": hash_json(identify(plan.config)),
+        "environment": describe_environment(devices(resources)["trial"]),
+    }
     make_shards = shard_maker(plan, shard_memory)
     for result in loop.run(plan.load_inputs(), make_shards, history, progress, journal, plan.query):
-        record(result.as_dict())
+        record(result.as_dict() | origin)
 
 
 def shard_maker(plan: RunPlan, shard_memory: float | None = None) -> MakeShards:
-    """Return a function that makes a run's shards, in its own process or as Ray actors."""
+    """Return a function that makes the shards of a run, in its own process or as Ray actors."""
     resources, count = plan.config.resources, plan.query.num_shards
 
     def make_shards(images: Images, statistics: Any) -> Shards:
@@ -171,7 +185,7 @@ def shard_maker(plan: RunPlan, shard_memory: float | None = None) -> MakeShards:
             return LocalShards(images, statistics, count, "cuda" if resources.gpus else "cpu")
         from fishermask.pool.ray_shards import RayShards
 
-        memory = reserved(plan)[-1]["memory"] if shard_memory is None else shard_memory
+        memory = requested_bundles(plan)[-1]["memory"] if shard_memory is None else shard_memory
         processors = resources.cpus_per_shard, resources.gpus_per_shard
         return RayShards(images, statistics, count, *processors, resources.restarts, memory)
 

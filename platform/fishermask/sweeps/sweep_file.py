@@ -1,4 +1,4 @@
-"""A sweep file and the runs that it means.
+"""A sweep file and the runs that it describes.
 
 name: demo
 base: {data: ..., strategy: ..., ...}     # settings of every run (fishermask.config.ExperimentConfig)
@@ -10,9 +10,7 @@ grid:                                     # every combination of these; keys are
 import copy
 import itertools
 import math
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from fishermask.config import SHARDING, Config, ExperimentConfig, PathText, parse
+from fishermask import query_strategies
+from fishermask.config import SHARDING, Config, ExperimentConfig, PathText, StrategyConfig, hash_json, parse
 from fishermask.errors import InputError
-from fishermask.guard import guarded, short
+from fishermask.experiment.identity import flatten
+from fishermask.guard import short
 from fishermask.paths import check_text, improper_character
 from fishermask.results.files import RunFolder
 from fishermask.results.tables import strategy_label
@@ -30,23 +30,23 @@ from fishermask.user_modules import absolute_file_name, split_file_name
 from fishermask.yaml_files import parse_yaml, read_yaml
 
 MAX_RUNS = 10_000
-"""Of a sweep: each is checked before the first starts."""
+"""Runs of a sweep, which are all checked before the first one starts."""
 NAMED = ("model", "strategy")
 """Sections of the settings that may name a file of the user."""
 MAX_KEY = 500
-"""Characters of a dotted path."""
+"""Characters of a dotted path in an override."""
 
 
 class SweepConfig(Config):
     """A sweep file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    """Results lie in ``<output>/<name>``."""
+    """Name of the folder of results, ``<output>/<name>``."""
     description: Annotated[str, AfterValidator(check_text)] = ""
     base: dict[str, Any] = {}
     """Settings of every run."""
     grid: dict[str, list[Any]] = {}
-    """Dotted path into ``base`` -> the values it takes."""
+    """Dotted paths into ``base``, each with the values that it takes."""
     output: PathText = "results"
 
 
@@ -61,7 +61,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file as resolved."""
+    """A sweep and all its runs."""
 
     config: SweepConfig
     folder: Path
@@ -69,13 +69,13 @@ class Sweep:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Read a sweep file and apply ``key=value`` settings to it.
+    """Read a sweep file and apply ``key=value`` overrides to it.
 
-    A key is ``name``, ``output`` or a dotted path into ``base``. For a path that the grid varies, a list gives the
-    values it shall take, and anything else the only one. ``grid.PATH=[...]`` makes the grid vary another path.
+    A key is ``name``, ``output``, ``description`` or a dotted path into ``base``. For a path that the grid varies, a
+    list replaces its values, and any other value becomes its only one. ``grid.PATH=[...]`` varies another path.
 
     Raises:
-        InputError: the file or a setting is wrong; nothing has been run.
+        InputError: the file or an override is wrong.
     """
     content = read_yaml(path)
     if not isinstance(content, dict):
@@ -96,23 +96,21 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
             continue
         value = parse_yaml(text, key, f"{short(text)} is not YAML")
         if key in ("base", "grid"):
-            raise InputError(
-                f"{key}: cannot be replaced as a whole; set a path in it, such as seed=3 or grid.seed=[1,2]"
-            )
+            raise InputError(f"{key}: cannot be replaced; set a path in it, such as seed=3 or grid.seed=[1,2]")
         if key.startswith("grid."):
             content["grid"][key.removeprefix("grid.")] = value
         elif key in content["grid"]:
             content["grid"][key] = value if isinstance(value, list) else [value]
-        elif above := [path for path in content["grid"] if key.startswith(f"{path}.")]:
-            raise InputError(f"{key}: the grid varies {above[0]}, which would replace it; give {above[0]}=VALUE whole")
+        elif parents := [path for path in content["grid"] if key.startswith(f"{path}.")]:
+            raise InputError(f"{key}: the grid varies {parents[0]}, which would replace it; give {parents[0]}=VALUE")
         else:
-            _set(content["base"], key, value)
+            _set_value(content["base"], key, value)
     config = absolute_files(parse(SweepConfig, content, str(path)), Path.cwd())
     for key, values in config.grid.items():
         if not values:
             raise InputError(f"grid.{key}: no values; give at least one")
-        if above := [path for path in config.grid if key.startswith(f"{path}.")]:
-            raise InputError(f"grid.{key}: {above[0]} is varied too, and replaces it; vary one of them")
+        if parents := [path for path in config.grid if key.startswith(f"{path}.")]:
+            raise InputError(f"grid.{key}: {parents[0]} is varied too, and replaces it; vary one of them")
     return config
 
 
@@ -133,105 +131,71 @@ def absolute_files(config: SweepConfig, folder: Path) -> SweepConfig:
 
 
 def expand(config: SweepConfig) -> Sweep:
-    """All runs of a sweep, the seed varying slowest and the strategy fastest.
+    """Return all runs of a sweep, the seed varying slowest and the strategy fastest.
 
     Raises:
-        InputError: a combination that is not valid, or two that are the same.
+        InputError: a combination is not valid, two are the same, or two strategies have the same label.
     """
-    # Seeds outermost: a sweep that is cut short has compared all strategies on the seeds it reached.
+    # Seeds outermost: an interrupted sweep has compared all strategies on the seeds that it reached.
     keys = sorted(config.grid, key=lambda key: (key.startswith("strategy"), key != "seed"))
     count = math.prod(len(config.grid[key]) for key in keys)
     if count > MAX_RUNS:
-        raise InputError(f"grid: means {count:,} runs, and a sweep has at most {MAX_RUNS:,}; vary fewer values")
+        raise InputError(f"grid: describes {count:,} runs, and a sweep has at most {MAX_RUNS:,}; vary fewer values")
     configs, values_of = [], []
     for values in itertools.product(*(config.grid[key] for key in keys)):
         settings = copy.deepcopy(config.base)
         for key, value in zip(keys, values, strict=True):
-            _set(settings, key, copy.deepcopy(value))
+            _set_value(settings, key, copy.deepcopy(value))
         configs.append(parse(ExperimentConfig, settings))
         values_of.append(dict(zip(keys, values, strict=True)))
+    _check_labels([run_config.strategy for run_config in configs])
     folder = Path(config.output).expanduser().absolute() / config.name
-    runs: list[Run] = []
-    seen: dict[str, str] = {}
+    runs: dict[str, Run] = {}
     for run_config, varied in zip(configs, values_of, strict=True):
-        name = _name(run_config, varied)
-        fingerprint = run_config.fingerprint()
-        if name in seen:
-            what = "twice in the grid" if seen[name] == fingerprint else "the name of two runs; give strategy.label"
-            raise InputError(f"grid: {name} is {what}")
-        seen[name] = fingerprint
-        runs.append(Run(name, run_config, RunFolder(folder / "runs" / name)))
-    return Sweep(config, folder, runs)
+        name = _run_name(run_config, varied)
+        if name in runs:
+            same = runs[name].config == run_config
+            problem = "is twice in the grid" if same else "is the name of two runs; give them labels (strategy.label)"
+            raise InputError(f"grid: {name} {problem}")
+        runs[name] = Run(name, run_config, RunFolder(folder / "runs" / name))
+    return Sweep(config, folder, list(runs.values()))
 
 
-def single(config: SweepConfig) -> SweepConfig:
-    """The sweep of one run that ``fishermask run`` means: the first value of every path that the grid varies.
+def _check_labels(strategies: list[StrategyConfig]) -> None:
+    """Raise ``InputError`` if a label names two strategies: tables and the baseline would mix them up."""
+    variants: dict[str, StrategyConfig] = {}
+    for strategy in strategies:
+        label = strategy_label(strategy)
+        if strategy.label not in (None, strategy.name) and strategy.label in query_strategies.available():
+            raise InputError(
+                f"strategy.label: {short(strategy.label)} is the name of another strategy than {strategy.name}; choose "
+                "another label"
+            )
+        other = variants.setdefault(label, strategy)
+        if (other.name, other.params) != (strategy.name, strategy.params):
+            raise InputError(
+                f"strategy.label: {short(label)} names two strategies, {_describe(other)} and {_describe(strategy)}; "
+                "give each its own label"
+            )
 
-    Its folder has the run's fingerprint in its name, so that it never mixes with a sweep's results.
+
+def _describe(strategy: StrategyConfig) -> str:
+    return strategy_label(strategy.model_copy(update={"label": None}))
+
+
+def select_first_run(config: SweepConfig) -> SweepConfig:
+    """Return the sweep of one run that ``fishermask run`` computes: the first value of each path that the grid varies.
+
+    The sweep's name ends with a hash of the settings that are not defaults, so that its folder never mixes with a
+    sweep's results, and another version of fishermask finds the folder of the same settings.
     """
     config = config.model_copy(update={"grid": {key: values[:1] for key, values in config.grid.items()}})
-    fingerprint = expand(config).runs[0].config.fingerprint()
-    return config.model_copy(update={"name": f"{config.name}-{fingerprint[:8]}"})
+    excluded = {"resources": SHARDING, "strategy": {"label"}}
+    settings = expand(config).runs[0].config.model_dump(mode="json", exclude=excluded, exclude_defaults=True)
+    return config.model_copy(update={"name": f"{config.name}-{hash_json(flatten(settings))[:8]}"})
 
 
-def check_folder(sweep: Sweep) -> None:
-    """Raise ``InputError`` if the sweep's folder holds the results of another sweep.
-
-    The same base and the same varied paths make it the same sweep: values may be added to a path at any time.
-    """
-    with guarded("output", f"{sweep.folder} cannot be used"):
-        _check_folder(sweep)
-
-
-def _check_folder(sweep: Sweep) -> None:
-    remedy = "choose another name=NAME, or move it away"
-    path = sweep.folder / "config.yaml"
-    there_is = next(place for place in (sweep.folder, *sweep.folder.parents) if os.path.lexists(place))
-    try:
-        # To try is the only way to know: root may write anywhere, but for read-only file systems and such.
-        Path(tempfile.mkdtemp(prefix=".writable.", dir=there_is)).rmdir()
-    except OSError as error:
-        raise InputError(
-            f"output: cannot write to {sweep.folder} ({there_is}: {error.strerror}); choose another with output=DIR"
-        ) from None
-    if not os.path.lexists(path):
-        if sweep.folder.exists() and any(file.name != ".lock" for file in sweep.folder.iterdir()):
-            raise InputError(f"name: {sweep.folder} exists and is no sweep's results; {remedy}")
-        return
-    there = parse(SweepConfig, read_yaml(path), str(path))
-    if set(there.grid) != set(sweep.config.grid):
-        raise InputError(
-            f"name: {sweep.folder} holds another sweep's results, which varies {', '.join(there.grid) or 'nothing'}; "
-            + remedy
-        )
-    found = _first_difference(expand(there).runs[0].config, sweep.runs[0].config, ignored=set(there.grid))
-    for run in sweep.runs:
-        present = run.folder.config()
-        if found is None and present is not None and present.fingerprint() != run.config.fingerprint():
-            found = _first_difference(present, run.config, ignored=set())
-    if found is not None:
-        raise InputError(f"name: {sweep.folder} holds another sweep's results: {found}; {remedy}")
-
-
-def _first_difference(old: ExperimentConfig, new: ExperimentConfig, ignored: set[str]) -> str | None:
-    ignored_always = {"strategy.label", *(f"resources.{name}" for name in SHARDING)}
-    left, right = _flat(old.model_dump()), _flat(new.model_dump())
-    for key in sorted(left.keys() | right.keys()):
-        skip = key in ignored_always
-        skip = skip or any(key == path or key.startswith(f"{path}.") for path in ignored)
-        if not skip and left.get(key) != right.get(key):
-            return f"{key} is {short(left.get(key))} there, {short(right.get(key))} here"
-    return None
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _set(settings: dict[str, Any], path: str, value: Any) -> None:
+def _set_value(settings: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for part in parents:
         inner = settings.get(part)
@@ -245,25 +209,25 @@ def _set(settings: dict[str, Any], path: str, value: Any) -> None:
     settings[last] = value
 
 
-def _name(config: ExperimentConfig, values: dict[str, Any]) -> str:
+def _run_name(config: ExperimentConfig, values: dict[str, Any]) -> str:
     parts = [strategy_label(config.strategy)]
     for key, value in values.items():
         if not key.startswith("strategy"):
             leaf = key.rpartition(".")[2]
             unique = [other.rpartition(".")[2] for other in values].count(leaf) == 1
-            parts.append(f"{leaf if unique else key}={_brief(value)}")
+            parts.append(f"{leaf if unique else key}={_short_text(value)}")
     # The seed varies slowest but reads best at the end.
     parts.sort(key=lambda part: part.startswith("seed="))
     name = re.sub(r"[^A-Za-z0-9._=,()+-]+", "_", "-".join(parts))
     if len(name) > 200:
-        raise InputError(f"grid: the run {short(name)} has a name of {len(name)} letters; vary shorter values")
+        raise InputError(f"grid: the run {short(name)} has a name of {len(name)} characters; vary shorter values")
     return name
 
 
-def _brief(value: Any) -> str:
+def _short_text(value: Any) -> str:
     if isinstance(value, dict):
-        return ",".join(f"{key}={_brief(inner)}" for key, inner in value.items())
+        return ",".join(f"{key}={_short_text(inner)}" for key, inner in value.items())
     if isinstance(value, str) and (parts := split_file_name(value)) is not None:
         file, attribute = parts
         return f"{file.stem}:{attribute}" if attribute else file.stem
-    return "+".join(map(_brief, value)) if isinstance(value, list) else str(value)
+    return "+".join(map(_short_text, value)) if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""Running a sweep as trials of Ray Tune, as many at once as the cluster holds."""
+"""Runs a sweep as trials of Ray Tune, as many at once as the cluster holds."""
 
 import functools
 import json
@@ -15,39 +15,47 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 from ray.tune.error import TuneError
 from rich.console import Console
 
+from fishermask.environment import installed_version, loaded_version
 from fishermask.errors import InputError
 from fishermask.experiment.run_plan import RunPlan
 from fishermask.planning.placement import Cluster, check_placement, equal_reservations
 from fishermask.results.tables import varied_settings
 from fishermask.sweeps import run_storage, source_version
 from fishermask.sweeps.recorder import Recorder
-from fishermask.sweeps.runner import Plans, compute_rounds, create_folders, describe_failure, missing, reserved
+from fishermask.sweeps.runner import (
+    Plans,
+    compute_rounds,
+    create_folders,
+    describe_failure,
+    requested_bundles,
+    unfinished_runs,
+)
 from fishermask.sweeps.sweep_file import Sweep
 
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
-"""A process or a node is gone: nothing that the run did, and it may go well on another."""
+"""Errors of a lost process or node, after which the run may continue elsewhere."""
 
-# Tune names its trials where we name runs, and logs each failure that the recorder reports.
+# Tune logs each failure under the name of its trial; the recorder reports it under the name of the run.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 STAGE_SECONDS = 2.0
-"""Between two looks at how far the runs are."""
+"""Time between two updates of the progress display."""
 
 
 def run_on_ray(sweep: Sweep, plans: Plans, nodes: Cluster, console: Console) -> Recorder:
-    """Run what is missing of a sweep; Ray must be connected to the cluster of ``nodes``.
+    """Compute the unfinished runs of a sweep. Ray must be connected to the cluster of ``nodes``.
 
-    A trial sends its rounds to this process, which alone writes: workers need no common file system. A trial whose
-    process is lost starts again where these rounds end.
+    Trials send their rounds to this process, which alone writes files: workers need no common file system. A trial
+    whose process is lost restarts after the last written round.
 
     Raises:
-        InputError: a run requests more than the cluster has and ever will.
+        InputError: a run requests more than the cluster can ever have.
     """
-    runs = missing(sweep)
-    requests = equal_reservations({run.name: reserved(plans[run.name]) for run, _ in runs}, nodes)
+    runs = unfinished_runs(sweep)
+    requests = equal_reservations({run.name: requested_bundles(plans[run.name]) for run, _ in runs}, nodes)
     for problem in {check_placement(request, nodes) for request in requests.values()} - {None}:
-        console.print(f"{problem}; such runs wait until the autoscaler has started nodes (see ray status)")
-    create_folders(sweep, runs, plans)
+        console.print(f"{problem}; these runs wait until the autoscaler has started nodes (see ray status)")
+    create_folders(sweep, runs)
     restarts = max((run.config.resources.restarts for run, _ in runs), default=0)
     recorder = Recorder(runs, plans, varied_settings(sweep.folder), console, len(sweep.runs) - len(runs))
     configs = {run.name: (plans[run.name], requests[run.name][-1]["memory"]) for run, _ in runs}
@@ -59,14 +67,14 @@ def run_on_ray(sweep: Sweep, plans: Plans, nodes: Cluster, console: Console) -> 
             runs=configs,
             storage=storage,
             folder=str(Path.cwd()),
-            version=source_version.installed(),
+            version=loaded_version(),
             nodes=first_nodes,
         ),
         lambda settings: tune.PlacementGroupFactory(
             [{kind: amount for kind, amount in bundle.items() if amount} for bundle in requests[settings["run"]]]
         ),
     )
-    # Tune keeps records of its own, which are of no use once the rounds are written.
+    # Tune's own records are not needed: the rounds are written elsewhere.
     with recorder, tempfile.TemporaryDirectory(prefix="fishermask-") as scratch:
         run_config = tune.RunConfig(
             name="trials",
@@ -83,44 +91,44 @@ def run_on_ray(sweep: Sweep, plans: Plans, nodes: Cluster, console: Console) -> 
         )
         try:
             tuner.fit()
-        except TuneError as error:  # what the recorder raises, such as a full disk, wrapped by Tune
+        except TuneError as error:  # wraps errors of the recorder, such as a full disk
             raise (_input_error(error) or error) from None
     ray.kill(storage)
     return recorder
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
-    """Return the input error that ``error`` was raised for; None if there is none."""
+    """Return the input error among the causes of ``error``; None if there is none."""
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
     return error
 
 
 class _Listener(tune.Callback):
-    """Hands what trials report to a recorder."""
+    """Passes the reports of trials to a recorder."""
 
     def __init__(self, recorder: Recorder, restarts: int, storage: Any) -> None:
         self.recorder, self.restarts, self.storage = recorder, restarts, storage
-        self.asked = time.monotonic()
+        self.last_update = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks to restore them; we never restore, and an open terminal cannot be pickled.
+        # Tune pickles its callbacks to restore them. Nothing restores this one, and a terminal cannot be pickled.
         return {}
 
     def on_step_end(self, iteration: int, trials: Any, **_: Any) -> None:
-        if time.monotonic() - self.asked < STAGE_SECONDS:
+        if time.monotonic() - self.last_update < STAGE_SECONDS:
             return
-        ready, _late = ray.wait([self.storage.pop_progress.remote()], timeout=STAGE_SECONDS)
-        for told in ray.get(ready):
-            for run, (stage, done, total) in told.items():
+        ready, _pending = ray.wait([self.storage.pop_progress.remote()], timeout=STAGE_SECONDS)
+        for stages in ray.get(ready):
+            for run, (stage, done, total) in stages.items():
                 self.recorder.show_stage(run, stage, done, total)
-        self.asked = time.monotonic()
+        self.last_update = time.monotonic()
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any) -> None:
         if "round" in result:
             self.recorder.record(trial.config["run"], json.loads(result["round"]))
         elif "error" in result:
-            trial.max_failures = 0  # the run's own mistake, which it would make again
+            trial.max_failures = 0  # an error of the run, which would occur again
             self.recorder.fail(trial.config["run"], result["error"])
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
@@ -129,10 +137,11 @@ class _Listener(tune.Callback):
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         if trial.config["run"] not in self.recorder.failed:
             reason = Path(trial.error_file).read_text() if trial.error_file else ""
-            end = (
-                f"its process was lost after {trial.num_failures - 1} restarts; see resources.restarts, and its memory"
+            last_line = (
+                f"its process was lost after {trial.num_failures - 1} restarts; raise resources.restarts, or check "
+                "whether the node ran out of memory"
             )
-            self.recorder.fail(trial.config["run"], f"{reason}\n{end}")
+            self.recorder.fail(trial.config["run"], f"{reason}\n{last_line}")
 
 
 def trial(
@@ -143,14 +152,14 @@ def trial(
     version: str,
     nodes: set[str],
 ) -> None:
-    """One run as a trial, from where its rounds end now: each round is reported as it ends.
+    """Compute the rounds of a run that are not written yet, and report each one.
 
     Args:
         runs: plan of each run, and the bytes that each of its Ray shards reserves.
-        storage: the ledger of the runs' folders.
-        folder: where relative paths start, if it is there.
-        version: what is installed beside the driver; a node that is not one of ``nodes``, those at the start of
-            the sweep, must have the same.
+        storage: the actor that reads and writes the run folders.
+        folder: working folder of the driver, which relative paths start from; ignored on a node without it.
+        version: fishermask's version on the driver. A node that joined after the start must have the same.
+        nodes: ids of the nodes at the start of the sweep, which have been checked.
     """
     if Path(folder).is_dir():
         os.chdir(folder)
@@ -158,7 +167,7 @@ def trial(
     plan, shard_memory = runs[name]
     try:
         if ray.get_runtime_context().get_node_id() not in nodes:
-            source_version.require(version, source_version.installed(), ray.util.get_node_ip_address())
+            source_version.require_version(version, installed_version(), ray.util.get_node_ip_address())
         history = ray.get(storage.history.remote(name))
         journal = run_storage.StoredJournal(storage, name)
         progress = run_storage.ProgressReporter(storage, name)
@@ -171,5 +180,6 @@ def trial(
         raise
     except (Exception, SystemExit) as error:
         tune.report({"error": describe_failure(error)})
-        # So that no other run is given this process, whose device may be in disorder. Ray takes an exit for a loss.
+        # Ends this process, whose device may be in a bad state, so that no other run uses it. An exit would count as
+        # a lost process.
         raise RuntimeError("the run failed") from error

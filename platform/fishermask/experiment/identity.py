@@ -1,0 +1,78 @@
+"""The identity of a run: everything that decides its rounds, so that no run continues under another one in silence."""
+
+import hashlib
+from collections.abc import Collection
+from typing import Any
+
+from fishermask import query_strategies
+from fishermask.config import ExperimentConfig, ResourcesConfig
+from fishermask.environment import loaded_version
+from fishermask.guard import guarded, short
+from fishermask.user_modules import split_file_name
+
+Identity = dict[str, Any]
+"""``fishermask`` (version and source), ``code`` (hashes of the user's files), ``device`` of trial and shards,
+``threads`` of the trial, and ``settings`` with all defaults, also of strategy parameters. All are plain JSON."""
+
+
+def num_threads(resources: ResourcesConfig) -> int:
+    """Return the number of CPU threads of a trial. Sums over another number of threads round differently."""
+    return max(1, int(resources.cpus))
+
+
+def devices(resources: ResourcesConfig) -> dict[str, str]:
+    """Return ``cpu`` or ``cuda`` for a run's trial and for its shards."""
+    gpus_of_shards = resources.gpus if resources.workers == "in_process" else resources.gpus_per_shard
+    return {"trial": "cuda" if resources.gpus else "cpu", "shards": "cuda" if gpus_of_shards else "cpu"}
+
+
+def identify(config: ExperimentConfig) -> Identity:
+    """Return the identity of a run with these settings in this process.
+
+    Raises:
+        InputError: the strategy does not exist or has other parameters.
+    """
+    settings = config.model_dump(mode="json", exclude={"resources": True, "strategy": {"label"}})
+    params = query_strategies.load(config.strategy).params
+    with guarded("strategy.params", "cannot be written as JSON"):
+        settings["strategy"]["params"] = params.model_dump(mode="json")
+    return {
+        "fishermask": loaded_version(),
+        "code": {key: digest for key in ("model", "strategy") if (digest := _hash_file(getattr(config, key).name))},
+        "device": devices(config.resources),
+        "threads": num_threads(config.resources),
+        "settings": settings,
+    }
+
+
+def _hash_file(name: str) -> str | None:
+    """Return a hash of the user's file that ``name`` refers to; None if it refers to no file."""
+    parts = split_file_name(name)
+    return None if parts is None else hashlib.sha256(parts[0].read_bytes()).hexdigest()[:12]
+
+
+def describe_differences(recorded: Identity, current: Identity, ignored: Collection[str] = ()) -> list[str]:
+    """Return a phrase for each value in which the identity of a run's folder differs from the current one.
+
+    Args:
+        ignored: dotted paths of settings that may differ.
+    """
+    old, new = flatten(recorded), flatten(current)
+    phrases = []
+    for key in dict.fromkeys([*new, *old]):
+        path, values = key.removeprefix("settings."), (old.get(key), new.get(key))
+        if values[0] == values[1] or any(path == other or path.startswith(f"{other}.") for other in ignored):
+            continue
+        if path == "fishermask":
+            phrases.append(f"fishermask {values[0]} in the folder, {values[1]} here")
+        else:
+            phrases.append(f"{path} is {short(values[0])} in the folder, {short(values[1])} here")
+    return phrases
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested dictionaries by dotted path."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

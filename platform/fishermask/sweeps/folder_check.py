@@ -1,0 +1,96 @@
+"""Checks of a sweep's folder: it can be written to, and its rounds have the identity of the runs to continue."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from fishermask.config import parse
+from fishermask.errors import InputError
+from fishermask.experiment.identity import describe_differences, identify
+from fishermask.guard import guarded
+from fishermask.sweeps.sweep_file import Run, Sweep, SweepConfig, expand
+from fishermask.yaml_files import read_yaml
+
+MAX_DIFFERENCES = 5
+"""Values that a message lists."""
+
+
+def check_folder(sweep: Sweep, continue_anyway: bool = False) -> list[str]:
+    """Check that the folder of ``sweep`` is empty or holds its results; return notes for the user.
+
+    The same base and the same varied paths make it the same sweep: values may be added to a path at any time.
+
+    Args:
+        continue_anyway: whether runs whose rounds have another identity may be continued.
+
+    Raises:
+        InputError: the folder cannot be written to, holds something else, or holds rounds of another identity.
+    """
+    with guarded("output", f"{sweep.folder} cannot be used"):
+        _check_writable(sweep.folder)
+        path = sweep.folder / "config.yaml"
+        if not os.path.lexists(path):
+            if sweep.folder.exists() and any(file.name != ".lock" for file in sweep.folder.iterdir()):
+                raise InputError(
+                    f"name: {sweep.folder} exists and holds no sweep's results; choose another name=NAME, or move it "
+                    "away"
+                )
+            return []
+        stored = parse(SweepConfig, read_yaml(path), str(path))
+        if set(stored.grid) != set(sweep.config.grid):
+            raise InputError(
+                f"name: {sweep.folder} holds another sweep's results, which vary "
+                f"{', '.join(stored.grid) or 'nothing'}; choose another name=NAME, or move it away"
+            )
+        return _check_identities(sweep, stored, continue_anyway)
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    try:
+        # Permissions do not say whether root may write, for example to a read-only file system.
+        Path(tempfile.mkdtemp(prefix=".writable.", dir=existing)).rmdir()
+    except OSError as error:
+        raise InputError(
+            f"output: cannot write to {folder} ({existing}: {error.strerror}); choose another with output=DIR"
+        ) from None
+
+
+def _check_identities(sweep: Sweep, stored: SweepConfig, continue_anyway: bool) -> list[str]:
+    """Return a note on the rounds in the folder whose identity is not the current one."""
+    varied = set(stored.grid) | ({"strategy.params"} if "strategy.name" in stored.grid else set())
+    recorded, current = ({"settings": identify(s.runs[0].config)["settings"]} for s in (expand(stored), sweep))
+    problems = [describe_differences(recorded, current, varied)]
+    finished_before: dict[str, int] = {}
+    for run in sweep.runs:
+        rounds = run.folder.history()
+        differences, same_settings = _compare(run) if rounds else ([], True)
+        if differences and same_settings and len(rounds) >= run.config.budget.num_rounds:
+            reason = _join(differences)
+            finished_before[reason] = finished_before.get(reason, 0) + 1
+        else:
+            problems.append([f"{run.name}: {differences[0]}", *differences[1:]] if differences else [])
+    notes = [f"{count} finished runs differ: {reason}" for reason, count in finished_before.items()]
+    problem = next((_join(differences) for differences in problems if differences), None)
+    if problem is None:
+        return notes
+    if not continue_anyway:
+        raise InputError(
+            f"name: {sweep.folder} holds rounds of another identity: {problem}; choose another name=NAME, or add "
+            "--continue-anyway, which records the change in the rounds from there on"
+        )
+    return [*notes, f"continuing under another identity: {problem}"]
+
+
+def _compare(run: Run) -> tuple[list[str], bool]:
+    """Return the differences between the identity of a run's rounds and the current one; whether settings agree."""
+    current, recorded = identify(run.config), run.folder.provenance().identity
+    if recorded is None:  # of a version that did not record it
+        config = run.folder.config()
+        recorded = (current if config is None else identify(config)) | {"fishermask": "of an unknown version"}
+    return describe_differences(recorded, current), recorded.get("settings") == current["settings"]
+
+
+def _join(differences: list[str]) -> str:
+    more = len(differences) - MAX_DIFFERENCES
+    return "; ".join(differences[:MAX_DIFFERENCES] + ([f"{more} more"] if more > 0 else []))

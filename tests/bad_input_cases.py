@@ -84,6 +84,7 @@ WRONG_VALUES = {
     "engine.gradients": ["float16", "{}"],
     "resources.workers": ["threads", "null", "1"],
     "data.statistics": ["mine", "null", "[0.5]"],
+    "data.channels": ["3", "RGB", "null", "[gray]"],
     "data.name": ["coco", "5", "null", "''", "[a]", LETTERS, '"a\\0b"', '"a\\nb"'],
     "data.label_column": ["5", "''", "null", f"'{LETTERS}'"],
     "data.image_column": ["5", "''"],

@@ -125,6 +125,34 @@ def test_color_images_stay_color_and_sizes_can_be_brought_together(tmp_path):
     assert load_parquet(file, image_size=12).image_shape == (3, 12, 12)
 
 
+def luma(color: np.ndarray) -> np.ndarray:
+    """Return uint8 [h, w] of RGB [h, w, 3] by ITU-R 601-2, in the 16-bit integers of PIL's documentation."""
+    return ((color.astype(np.int64) @ [19595, 38470, 7471] + 2**15) >> 16).astype(np.uint8)
+
+
+def test_channels_are_converted_where_images_are_decoded(tmp_path):
+    rng = np.random.default_rng(0)
+    color, gray = rng.integers(0, 256, (8, 8, 3), np.uint8), rng.integers(0, 256, (8, 8), np.uint8)
+    file = write_parquet(tmp_path / "a.parquet", [encode(color), encode(gray)], [0, 1], paths=["a", "b"])
+    expected = {
+        "keep": [color.transpose(2, 0, 1), np.stack([gray] * 3)],
+        "rgb": [color.transpose(2, 0, 1), np.stack([gray] * 3)],
+        "gray": [luma(color)[None], gray[None]],
+    }
+    for channels, images in expected.items():
+        assert np.array_equal(load_parquet(file, channels=channels).train.images[:].numpy(), images)
+    converted = load_parquet(file, channels="gray").train.images
+    sent = pickle.dumps(converted)
+    shutil.rmtree(converted.origin.store)
+    assert np.array_equal(pickle.loads(sent)[:].numpy(), expected["gray"])
+
+
+def test_statistics_of_a_bundled_data_set_follow_its_channels():
+    color = load_dataset(DataConfig(channels="rgb"))
+    assert color.published == ((0.2860,) * 3, (0.3530,) * 3)
+    assert torch.equal(color.test.images[:5], bundled().test.images[:5].expand(5, 3, 28, 28))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -242,6 +270,10 @@ def test_cifar10_and_svhn_keep_channels_and_pixels_in_place(tmp_path, monkeypatc
     found = load_dataset(DataConfig(name="CIFAR10", root=str(tmp_path)))
     assert torch.equal(found.train.images[:10], torch.from_numpy(images))
     assert found.classes[3] == "c3"
+    gray = load_dataset(DataConfig(name="CIFAR10", root=str(tmp_path), channels="gray"))
+    assert np.array_equal(gray.train.images[:10][:, 0].numpy(), [luma(image.transpose(1, 2, 0)) for image in images])
+    assert gray.published is None
+    assert load_dataset(DataConfig(name="CIFAR10", root=str(tmp_path), image_size=8)).image_shape == (3, 8, 8)
 
     for split in ("train", "test"):
         mat = {"X": images.transpose(2, 3, 1, 0), "y": np.arange(1, 11, dtype=np.uint8)[:, None]}

@@ -57,7 +57,12 @@ def test_initial_weights_depend_on_the_seed_alone():
         ("./nowhere.py", {}, (3, 32, 32), "nowhere.py cannot be read"),
         ("./nowhere.py:make", {}, (3, 32, 32), "nowhere.py cannot be read (No such file or directory)"),
         ("torchvision.models:resnet18", {"depth": 3}, (3, 32, 32), "unexpected keyword argument 'depth'"),
-        ("torchvision.models:resnet18", {}, (1, 32, 32), "does not take images of 1 x 32 x 32"),
+        (
+            "torchvision.models:resnet18",
+            {},
+            (1, 32, 32),
+            "does not take images of 1 x 32 x 32; set data.channels to rgb",
+        ),
         ("torchvision.models:resnet18", {"num_classes": 7}, (3, 32, 32), "must return logits, 10 for each image"),
         ("collections:OrderedDict", {}, (3, 32, 32), "returned OrderedDict, not a torch.nn.Module"),
         ("torch.nn:Identity", {}, (1, 28, 28), "has no parameters"),

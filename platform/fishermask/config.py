@@ -148,25 +148,30 @@ Imbalance = Annotated[
 
 
 class DataConfig(Config):
+    """The images of a run, and how they are decoded and normalized."""
+
     name: Word = "fashion_mnist_small"
-    """One of the data sets that ``fishermask run --help`` lists."""
+    """Name of a data set; ``fishermask datasets`` lists them."""
     root: PathText | None = None
     """Folder of a torchvision data set."""
     download: bool = False
-    """Whether torchvision may fetch what is missing in ``root``."""
+    """Whether torchvision may download files that are missing in ``root``."""
     train: PathText | None = None
     """Parquet file, folder or glob of the training images (data set ``parquet``)."""
     test: PathText | None = None
-    """The same for the test images."""
+    """Parquet file, folder or glob of the test images (data set ``parquet``)."""
     image_column: Word | None = None
-    """Column with Hugging Face's image struct; the only such column when not given."""
+    """Parquet column with Hugging Face's image struct; None if there is only one such column."""
     label_column: Word = "label"
+    """Parquet column with the integer labels."""
+    channels: Literal["keep", "gray", "rgb"] = "keep"
+    """Convert images to one channel (gray) or to three (rgb). keep: the type of the image with the lowest id."""
     image_size: int | None = Field(None, ge=4, le=4096)
-    """Resize images to squares of this many pixels (data set ``parquet``)."""
+    """Resize images to squares with sides of this many pixels."""
     statistics: Literal["auto", "published", "pool"] = "auto"
     """Normalize with published channel statistics or with those of this run's training pool; auto: published if any."""
     augment: bool | None = None
-    """Random crop and flip in training; as the paper does (color images only) when not given."""
+    """Random crop and flip in training; None for images with three channels only, as in the paper."""
 
 
 class TrainingConfig(Config):

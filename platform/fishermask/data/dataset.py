@@ -71,7 +71,16 @@ def load_dataset(config: DataConfig) -> Dataset:
         metadata = read_metadata(folder)
     train, test = (_map_split(folder, metadata, split, make_absolute(config)) for split in SPLITS)
     classes = metadata["classes"]
-    return Dataset(train, test, classes, find_source(config).statistics, (len(train.labels), len(classes)))
+    return Dataset(train, test, classes, _published_statistics(config), (len(train.labels), len(classes)))
+
+
+def _published_statistics(config: DataConfig) -> Statistics | None:
+    statistics = find_source(config).statistics
+    num_channels = {"keep": None, "gray": 1, "rgb": 3}[config.channels]
+    if statistics is None or num_channels in (None, len(statistics.mean)):
+        return statistics
+    # Repeated channels have the statistics of the gray channel; those of luma do not follow from those of RGB.
+    return Statistics(statistics.mean * 3, statistics.std * 3) if num_channels == 3 else None
 
 
 def _map_split(folder: Path, metadata: dict[str, Any], split: str, config: DataConfig) -> Split:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from fishermask.config import DataConfig
+from fishermask.data.decoding import is_gray, picture_to_pixels
 from fishermask.errors import InputError
 from fishermask.guard import guarded, short
 from fishermask.paths import require_file
@@ -234,13 +235,8 @@ def _decode_image(
         raise ValueError("it has no bytes")
     with Image.open(io.BytesIO(content), formats=_readable_formats()) as opened:
         picture = _convert_to_8_bits(ImageOps.exif_transpose(opened), opened.format)
-    gray = picture.mode in ("L", "1") if shape is None else shape[0] == 1
-    picture = picture.convert("L" if gray else "RGB")
-    size = config.image_size
-    if size is not None and picture.size != (size, size):
-        picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture)
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    gray = is_gray(config, picture.mode in ("L", "1")) if shape is None else shape[0] == 1
+    pixels = picture_to_pixels(picture, gray, config.image_size)
     if shape is not None and pixels.shape != shape:
         raise InputError(
             f"data.image_size: {place} is {pixels.shape[2]} x {pixels.shape[1]} pixels, the image with the "

@@ -20,7 +20,7 @@ from fishermask.paths import require_file
 
 FORMAT = 2
 """Version of the stores' content; increase it when the same source is decoded to other arrays."""
-DECODING_SETTINGS = {"name", "image_column", "label_column", "image_size"}
+DECODING_SETTINGS = {"name", "image_column", "label_column", "channels", "image_size"}
 """Fields of ``DataConfig`` that the content of a store depends on."""
 BATCH = 65_536
 """Ids and labels processed per batch."""

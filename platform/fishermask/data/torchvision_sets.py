@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torchvision.datasets
+from PIL import Image
 
 from fishermask.config import DataConfig
+from fishermask.data.decoding import is_gray, picture_to_pixels
 from fishermask.errors import InputError
 from fishermask.guard import guarded
 from fishermask.tensors.images import Statistics
@@ -104,14 +106,14 @@ class TorchvisionReader:
     """
 
     def __init__(self, config: DataConfig, split: str) -> None:
-        root = _root(config)
+        self.config, root = config, _root(config)
         which = getattr(TORCHVISION_SETS[config.name], split)
         remedy = (
             "check the network" if config.download else "set data.download to true, or data.root to a complete copy"
         )
         with guarded("data.root", f"{config.name} cannot be read from {root}; {remedy}"):
             source = getattr(torchvision.datasets, config.name)(root, download=config.download, **which)
-            self._unpack(config, source)
+            self._unpack(source)
         if not self.count or self.images.shape[0] != len(self.labels) or self.images.dtype != np.uint8:
             raise InputError(
                 f"data.root: {config.name} in {root} holds {self.images.shape[0]} images of {self.images.dtype} and "
@@ -122,14 +124,14 @@ class TorchvisionReader:
                 f"data.root: {config.name} in {root} has labels outside of its {len(self.classes)} classes"
             )
 
-    def _unpack(self, config: DataConfig, source: Any) -> None:
+    def _unpack(self, source: Any) -> None:
         # SVHN keeps [n, channels, height, width], CIFAR [n, height, width, channels], MNIST [n, height, width].
         images = np.asarray(source.data)
         if images.ndim == 3:
             images = images[:, None]
-        elif config.name != "SVHN":
+        elif self.config.name != "SVHN":
             images = images.transpose(0, 3, 1, 2)
-        labels = np.asarray(source.labels if config.name == "SVHN" else source.targets)
+        labels = np.asarray(source.labels if self.config.name == "SVHN" else source.targets)
         self.images, self.labels, self.count = images, labels.tolist(), len(images)
         self.classes = [str(name) for name in getattr(source, "classes", range(max(self.labels) + 1))]
 
@@ -141,7 +143,16 @@ class TorchvisionReader:
         """Yield the images of ``rows`` in batches; all images of a set have one shape, so ``shape`` is not used."""
         for start in range(0, len(rows), BATCH):
             part = slice(start, start + BATCH)
-            yield part, self.images[rows[part]]
+            yield part, self._convert(self.images[rows[part]])
+
+    def _convert(self, images: np.ndarray) -> np.ndarray:
+        """Return ``images`` with the channels and the size that the settings request."""
+        stored_as_gray, size = images.shape[1] == 1, self.config.image_size
+        gray = is_gray(self.config, stored_as_gray)
+        if gray == stored_as_gray and size in (None, images.shape[2]):
+            return images
+        arrays = images[:, 0] if stored_as_gray else np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+        return np.stack([picture_to_pixels(Image.fromarray(array), gray, size) for array in arrays])
 
 
 def _root(config: DataConfig) -> Path:

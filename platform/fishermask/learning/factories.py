@@ -33,7 +33,8 @@ def call_factory(name: str, params: dict[str, Any], image_shape: tuple[int, int,
     if not isinstance(model, nn.Module):
         raise InputError(f"model.name: {name} returned {type(model).__name__}, not a torch.nn.Module")
     shape = " x ".join(map(str, image_shape))
-    with guarded("model.name", f"{name} does not take images of {shape}"):
+    remedy = f"set data.channels to {'rgb' if image_shape[0] == 1 else 'gray'} if it expects other channels"
+    with guarded("model.name", f"{name} does not take images of {shape}; {remedy}"):
         if model in _returned_models:
             raise InputError(f"model.name: {name} returned the same model twice; make a new one in each call")
         _returned_models.add(model)

@@ -1,25 +1,70 @@
-"""Distributed batch active learning with Fisher information."""
+"""Distributed batch active learning with Fisher information.
+
+The names below are the public API; all other names in the package are private and may change in any release.
+
+```python
+import torch
+import fishermask
+
+model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))  # trained elsewhere
+pool = torch.randn(1000, 8)
+selection = fishermask.select(model, pool, labeled=[3, 14, 159], budget=20)
+print(selection.positions)  # label these samples next
+```
+
+* `select` chooses the samples of a pool to label next, for a trained model.
+* `run` and `sweep` measure strategies in whole experiments; `read_results` reads their tables.
+* `strategies` lists the strategies. A function or a file can be one, too; see `Pool` and `StrategyParams`.
+* `InputError` is raised for an argument, a setting or a file that cannot work. Its message is one line for each
+  mistake, and names what to change.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fishermask.api.catalog import StrategyInfo, strategies
+    from fishermask.api.select import select
+    from fishermask.api.selection import Selection
+    from fishermask.api.sweeps import Config, Results, read_results, run, sweep
     from fishermask.config import StrategyParams
     from fishermask.errors import InputError
     from fishermask.pool.pool import Pool
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Pool", "StrategyParams"]
+__all__ = [
+    "Config",
+    "InputError",
+    "Pool",
+    "Results",
+    "Selection",
+    "StrategyInfo",
+    "StrategyParams",
+    "read_results",
+    "run",
+    "select",
+    "strategies",
+    "sweep",
+]
 
 _MODULES = {
+    "Config": "fishermask.api.sweeps",
     "InputError": "fishermask.errors",
     "Pool": "fishermask.pool.pool",
+    "Results": "fishermask.api.sweeps",
+    "Selection": "fishermask.api.selection",
+    "StrategyInfo": "fishermask.api.catalog",
     "StrategyParams": "fishermask.config",
+    "read_results": "fishermask.api.sweeps",
+    "run": "fishermask.api.sweeps",
+    "select": "fishermask.api.select",
+    "strategies": "fishermask.api.catalog",
+    "sweep": "fishermask.api.sweeps",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: PyTorch, pandas and Ray take seconds."""
+    """Import a public name when it is first used, because PyTorch, pandas and Ray take seconds."""
     if name not in _MODULES:
         raise AttributeError(f"module 'fishermask' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_MODULES[name]), name)

@@ -1,0 +1,276 @@
+"""One query with a model and a pool of the user's own."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fishermask import query_strategies
+from fishermask.api.progress import reporter
+from fishermask.api.samples import ModelInputs, NotFiniteError, Transform, as_samples, first_not_finite
+from fishermask.api.selection import Selection
+from fishermask.config import MAX_SEED, MAX_SHARDS, EngineConfig, StrategyConfig, parse
+from fishermask.errors import InputError
+from fishermask.experiment.loop import StageClock, validate_batch
+from fishermask.experiment.run_plan import precision
+from fishermask.experiment.streams import stream
+from fishermask.guard import guarded, short
+from fishermask.planning.estimates import QueryRequest
+from fishermask.planning.placement import MEMORY_SHARE, free_memory
+from fishermask.planning.query_plan import QueryPlan, plan_query
+from fishermask.planning.workload import Measurement, measure
+from fishermask.pool.pool import Engine, Pool
+from fishermask.pool.shards import LocalShards
+from fishermask.query_strategies import Query, Strategy
+from fishermask.tensors.images import Images
+from fishermask.tensors.layout import SIZES
+from fishermask.tensors.slow_gradients import copy_model
+from fishermask.tensors.verification import check_logits
+from fishermask.user_modules import absolute_file_name
+
+
+def select(
+    model: nn.Module,
+    pool: "Tensor | np.ndarray | Dataset[Any] | Sequence[Any]",
+    labeled: "Sequence[int] | np.ndarray | Tensor",
+    budget: int,
+    strategy: str | Query = "fisher_mask",
+    *,
+    params: Mapping[str, Any] | None = None,
+    labels: "Sequence[int] | np.ndarray | Tensor | None" = None,
+    transform: Transform | None = None,
+    seed: int = 0,
+    shards: int = 1,
+    memory: float | None = None,
+    engine: Mapping[str, Any] | None = None,
+    progress: bool | Callable[[str, int, int], object] | None = None,
+) -> Selection:
+    """Select the samples of a pool to label next.
+
+    The result depends neither on ``shards`` nor on ``memory``. It is the batch that round 0 of a run with the same
+    ``seed`` queries for the same model, pool and labeled positions. The model, the pool and the global random states
+    are left as they were: the query works on a copy of the model in eval mode, on the model's device.
+
+    Args:
+        model: a trained classifier, which returns logits [b, C] for a batch of inputs. Parameters with
+            ``requires_grad=False`` count as frozen: their gradients are not used.
+        pool: all samples, labeled ones included: a tensor or an array [n, ...], or a map-style data set with items x
+            or (x, y, ...), of which a batch at a time is read. Floating-point samples of any shape are passed to the
+            model in its own type; samples of any other type need ``transform``.
+        labeled: positions that are labeled, or a boolean mask [n].
+        budget: number of positions to select among the others.
+        strategy: a name that ``strategies()`` lists, the path ``./FILE.py`` of a file with a function ``query``, or a
+            function ``(pool, budget)`` or ``(pool, budget, params)`` that returns positions; it gets a ``Pool``.
+        params: parameters of the strategy, by name.
+        labels: classes of the labeled positions, in the order of ``labeled``, for a strategy that reads
+            ``pool.labels``; -1 by default.
+        transform: makes the model's inputs [b, ...] from samples [b, ...], each sample by itself and without random
+            augmentation, such as ``lambda batch: batch.float() / 255``.
+        seed: seed of the strategy's random draws.
+        shards: number of parts of the pool that are computed at the same time, each on one core.
+        memory: GB of memory that the query may use; 90 % of the free memory by default.
+        engine: number types, as in the section ``engine`` of a sweep file, such as ``{"storage": "bfloat16"}``.
+        progress: True for a progress bar, or a function ``(stage, done, total)``.
+
+    Returns:
+        The selected positions in the order of choice, with the gain of each.
+
+    Raises:
+        InputError: an argument that cannot work; the message names it, and a value that would.
+    """
+    device, dtype = _device_and_type(model)
+    with _named_as_arguments(), _random_states_restored(device), reporter(progress) as report:
+        samples = as_samples(pool)
+        inputs = ModelInputs(samples, transform)
+        positions = _positions(labeled, len(samples))
+        _require_integer("budget", budget, 1, len(samples) - len(positions), "the number of unlabeled samples")
+        _require_integer("shards", shards, 1, min(len(samples), MAX_SHARDS), "the largest number for this pool")
+        _require_integer("seed", seed, 0, MAX_SEED, "the largest seed")
+        if memory is not None and not (isinstance(memory, int | float) and memory > 0):
+            raise InputError(f"memory: is {short(memory)}; expected a number of GB above 0")
+        classes = _labels(labels, len(positions))
+        types = parse(EngineConfig, dict(engine or {}), "engine")
+        chosen, name = _strategy(strategy, params)
+        with guarded("model", "cannot be copied"):
+            trained = copy_model(model).cpu().eval()
+        request = QueryRequest(len(samples), budget, len(positions), precision(types))
+        clock = StageClock(report)
+        local = LocalShards(samples, inputs, shards, str(device))
+        try:
+            clock("check", 0, 1)
+            plan = _plan(trained, samples, inputs, chosen, request, shards, memory, device)
+            view = Pool(
+                local,
+                len(samples),
+                positions,
+                classes,
+                trained,
+                stream(seed, f"strategy {name}"),
+                stream(seed, "fisher sample"),
+                clock,
+                Engine(request.precision, types.drift, plan.chunk, plan.diagonal_batch),
+            )
+            batch = chosen.query(view, budget)
+        except NotFiniteError:
+            position = first_not_finite(samples, inputs, dtype)
+            raise InputError(
+                f"pool: the input made from sample {position} holds NaN or infinity; correct or remove the sample"
+            ) from None
+        except FloatingPointError as error:
+            raise InputError(_numerical(str(error))) from error
+        finally:
+            local.close()
+        try:
+            batch = validate_batch(batch, view.candidates, budget)
+        except RuntimeError as error:
+            raise InputError(f"strategy: {error}") from None
+        before, after = view.objective or (None, None)
+        return Selection(batch, view.gains, before, after, name, dict(view.notes), clock.finish())
+
+
+def _device_and_type(model: object) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the number type of a model.
+
+    Raises:
+        InputError: it is no model with parameters, or its parameters are on several devices.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: is {type(model).__name__}; expected a torch.nn.Module")
+    parameters = list(model.parameters())
+    if not parameters:
+        raise InputError(f"model: {type(model).__name__} has no parameters; give a trained classifier")
+    devices = sorted({str(value.device) for value in [*parameters, *model.buffers()]})
+    if len(devices) > 1 or devices == ["meta"]:
+        raise InputError(f"model: has parameters on {' and '.join(devices)}; move it to one device")
+    return torch.device(devices[0]), parameters[0].dtype
+
+
+def _positions(labeled: object, size: int) -> Tensor:
+    """Return the labeled positions, [l], from positions or from a mask [size]."""
+    with guarded("labeled", "is not a list of positions"):
+        values = torch.as_tensor(labeled if isinstance(labeled, Tensor | np.ndarray) else list(labeled))  # type: ignore[call-overload]
+    if values.dtype == torch.bool:
+        if values.shape != (size,):
+            raise InputError(f"labeled: the mask has shape {tuple(values.shape)}; expected ({size},), as the pool has")
+        return values.cpu().nonzero()[:, 0]
+    if not values.numel():
+        return torch.empty(0, dtype=torch.long)
+    if values.dim() != 1 or values.is_floating_point() or values.is_complex():
+        raise InputError(
+            f"labeled: is {values.dtype} of shape {tuple(values.shape)}; expected positions [l] or a boolean mask [n]"
+        )
+    values = values.cpu().long()
+    if len(outside := values[(values < 0) | (values >= size)]):
+        raise InputError(f"labeled: holds position {outside[0]}; the positions of the pool are 0 to {size - 1}")
+    unique, counts = values.unique(return_counts=True)
+    if len(unique) < len(values):
+        raise InputError(f"labeled: holds position {unique[counts.argmax()]} more than once; list each position once")
+    return values
+
+
+def _labels(labels: object, count: int) -> Tensor:
+    """Return the classes of the labeled positions, [count]; -1 if they are not given."""
+    if labels is None:
+        return torch.full((count,), -1)
+    with guarded("labels", "is not a list of classes"):
+        values = torch.as_tensor(labels)
+    if values.shape != (count,) or (count and (values.is_floating_point() or values.is_complex())):
+        raise InputError(
+            f"labels: is {values.dtype} of shape {tuple(values.shape)}; expected {count} integers, one for each "
+            "labeled position"
+        )
+    return values.cpu().long()
+
+
+def _require_integer(name: str, value: object, smallest: int, largest: int, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise InputError(f"{name}: is {short(value)}; expected an integer")
+    if not smallest <= value <= largest:
+        raise InputError(f"{name}: is {value}; expected {smallest} to {largest}, {what}")
+
+
+def _strategy(strategy: object, params: Mapping[str, Any] | None) -> tuple[Strategy, str]:
+    """Return a strategy with its parameters, and its name."""
+    if callable(strategy):
+        function = query_strategies.from_function(strategy, params)
+        return function, function.file
+    if not isinstance(strategy, str):
+        raise InputError(f"strategy: is {short(strategy)}; expected a name, or a function (pool, budget)")
+    name = absolute_file_name(strategy, Path.cwd())
+    config = parse(StrategyConfig, {"name": name, "params": dict(params or {})}, "strategy")
+    return query_strategies.load(config), config.short_name
+
+
+def _plan(
+    model: nn.Module,
+    samples: Images,
+    inputs: ModelInputs,
+    strategy: Strategy,
+    request: QueryRequest,
+    shards: int,
+    memory: float | None,
+    device: torch.device,
+) -> QueryPlan:
+    """Check that the model takes the samples, and plan the query.
+
+    Raises:
+        InputError: the model, the transform and the strategy do not suit each other, or the query does not fit.
+    """
+    dtype = next(model.parameters()).dtype
+    spread = torch.linspace(0, len(samples) - 1, sum(SIZES)).long().unique()
+    stored = samples[spread]
+    examples = inputs.check(stored, dtype)
+    with guarded("model", f"fails for inputs of shape {tuple(examples.shape)}"), torch.no_grad():
+        logits = model(examples.clone())
+    check_logits(model, logits, len(examples))
+    with guarded("strategy", f"{strategy.file} cannot work with this model"):
+        try:
+            work = strategy.check(model, examples)
+        except InputError as error:
+            text = str(error)
+            raise InputError(text if text.startswith(("model", "strategy")) else f"params.{text}") from error
+        measured: Measurement = measure(model, examples, work, stored_bytes=stored[0].nbytes, training=False)
+    limit = MEMORY_SHARE * free_memory() if memory is None else 1e9 * memory
+    gpu_limit = None
+    if device.type == "cuda":
+        gpu_limit = MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+    return plan_query(measured, request, shards, limit=limit, gpu_limit=gpu_limit)
+
+
+@contextmanager
+def _named_as_arguments() -> Iterator[None]:
+    """Name settings in messages as the arguments of ``select``."""
+    try:
+        yield
+    except InputError as error:
+        text = str(error)
+        for setting, argument in (("strategy.params", "params"), ("strategy.name", "strategy"), ("resources.", "")):
+            text = text.replace(setting, argument)
+        if text != str(error):
+            raise InputError(text, error.details) from error.__cause__
+        raise
+
+
+def _numerical(message: str) -> str:
+    """Return the message of a computation that failed, as an error of an argument."""
+    if message.startswith(("strategy.", "engine.")):
+        return message
+    return f"model: {message.removesuffix('; lower training.learning_rate')}"
+
+
+@contextmanager
+def _random_states_restored(device: torch.device) -> Iterator[None]:
+    """Restore the global random states of Python, NumPy and PyTorch, which data sets and models may draw from."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,386 @@
+"""The public API: its names, one query with the user's model and pool, runs, and what it refuses."""
+
+import ast
+import inspect
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import fishermask
+from fishermask import InputError, select
+from fishermask.config import ExperimentConfig, parse
+from fishermask.experiment import loop
+from fishermask.experiment.inputs import prepare_inputs
+from fishermask.pool.shards import LocalShards
+
+ROOT = Path(__file__).parent.parent
+
+
+def network(inputs=6, classes=3, dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(inputs, 5), nn.ReLU(), nn.Linear(5, classes)).to(dtype)
+
+
+def features(count=60, inputs=6, dtype=torch.float32):
+    return torch.randn(count, inputs, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+# Names
+
+
+def test_import_of_the_package_imports_no_heavy_library():
+    code = "import sys, fishermask; print(fishermask.__version__, *sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    modules = {name.split(".")[0] for name in output.split()}
+    assert not modules & {"torch", "numpy", "pandas", "pyarrow", "ray", "matplotlib", "scipy", "pydantic", "rich"}
+
+
+def test_public_names_are_the_same_for_users_type_checkers_and_dir():
+    module = ast.parse(Path(fishermask.__file__).read_text())
+    block = next(node for node in module.body if isinstance(node, ast.If))
+    typed = {alias.name: imported.module for imported in block.body for alias in imported.names}
+    assert typed == fishermask._MODULES
+    assert sorted(typed) == sorted(fishermask.__all__)
+    assert {*fishermask.__all__} <= {*dir(fishermask)}
+    with pytest.raises(AttributeError, match="no attribute 'selection'"):
+        fishermask.selection  # noqa: B018
+
+
+def test_public_functions_are_not_hidden_by_private_modules():
+    from fishermask.sweeps import runner, tune_runner  # noqa: F401
+
+    assert callable(fishermask.sweep)
+    assert callable(fishermask.strategies)
+    assert callable(fishermask.select)
+
+
+@pytest.mark.parametrize("name", fishermask.__all__)
+def test_each_public_name_has_a_docstring_that_lists_its_arguments_or_attributes(name):
+    value = getattr(fishermask, name)
+    text = inspect.getdoc(value)
+    assert text.splitlines()[0].endswith(".")
+    if inspect.isfunction(value):
+        listed = list(inspect.signature(value).parameters)
+        assert "InputError:" in text
+    else:
+        fields = getattr(value, "__dataclass_fields__", None) or getattr(value, "model_fields", {})
+        listed = list(fields)
+    for argument in listed:
+        assert f"\n    {argument}: " in text, argument
+    for method, function in inspect.getmembers(value, inspect.isfunction):
+        if not method.startswith("_") and function.__module__.startswith("fishermask"):
+            assert inspect.getdoc(function), method
+
+
+def test_strategies_are_listed_with_descriptions_and_default_params():
+    listed = fishermask.strategies()
+    assert {"fisher_mask", "bait", "badge", "coreset", "margin", "entropy", "random"} <= set(listed)
+    assert listed["bait"].params["damping"] == 1.0
+    assert all(info.description.endswith(".") for info in listed.values())
+
+
+# The selection
+
+
+@pytest.mark.parametrize("name", ["fisher_mask", "bait", "badge", "random"])
+def test_batch_is_the_one_that_the_definition_gives(name):
+    model, pool, labeled, seed = network(dtype=torch.float64), features(40, dtype=torch.float64), [3, 11, 20], 7
+    scores = oracle.Scores(model, pool)
+    params = {}
+    if name == "random":
+        candidates = torch.tensor([i for i in range(40) if i not in labeled])
+        draws = oracle.stream(seed, "strategy random")
+        expected = candidates[torch.randperm(37, generator=draws)[:6]].tolist()
+    elif name == "badge":
+        hidden = torch.cat([model[:2](pool), torch.ones(40, 1)], 1).detach()
+        expected = oracle.badge_batch(scores.p, hidden, labeled, 6, oracle.stream(seed, "strategy badge"), 2048)
+    else:
+        body = []
+        if name == "fisher_mask":
+            params = {"fraction": 0.7, "fisher_samples": 25}
+            sample = torch.randperm(40, generator=oracle.stream(seed, "fisher sample"))[:25].tolist()
+            body = oracle.masked_body(scores, 0.7, "global", sample, None)
+        else:
+            params = {"oversample": 1.0}
+        information = oracle.information(scores, body + scores.last_layer, "sqrt", None)
+        expected = oracle.trace_batch(information, labeled, 6)
+    selection = select(model, pool, labeled, 6, name, params=params, seed=seed)
+    assert selection.positions.tolist() == expected
+    assert selection.positions.dtype == torch.int64
+    if name in ("fisher_mask", "bait"):
+        assert selection.objective_before - selection.gains.sum() == pytest.approx(selection.objective_after)
+        assert (selection.gains > 0).all()
+
+
+def test_batch_is_that_of_round_0_of_a_run_on_uint8_images():
+    settings = {
+        "imbalance": {"kind": "balanced", "per_class": 30},
+        "model": {"name": "mlp", "params": {"width": 8, "depth": 1}},
+        "training": {"max_epochs": 2},
+        "budget": {"initial": 20, "query": 12, "total": 32},
+        "strategy": "badge",
+        "seed": 5,
+    }
+    inputs = prepare_inputs(parse(ExperimentConfig, settings))
+    models = []
+
+    class Shards(LocalShards):
+        def call(self, method, *args):
+            models.extend(args[:1] if method == "set_model" else [])
+            return super().call(method, *args)
+
+    round_0 = next(loop.run(inputs, lambda images, statistics: Shards(images, statistics)))
+    train = inputs.data.train
+    batch = train.ids.positions(round_0.batch).tolist()
+    images, (mean, std) = train.images[:], inputs.statistics
+    selection = select(
+        models[0],
+        images,
+        inputs.initial,
+        12,
+        "badge",
+        transform=lambda batch: (batch.float().div_(255) - mean[0]) / std[0],
+        seed=5,
+    )
+    assert selection.positions.tolist() == batch
+
+
+class Squares(Dataset):
+    """Items (x, y), with x an array."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        np.random.rand(), torch.rand(1), random.random()  # noqa: NPY002  as many data sets do
+        return self.samples[index].numpy(), index % 3
+
+
+def test_tensors_arrays_files_and_data_sets_give_the_same_batch(tmp_path):
+    model, pool = network(), features()
+    np.save(tmp_path / "pool.npy", pool.numpy())
+    mapped = np.load(tmp_path / "pool.npy", mmap_mode="r")
+    mask = np.zeros(60, dtype=bool)
+    mask[[3, 11]] = True
+    expected = select(model, pool, [3, 11], 5, "bait").positions.tolist()
+    for same in (pool.numpy(), mapped, TensorDataset(pool), Squares(pool), list(pool), pool.t().contiguous().t()):
+        assert select(model, same, mask, 5, "bait").positions.tolist() == expected
+    rounded = (10 * pool).round()
+    expected = select(model, rounded / 10, [3, 11], 5, "bait").positions.tolist()
+    for dtype in (torch.int64, torch.int16, torch.float64):
+        batch = select(model, rounded.to(dtype), torch.tensor([3, 11]), 5, "bait", transform=lambda b: b.float() / 10)
+        assert batch.positions.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["fisher_mask", "badge", "margin"])
+def test_shards_and_memory_do_not_change_the_batch(name):
+    model, pool = network(), features(5000)
+    params = {"fraction": 0.8} if name == "fisher_mask" else {}
+    one, three = (select(model, pool, [3, 11], 5, name, params=params, shards=count) for count in (1, 3))
+    small = select(model, Squares(pool), [3, 11], 5, name, params=params, shards=2, memory=0.1)
+    assert one.positions.tolist() == three.positions.tolist() == small.positions.tolist()
+
+
+def test_model_pool_and_global_states_are_left_as_they_were():
+    model, pool = network(), features()
+    model.insert(0, nn.ReLU(inplace=True))  # writes to its input
+    model.insert(3, nn.Dropout())
+    model[1].weight.requires_grad_(False)
+    model.train()
+    model[3].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()
+    threads, copy = torch.get_num_threads(), pool.clone()
+    torch.set_num_threads(2)
+    try:
+        selection = select(model, Squares(pool), [3], 4, "badge", transform=lambda batch: batch.mul_(2))
+        assert selection.positions.tolist() == select(model, 2 * pool, [3], 4, "badge").positions.tolist()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(pool, copy)
+    assert [module.training for module in model] == [True, True, True, False, True]
+    assert [parameter.requires_grad for parameter in model.parameters()] == [False, True, True, True]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.random.get_rng_state(), states[2])
+
+
+def test_function_sees_the_pool_and_its_labels():
+    def smallest_index(pool, budget, params):
+        assert pool.labeled.tolist() == [3, 11]
+        assert pool.labels.tolist() == [2, 0]
+        assert pool.probabilities().shape == (58, 3)
+        return np.array(pool.candidates[params["skip"] :][:budget])
+
+    selection = select(network(), features(), [3, 11], 2, smallest_index, params={"skip": 3}, labels=[2, 0])
+    assert selection.positions.tolist() == [4, 5]
+    assert selection.strategy == "smallest_index"
+    assert selection.gains is None
+    assert select(network(), features(), [], 3, lambda pool, budget: [2, 1, 0]).positions.tolist() == [2, 1, 0]
+
+
+def test_selection_shows_itself_as_text_and_as_a_table():
+    selection = select(network(), features(), [3, 11], 12, "bait")
+    text = repr(selection)
+    assert text.startswith("Selection(12 positions by bait, objective ")
+    assert ", ...])" in text
+    frame = selection.to_frame()
+    assert frame["position"].tolist() == selection.positions.tolist()
+    assert frame["gain"].tolist() == selection.gains.tolist()
+    assert "<table" in selection._repr_html_()
+    assert {"embed", "pick"} <= set(selection.seconds)
+    assert len(selection) == 12
+    assert list(select(network(), features(), [3], 2, "random").to_frame().columns) == ["position"]
+
+
+def test_progress_is_reported_to_a_function_or_a_bar(capsys):
+    calls = []
+    select(network(), features(), [3], 4, "bait", progress=lambda *call: calls.append(call))
+    assert ("pick", 4, 4) in calls
+    select(network(), features(), [3], 4, "bait", progress=True)  # too fast for a bar
+    assert capsys.readouterr().out == ""
+
+
+# Errors
+
+
+class Irregular(Squares):
+    def __getitem__(self, index):
+        return torch.zeros(6 if index < 30 else 7), 0
+
+
+class Augmented(Squares):
+    def __getitem__(self, index):
+        return self.samples[index] + torch.rand(1)
+
+
+class Failing(Squares):
+    def __getitem__(self, index):
+        raise OSError("disk")
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(6)
+
+
+def with_nan(position):
+    pool = features()
+    pool[position, 2] = torch.nan
+    return pool
+
+
+IMAGES = torch.zeros(60, 1, 4, 4, dtype=torch.uint8)
+FROZEN = network().requires_grad_(False)
+OVERFLOWING = network()
+OVERFLOWING[2].weight.data.fill_(1e38)
+NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": torch.nn.functional.relu}, "model: is .*; expected a torch.nn.Module"),
+        ({"model": nn.ReLU()}, "model: ReLU has no parameters"),
+        ({"model": network().to("meta")}, "model: has parameters on meta; move it to one device"),
+        ({"model": network(7)}, "model: fails for inputs of shape .7, 6. .RuntimeError"),
+        ({"model": NO_CLASSES}, "model: Sequential must return logits"),
+        ({"model": OVERFLOWING, "pool": 10 * features()}, "model: .*not finite"),
+        ({"model": FROZEN, "strategy": "bait"}, "model: all parameters of Sequential are frozen"),
+        ({"pool": IMAGES}, "pool: torch.uint8 samples need a transform .*lambda batch: batch.float.. / 255"),
+        ({"pool": features().long()}, "pool: torch.int64 samples need a transform"),
+        ({"pool": features().numpy().astype(object)}, "pool: has dtype object; expected numbers"),
+        ({"pool": features()[:, 0]}, r"pool: has shape \(60,\); expected \[n, ...\]"),
+        ({"pool": features()[:0]}, "pool: holds 0 samples"),
+        ({"pool": features().numpy()[::-1]}, "pool: is a reversed view"),
+        ({"pool": 5}, "pool: is int 5; give a tensor, an array or a map-style data set"),
+        ({"pool": DataLoader(TensorDataset(features()))}, "pool: is a DataLoader.* give its data set"),
+        ({"pool": Stream()}, "pool: is an iterable-style data set"),
+        ({"pool": ["text", "more"]}, "pool: item 0 holds str 'text'; give the data set a transform"),
+        ({"pool": Irregular(features())}, "pool: item 30 is .*shape .7,., and item 0 is .*shape .6,."),
+        ({"pool": Augmented(features())}, "pool: item 0 differs when it is read twice; leave random augmentation out"),
+        ({"pool": Failing(features())}, "pool: item 0 cannot be read .OSError: disk"),
+        ({"pool": with_nan(0)}, "pool: the input made from sample 0 holds NaN"),
+        ({"pool": with_nan(41)}, "pool: the input made from sample 41 holds NaN"),
+        ({"labeled": [3, 60]}, "labeled: holds position 60; the positions of the pool are 0 to 59"),
+        ({"labeled": [3, -1]}, "labeled: holds position -1"),
+        ({"labeled": [3, 5, 3]}, "labeled: holds position 3 more than once"),
+        ({"labeled": [True, False]}, r"labeled: the mask has shape \(2,\); expected \(60,\)"),
+        ({"labeled": [0.5]}, r"labeled: is torch.float32 of shape \(1,\); expected positions"),
+        ({"labeled": 3}, "labeled: is not a list of positions"),
+        ({"labels": [1]}, r"labels: is torch.int64 of shape \(1,\); expected 2 integers"),
+        ({"budget": 59}, "budget: is 59; expected 1 to 58, the number of unlabeled samples"),
+        ({"budget": 0}, "budget: is 0; expected 1 to 58"),
+        ({"budget": 2.0}, "budget: is 2.0; expected an integer"),
+        ({"shards": 61}, "shards: is 61; expected 1 to 60"),
+        ({"seed": -1}, "seed: is -1; expected 0 to"),
+        ({"strategy": "marign"}, "strategy: unknown strategy 'marign'; there are badge, bait"),
+        ({"strategy": 5}, "strategy: is 5; expected a name, or a function"),
+        ({"strategy": lambda pool: []}, "strategy: <lambda> takes 1 arguments"),
+        ({"strategy": lambda pool, budget: [0, 0]}, "strategy: the strategy returned 2 positions, 1 distinct"),
+        ({"params": {"x": 1}}, "params.x: unknown key; there are none|params.x: unknown key"),
+        ({"strategy": "bait", "params": {"damping": -1.0}}, "params.damping: .* greater than 0"),
+        ({"memory": 1e-5, "strategy": "bait"}, "memory: .*needs .* available"),
+        ({"memory": "1"}, "memory: is '1'; expected a number of GB"),
+        ({"engine": {"storage": "int8"}}, "engine.storage: .*'int8'"),
+        ({"progress": "bar"}, "progress: is 'bar'; expected True, False or a function"),
+        ({"transform": 5}, "transform: is 5; expected a function"),
+        ({"transform": lambda batch: None}, "transform: returned NoneType None; expected a floating-point tensor"),
+        ({"transform": lambda batch: batch.sum()}, "transform: returned .*; expected a floating-point tensor"),
+        ({"transform": lambda batch: batch[:1]}, r"transform: made inputs of shape \(1, 6\) from 7 samples"),
+        ({"transform": lambda batch: batch - batch.mean(0)}, "transform: the input of a sample depends on its batch"),
+        ({"transform": lambda batch: batch + torch.rand(1)}, "transform: gives other inputs the second time"),
+        ({"transform": lambda batch: batch.matmul(1)}, r"transform: fails for a batch of shape \(7, 6\)"),
+    ],
+)
+def test_bad_argument_is_one_line_that_names_it(arguments, message):
+    arguments = {"model": network(), "pool": features(), "labeled": [3, 11], "budget": 2, "strategy": "margin"} | arguments
+    with pytest.raises(InputError, match=f"^(?:{message})") as caught:
+        select(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_error_of_a_users_strategy_is_raised_as_it_is():
+    def failing(pool, budget):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        select(network(), features(), [3], 2, failing)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "a", "base": {"sede": 1}}, "sede: unknown key"),
+        ({"base": {}}, "config.name: missing"),
+        (5, "config: is 5; expected a Config, a dictionary or the path of a sweep file"),
+        ("missing.yaml", "missing.yaml: cannot be read"),
+    ],
+)
+def test_bad_config_is_refused_before_anything_runs(config, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for function in (fishermask.run, fishermask.sweep):
+        with pytest.raises(InputError, match=message):
+            function(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_of_a_folder_without_results_are_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no results"):
+        fishermask.read_results(tmp_path)
+    with pytest.raises(InputError, match="is not a folder"):
+        fishermask.read_results(tmp_path / "missing")

@@ -11,7 +11,7 @@ config = fishermask.Config(
         "training": {"max_epochs": 5},
         "budget": {"initial": 20, "query": 20, "total": 60},
     },
-    grid={"strategy": ["fisher_mask", "margin", "random"], "seed": [0, 1]},
+    grid={"strategy": [{"name": "fisher_mask", "params": {"fraction": 0.05}}, "margin", "random"], "seed": [0, 1]},
 )
 
 if __name__ == "__main__":

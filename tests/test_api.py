@@ -224,7 +224,7 @@ def test_function_sees_the_pool_and_its_labels():
         assert pool.labeled.tolist() == [3, 11]
         assert pool.labels.tolist() == [2, 0]
         assert pool.probabilities().shape == (58, 3)
-        return np.array(pool.candidates[params["skip"] :][:budget])
+        return pool.candidates[params["skip"] :][:budget].numpy()
 
     selection = select(network(), features(), [3, 11], 2, smallest_index, params={"skip": 3}, labels=[2, 0])
     assert selection.positions.tolist() == [4, 5]
@@ -311,7 +311,7 @@ NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
         ({"pool": DataLoader(TensorDataset(features()))}, "pool: is a DataLoader.* give its data set"),
         ({"pool": Stream()}, "pool: is an iterable-style data set"),
         ({"pool": ["text", "more"]}, "pool: item 0 holds str 'text'; give the data set a transform"),
-        ({"pool": Irregular(features())}, "pool: item 30 is .*shape .7,., and item 0 is .*shape .6,."),
+        ({"pool": Irregular(features())}, "pool: item (?:39|49) is .*shape .7,., and item 0 is .*shape .6,."),
         ({"pool": Augmented(features())}, "pool: item 0 differs when it is read twice; leave random augmentation out"),
         ({"pool": Failing(features())}, "pool: item 0 cannot be read .OSError: disk"),
         ({"pool": with_nan(0)}, "pool: the input made from sample 0 holds NaN"),
@@ -348,7 +348,13 @@ NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
     ],
 )
 def test_bad_argument_is_one_line_that_names_it(arguments, message):
-    arguments = {"model": network(), "pool": features(), "labeled": [3, 11], "budget": 2, "strategy": "margin"} | arguments
+    arguments = {
+        "model": network(),
+        "pool": features(),
+        "labeled": [3, 11],
+        "budget": 2,
+        "strategy": "margin",
+    } | arguments
     with pytest.raises(InputError, match=f"^(?:{message})") as caught:
         select(**arguments)
     assert "\n" not in str(caught.value)

@@ -29,7 +29,8 @@ def strategies() -> dict[str, StrategyInfo]:
     described = {name: query_strategies.describe(name) for name in query_strategies.available()}
     return {
         name: StrategyInfo(
-            description, {key: field.get_default(call_default_factory=True) for key, field in params.model_fields.items()}
+            description,
+            {key: field.get_default(call_default_factory=True) for key, field in params.model_fields.items()},
         )
         for name, (description, params) in described.items()
     }

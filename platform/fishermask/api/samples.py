@@ -108,7 +108,9 @@ def _dataset(pool: Any) -> DatasetSamples:
     if isinstance(pool, IterableDataset):
         raise InputError("pool: is an iterable-style data set, which has no positions; give a map-style data set")
     if isinstance(pool, str | bytes | dict) or not (hasattr(pool, "__getitem__") and hasattr(pool, "__len__")):
-        raise InputError(f"pool: is {type(pool).__name__} {short(pool)}; give a tensor, an array or a map-style data set")
+        raise InputError(
+            f"pool: is {type(pool).__name__} {short(pool)}; give a tensor, an array or a map-style data set"
+        )
     with guarded("pool", "its length cannot be read"):
         length = len(pool)
     if not length:
@@ -198,7 +200,9 @@ class ModelInputs:
             raise InputError("transform: gives other inputs the second time; leave random augmentation out")
         single = torch.cat([self(sample[None], dtype) for sample in samples])
         if not torch.allclose(single, inputs, rtol=1e-4, atol=1e-5):
-            raise InputError("transform: the input of a sample depends on its batch; use constants, not batch statistics")
+            raise InputError(
+                "transform: the input of a sample depends on its batch; use constants, not batch statistics"
+            )
         return inputs
 
 

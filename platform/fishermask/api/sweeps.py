@@ -14,7 +14,7 @@ from fishermask.config import parse
 from fishermask.errors import InputError
 from fishermask.guard import guarded, short
 from fishermask.planning.placement import Cluster, this_machine
-from fishermask.results import files, tables
+from fishermask.results import files, report, tables
 from fishermask.sweeps import runner, sweep_file
 from fishermask.sweeps.sweep_file import Sweep, SweepConfig
 
@@ -92,10 +92,11 @@ def sweep(config: "Config | Mapping[str, Any] | str | PathLike[str]", *, progres
 
 
 def read_results(folder: "str | PathLike[str]") -> "pd.DataFrame":
-    """Return the table of all finished rounds of a run or a sweep, one row for each round.
+    """Return the table of all rounds of a run or a sweep, one row for each round.
 
-    Columns: ``run``, ``strategy``, the settings that vary, ``seed``, ``round``, ``labels``, metrics such as
-    ``accuracy``, ``recall.CLASS``, ``batch_classes.CLASS`` and ``seconds.STAGE``.
+    Columns: ``run``; ``strategy``, its label, and ``strategy_name``; the settings that vary; ``seed``; ``finished``,
+    whether all rounds of the run are there; ``round``, ``labels``, metrics such as ``balanced_accuracy``,
+    ``recall.CLASS``, ``batch_classes.CLASS``, ``seconds.STAGE`` and ``notes.NAME``.
 
     Args:
         folder: the folder ``output/name`` of a sweep, which may still be running.
@@ -106,7 +107,7 @@ def read_results(folder: "str | PathLike[str]") -> "pd.DataFrame":
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise InputError(f"folder: {path} is not a folder")
-    return tables.collect(path)
+    return tables.read_rounds(path)[0]
 
 
 def _load(config: object) -> SweepConfig:
@@ -140,6 +141,8 @@ def _execute(sweep: Sweep, in_process: bool, progress: bool) -> Results:
                 from fishermask.sweeps import tune_runner
 
                 recorder = tune_runner.run_on_ray(sweep, plans, cluster, console)
+    if any(run.folder.history() for run in sweep.runs):
+        report.write(sweep.folder)
     return Results(sweep.folder, dict(recorder.failed))
 
 
@@ -150,7 +153,7 @@ def _cluster(stack: ExitStack) -> Cluster:
     if not runner.joins_cluster() and not cluster.ray.is_initialized():
         return this_machine()
     _connect(stack, None)
-    return cluster.current()
+    return cluster.connected_cluster()
 
 
 def _connect(stack: ExitStack, nodes: Cluster | None) -> None:
@@ -158,7 +161,7 @@ def _connect(stack: ExitStack, nodes: Cluster | None) -> None:
     from fishermask.sweeps import cluster
 
     with guarded("RAY_ADDRESS", "Ray cannot be used"):
-        stack.enter_context(cluster.connected(nodes))
+        stack.enter_context(cluster.connect(nodes))
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def read_rounds(sweep: Path) -> tuple[pd.DataFrame, list[UnfinishedRun]]:
         history, planned = folder.history(), config.budget.num_rounds
         if len(history) < planned:
             unfinished.append(UnfinishedRun(folder.path.name, len(history), planned, _last_error(folder)))
-        start: dict[str, Any] = {"run": folder.path.name, "strategy_name": config.strategy.name}
+        start: dict[str, Any] = {"run": folder.path.name, "strategy_name": config.strategy.short_name}
         start["strategy"] = labels[config.strategy]
         start |= {path: setting(config, path) for path in varied}
         start |= {"seed": config.seed, "finished": len(history) >= planned}

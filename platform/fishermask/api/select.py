@@ -27,8 +27,8 @@ from fishermask.planning.query_plan import MEMORY_SHARE, QueryPlan, free_memory,
 from fishermask.pool.pool import Engine, Pool
 from fishermask.pool.shards import LocalShards
 from fishermask.query_strategies import Query, Strategy
+from fishermask.tensors.gradient_plan import VERIFICATION_SIZES
 from fishermask.tensors.images import Images
-from fishermask.tensors.layout import SIZES
 from fishermask.tensors.slow_gradients import copy_model
 from fishermask.tensors.verification import check_logits
 from fishermask.user_modules import absolute_file_name
@@ -222,7 +222,7 @@ def _plan(
         InputError: the model, the transform and the strategy do not suit each other, or the query does not fit.
     """
     dtype = next(model.parameters()).dtype
-    spread = torch.linspace(0, len(samples) - 1, sum(SIZES)).long().unique()
+    spread = torch.linspace(0, len(samples) - 1, sum(VERIFICATION_SIZES)).long().unique()
     stored = samples[spread]
     examples = inputs.check(stored, dtype)
     with guarded("model", f"fails for inputs of shape {tuple(examples.shape)}"), torch.no_grad():

@@ -53,7 +53,9 @@ class Results:
         return read_results(self.folder)
 
 
-def run(config: "Config | Mapping[str, Any] | str | PathLike[str]", *, progress: bool = True) -> Results:
+def run(
+    config: "Config | Mapping[str, Any] | str | PathLike[str]", *, progress: bool = True, continue_anyway: bool = False
+) -> Results:
     """Run the first combination of a sweep in this process.
 
     Results are in a folder of their own. A run that was interrupted continues after its last finished round.
@@ -62,6 +64,8 @@ def run(config: "Config | Mapping[str, Any] | str | PathLike[str]", *, progress:
         config: a ``Config``, a dictionary with its fields, or the path of a sweep file. Of each setting in ``grid``,
             the run uses the first value.
         progress: whether to print a line for each round.
+        continue_anyway: whether to continue a run that other settings, devices or source code began; its rounds from
+            then on say so. Otherwise such a run is refused.
 
     Returns:
         The folder of the results, and the error if the run failed.
@@ -69,10 +73,12 @@ def run(config: "Config | Mapping[str, Any] | str | PathLike[str]", *, progress:
     Raises:
         InputError: a setting that cannot work; the message names it, and a value that would.
     """
-    return _execute(sweep_file.expand(sweep_file.single(_load(config))), True, progress)
+    return _execute(sweep_file.expand(sweep_file.select_first_run(_load(config))), True, progress, continue_anyway)
 
 
-def sweep(config: "Config | Mapping[str, Any] | str | PathLike[str]", *, progress: bool = True) -> Results:
+def sweep(
+    config: "Config | Mapping[str, Any] | str | PathLike[str]", *, progress: bool = True, continue_anyway: bool = False
+) -> Results:
     """Run every combination of a sweep on Ray, as many at the same time as the machine or the cluster can hold.
 
     Finished runs are not repeated, and interrupted runs continue after their last finished round. Ray is started on
@@ -81,6 +87,8 @@ def sweep(config: "Config | Mapping[str, Any] | str | PathLike[str]", *, progres
     Args:
         config: a ``Config``, a dictionary with its fields, or the path of a sweep file.
         progress: whether to print a line for each run, and in a terminal a progress bar.
+        continue_anyway: whether to continue runs that other settings, devices or source code began; their rounds from
+            then on say so. Otherwise such runs are refused.
 
     Returns:
         The folder of the results, and the errors of the runs that failed.
@@ -88,7 +96,7 @@ def sweep(config: "Config | Mapping[str, Any] | str | PathLike[str]", *, progres
     Raises:
         InputError: a setting that cannot work; the message names it, and a value that would.
     """
-    return _execute(sweep_file.expand(_load(config)), False, progress)
+    return _execute(sweep_file.expand(_load(config)), False, progress, continue_anyway)
 
 
 def read_results(folder: "str | PathLike[str]") -> "pd.DataFrame":
@@ -120,16 +128,16 @@ def _load(config: object) -> SweepConfig:
     raise InputError(f"config: is {short(config)}; expected a Config, a dictionary or the path of a sweep file")
 
 
-def _execute(sweep: Sweep, in_process: bool, progress: bool) -> Results:
+def _execute(sweep: Sweep, in_process: bool, progress: bool, continue_anyway: bool) -> Results:
     """Check the runs of ``sweep``, and run those that are not finished."""
     console = Console(quiet=not progress, markup=False, highlight=False, soft_wrap=True)
     with ExitStack() as stack, _threads_restored():
         on_ray = not in_process or sweep.runs[0].config.resources.workers == "ray"
         cluster = _cluster(stack) if on_ray else this_machine()
-        plans = runner.plan_sweep(sweep, cluster, console, in_process)
+        plans = runner.plan_sweep(sweep, cluster, console, in_process, continue_anyway)
         for line in runner.describe_plans(plans):
             console.print(line)
-        if not runner.missing(sweep):
+        if not runner.unfinished_runs(sweep):
             return Results(sweep.folder, {})
         if on_ray:
             _connect(stack, cluster)

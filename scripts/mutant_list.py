@@ -490,8 +490,8 @@ MUTANTS = [
     # strategies
     Mutant(
         "query_strategies/fisher_mask.py",
-        "masks.mask_size(pool.model, plan, params.fraction)",
-        "masks.mask_size(pool.model, plan, 0.5)",
+        "masks.mask_size(model, plan, params.fraction)",
+        "masks.mask_size(model, plan, 0.5)",
         "fisher_mask ignores fraction",
         "parameters",
     ),
@@ -518,8 +518,8 @@ MUTANTS = [
     ),
     Mutant(
         "query_strategies/fisher_mask.py",
-        "if key in fields}",
-        'if key in fields and key != "damping"}',
+        "if name in names}",
+        'if name in names and name != "damping"}',
         "fisher_mask ignores damping",
         "parameters",
     ),

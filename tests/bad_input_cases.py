@@ -141,7 +141,7 @@ for setting, value in {
         case(f"imbalance={text}", dry(f"imbalance={text}"), setting)
 
 for strategy, params in {
-    "fisher_mask": ["fraction: 0", "fraction: 2", "fraction: .nan", "fraction: 1e-9", "damping: 0", "damping: -1", "mask: best", "preset: [a]", "preset: other", "preset: 5", "fisher_samples: 0", "fisher_samples: 1.5", "top_classes: 1", "top_classes: 10, fraction: 0.5", f"top_classes: {HUGE}, fraction: 0.5", "oversample: 0.5", "oversample: .inf", "target: all", "class_weighting: 3", "lambda: 1", "initial_information: 1"],
+    "fisher_mask": ["num_body_parameters: -1", "num_body_parameters: 1.5", "num_body_parameters: 8, fraction: 0.5", "fraction: 0", "fraction: 2", "fraction: .nan", "fraction: 1e-9", "damping: 0", "damping: -1", "mask: best", "preset: [a]", "preset: other", "preset: 5", "fisher_samples: 0", "fisher_samples: 1.5", "top_classes: 1", "top_classes: 10, fraction: 0.5", f"top_classes: {HUGE}, fraction: 0.5", "oversample: 0.5", "oversample: .inf", "target: all", "class_weighting: 3", "lambda: 1", "initial_information: 1"],
     "bait": ["damping: 0", "damping: .inf", "fraction: 0.1", "top_classes: 2.5"],
     "margin": ["x: 1"], "random": ["seed: 1"], "entropy": ["5: 1"], "coreset": ["x: .nan"], "badge": ["k: 3"],
 }.items():  # fmt: skip

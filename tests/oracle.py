@@ -60,10 +60,16 @@ class Scores:
         return [i for i, layer in enumerate(self.layer_of) if layer == self.head]
 
 
-def masked_body(scores: Scores, fraction: float, mask: str, sample: list[int], draws: torch.Generator) -> list[int]:
-    """Return the masked positions outside the last layer, ascending, of a mask of ``fraction`` of all parameters."""
+def body_size(scores: Scores, fraction: float | None, num_body_parameters: int = 1024) -> int:
+    """Return how many parameters outside the last layer a mask holds."""
+    if fraction is None:
+        return min(num_body_parameters, len(scores.body))
+    return round(fraction * len(scores.layer_of)) - len(scores.last_layer)
+
+
+def masked_body(scores: Scores, size: int, mask: str, sample: list[int], draws: torch.Generator) -> list[int]:
+    """Return the positions, ascending, of the ``size`` masked parameters outside the last layer."""
     body = scores.body
-    size = round(fraction * len(scores.layer_of)) - len(scores.last_layer)
     if mask == "last_layer":
         return []
     if mask == "random":

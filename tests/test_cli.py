@@ -142,7 +142,7 @@ def test_strategies_are_listed_with_their_parameters(capsys):
         "coreset",
         "badge",
     }
-    assert "fraction = 0.01" in out
+    assert "num_body_parameters = 1024" in out
 
 
 def test_help_and_version(capsys):
@@ -165,7 +165,10 @@ def test_help_and_version(capsys):
         (["run", "tiny.yaml", "budget.querry=1"], "budget.querry: unknown key; there are initial, query, total"),
         (["sweep", "tiny.yaml", "budget.total=999"], "budget.total: 999 exceeds the pool of 300 images; lower it"),
         (["run", "tiny.yaml", "strategy=best"], "strategy.name: unknown strategy 'best'; there are badge, bait,"),
-        (["run", "tiny.yaml", "strategy=fisher_mask"], "strategy.params.fraction: 0.01 of"),
+        (
+            ["run", "tiny.yaml", "strategy={name: fisher_mask, params: {fraction: 0.01}}"],
+            "strategy.params.fraction: 0.01 of",
+        ),
         (["run", "tiny.yaml", "model=vgg"], "model.name: unknown model 'vgg'; expected one of thin_resnet18"),
         (["run", "tiny.yaml", "data=coco"], "data: "),
         (["run", "tiny.yaml", "data.name=coco"], "data.name: unknown data set 'coco'; available: fashion_mnist_small"),

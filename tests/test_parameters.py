@@ -4,15 +4,18 @@ A parameter that is ignored would go unnoticed where two of its values give the 
 such that all batches differ.
 """
 
+import copy
 import functools
 
 import oracle
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from fishermask import query_strategies
 from fishermask.config import StrategyConfig
+from fishermask.errors import InputError
 from fishermask.pool.pool import Engine, Pool
 from fishermask.pool.shards import LocalShards
 from fishermask.query_strategies import fisher_mask
@@ -81,7 +84,8 @@ def expected_mask(params, strategy_seed=STRATEGY_SEED, sample_seed=SAMPLE_SEED) 
     if params.get("fisher_sample") == "first":
         sample = list(range(min(count, SIZE)))
     draws = torch.Generator().manual_seed(strategy_seed)
-    return oracle.masked_body(scores(), params["fraction"], params.get("mask", "global"), sample, draws)
+    size = oracle.body_size(scores(), params["fraction"], params.get("num_body_parameters") or 1024)
+    return oracle.masked_body(scores(), size, params.get("mask", "global"), sample, draws)
 
 
 OBJECTIVE = ("damping", "initial_information", "batch_weighting", "target", "oversample")
@@ -101,6 +105,8 @@ MASKS = {
     "smaller fraction": {"fraction": 0.25},
     "larger fraction": {"fraction": 0.6},
     "rounded up": {"fraction": 34.6 / 102},
+    "nine parameters": {"fraction": None, "num_body_parameters": 9},
+    "default number, more than there are": {"fraction": None},
     "layerwise": {"mask": "layerwise"},
     "relative, the largest": {"mask": "relative"},
     "relative, all above the threshold": {"mask": "relative", "fraction": 0.6},
@@ -140,6 +146,53 @@ def test_fisher_mask_masks_the_promised_parameters_and_queries_the_promised_batc
     params = query_strategies.load(StrategyConfig(name="fisher_mask", params=BASE | change)).params
     assert named(fisher_mask.choose_mask(pool(), params)) == body
     assert queried("fisher_mask", BASE | change) == expected(BASE | change, body)
+
+
+@pytest.mark.parametrize("params", [{"num_body_parameters": 0}, {"mask": "last_layer"}], ids=str)
+def test_a_mask_of_the_last_layer_needs_no_fraction(params):
+    chosen = query_strategies.load(StrategyConfig(name="fisher_mask", params=params)).params
+    assert named(fisher_mask.choose_mask(pool(), chosen)) == []
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"fraction": 0.3, "num_body_parameters": 5}, "both set the size of the mask"),
+        ({"num_body_parameters": None}, "set num_body_parameters or fraction"),
+        ({"num_body_parameters": -1}, "strategy.params.num_body_parameters"),
+    ],
+)
+def test_the_size_of_the_mask_is_set_exactly_once(params, message):
+    with pytest.raises(InputError, match=message):
+        query_strategies.load(StrategyConfig(name="fisher_mask", params=params))
+
+
+@pytest.mark.parametrize("params", [{}, {"fraction": 0.5}, {"mask": "last_layer"}], ids=str)
+def test_parameters_with_their_defaults_written_out_are_accepted(params):
+    loaded = query_strategies.load(StrategyConfig(name="fisher_mask", params=params)).params
+    assert query_strategies.load(StrategyConfig(name="fisher_mask", params=loaded.model_dump())).params == loaded
+
+
+@pytest.mark.parametrize("kind", ["global", "layerwise", "relative", "random"])
+@pytest.mark.parametrize("size", [{}, {"num_body_parameters": 12}, {"fraction": 0.5}, {"fraction": 1.0}], ids=str)
+def test_frozen_parameters_are_never_masked_and_do_not_count(kind, size):
+    frozen = pool()
+    frozen.model = copy.deepcopy(network())
+    frozen.model[0].requires_grad_(False)  # 30 of 102 parameters; 52 of the trained ones are outside the last layer
+    chosen = query_strategies.load(StrategyConfig(name="fisher_mask", params={"mask": kind, **size})).params
+    mask = fisher_mask.choose_mask(frozen, chosen)
+    assert set(mask.entries) <= {"3.weight", "3.bias"}
+    expected_size = {"{}": 52, "{'num_body_parameters': 12}": 12, "{'fraction': 0.5}": 16, "{'fraction': 1.0}": 52}
+    assert mask.body_size == expected_size[str(size)] or (kind == "relative" and 0 < mask.body_size <= 52)
+
+
+def test_the_default_mask_of_resnet18_fits_in_memory():
+    """With 1 % of its parameters, as was the default once, the matrices alone took 654 GB."""
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    strategy = query_strategies.load(StrategyConfig(name="fisher_mask"))
+    work = strategy.check(model, torch.rand(2, 3, 32, 32))
+    assert work.body_size == 1024
+    assert 3 * 8 * work.columns**2 < 1e9  # bytes of three matrices
 
 
 @pytest.mark.parametrize("change", OBJECTIVES.values(), ids=OBJECTIVES)

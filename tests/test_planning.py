@@ -253,7 +253,7 @@ def test_a_query_that_cannot_fit_is_refused_with_the_largest_mask_that_can():
     task, limit = Task(5_000, 5), 200e6
     assert plan_query(measured, task).coordinator.total > limit
     message = r"^resources.memory: the process that is to .* needs .*, more than the 200 MB available; "
-    with pytest.raises(InputError, match=message + r"lower strategy.params.body_size to ([\d,]+)$") as caught:
+    with pytest.raises(InputError, match=message + r"lower strategy.params.num_body_parameters to ([\d,]+)$") as caught:
         plan_query(measured, task, limit=limit)
     largest = int(str(caught.value).rpartition(" ")[2].replace(",", ""))
     assert 0 < largest < 900

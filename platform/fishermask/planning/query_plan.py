@@ -189,7 +189,9 @@ def _fit(
         body = largest(work.body_size, lambda size: needed(chunks[-1], measured.with_body_size(size)).total)
         if body >= 0:
             remedy = (
-                f"lower strategy.params.body_size to {body:,}" if body else "set strategy.params.mask to last_layer"
+                f"lower strategy.params.num_body_parameters to {body:,}"
+                if body
+                else "set strategy.params.mask to last_layer"
             )
     raise InputError(
         f"resources.memory: the process that is to {smallest.stage} needs {smallest}, more than the "

@@ -1,72 +1,88 @@
 """Batch that best covers the pool's Fisher information on the few parameters that matter (arXiv 2411.05752)."""
 
+from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fishermask.config import Config
+from fishermask.errors import InputError
 from fishermask.planning.workload import Workload, embedding_workload
 from fishermask.pool.pool import Pool
 from fishermask.pool.selection import TraceOptions, minimize_trace
 from fishermask.tensors import mask as masks
-from fishermask.tensors.gradient_plan import plan_gradients, warn_about_slow_parameters
+from fishermask.tensors.gradient_plan import GradientPlan, plan_gradients, warn_about_slow_parameters
 from fishermask.tensors.mask import Mask
 
 RANKED = {"global": masks.global_mask, "layerwise": masks.layerwise_mask, "relative": masks.relative_mask}
-
-
 PRESETS: dict[str, dict[str, Any]] = {"fishermask-released": {"class_weighting": "none", "fisher_sample": "first"}}
 
 
 class Params(Config):
     preset: Literal["fishermask-released"] | None = None
-    """Options switched on together, where they are not given: the choices of the paper's released code."""
-    fraction: float = Field(0.01, gt=0, le=1)
-    """Masked share of all parameters: the whole last layer, and the rest as ``mask`` says."""
+    """Set the options that this preset names, unless they are set here: the choices of the paper's released code."""
+    num_body_parameters: int | None = Field(1024, ge=0)
+    """Number of masked parameters outside the last layer, at most as many as there are. 0: the last layer only."""
+    fraction: float | None = Field(None, gt=0, le=1)
+    """The paper's setting, in place of ``num_body_parameters``: masked share of all trained parameters, the last layer
+    included."""
     mask: Literal["global", "layerwise", "relative", "random", "last_layer"] = "global"
-    """The largest Fisher information of all layers together, of each layer, or relative to the layer's mean (above
-    twice it); at random; or none outside the last layer, which is BAIT."""
+    """Masked parameters outside the last layer: those with the largest Fisher information in the whole model, in each
+    layer, or relative to the mean of their layer (only above twice the mean); random ones; or none, as in BAIT."""
     fisher_samples: int = Field(1024, ge=1)
-    """Pool images that the Fisher information of each parameter is averaged over ..."""
+    """Number of pool images over which the Fisher information of each parameter is averaged ..."""
     fisher_sample: Literal["random", "first"] = "random"
-    """... drawn at random, or the first of the pool."""
+    """... drawn at random, or the first images of the pool."""
     damping: float = Field(1.0, gt=0)
-    """lambda: how much identity is added to the labeled images' information."""
+    """lambda: factor of the identity that is added to the information of the labeled images."""
     initial_information: bool = True
-    """Whether the labeled images' information counts."""
+    """Whether the information of the labeled images counts."""
     class_weighting: Literal["sqrt", "none"] = "sqrt"
-    """With sqrt an image's embedding gives its Fisher information; the released code leaves it out."""
+    """``sqrt``: an image's embedding gives its Fisher information. ``none``: all classes have the same weight, as in
+    the released code."""
     top_classes: int | None = Field(None, ge=2)
-    """An approximation, for many classes: only an image's most probable classes count, as if others were impossible."""
+    """Approximation for many classes: use only the most probable classes of each image, renormalized."""
     batch_weighting: Literal["bait", "per_sample"] = "bait"
-    """A candidate counts as much as the whole batch, as BAIT's code has it, or as much as a labeled image."""
+    """Weight of a candidate: that of the whole batch, as in BAIT's code, or that of one labeled image."""
     target: Literal["pool", "identity"] = "pool"
-    """What is covered: the pool's information, or every direction alike."""
+    """Information to cover: that of the pool, or the identity, which treats all directions alike."""
     oversample: float = Field(1.0, ge=1)
-    """Choose this many times the budget, then take back what is missed least."""
+    """Pick this many times the budget, then prune the picks that contribute least."""
 
     @model_validator(mode="before")
     @classmethod
-    def _preset(cls, given: dict[str, Any]) -> dict[str, Any]:
-        preset = given.get("preset")
-        return (PRESETS.get(preset, {}) if isinstance(preset, str) else {}) | given
+    def _apply_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
+        preset = values.get("preset")
+        return (PRESETS.get(preset, {}) if isinstance(preset, str) else {}) | values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_size(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("fraction") is None:
+            return values
+        if values.get("num_body_parameters") is not None:
+            raise ValueError("fraction and num_body_parameters both set the size of the mask; remove one of them")
+        return values | {"num_body_parameters": None}
+
+    @model_validator(mode="after")
+    def _require_size(self) -> "Params":
+        if self.num_body_parameters is None and self.fraction is None and self.mask != "last_layer":
+            raise ValueError("the size of the mask is not set; set num_body_parameters or fraction")
+        return self
 
 
 def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
-    """The mask must hold the last layer."""
+    """Require a mask that is not empty and holds the last layer."""
     plan = plan_gradients(model, images)
     warn_about_slow_parameters(plan.slow)
-    body_size = masks.mask_size(model, plan, params.fraction) - masks.head_size(model, plan)
-    if params.mask == "last_layer":
-        body_size = masks.last_layer_mask(plan).body_size
-    fisher_samples = params.fisher_samples if params.mask in RANKED and body_size else 0
+    body_size = choose_body_size(params, model, plan)
     return embedding_workload(
         model,
         images,
         plan,
         body_size,
-        fisher_samples=fisher_samples,
+        fisher_samples=params.fisher_samples if params.mask in RANKED and body_size else 0,
         top_classes=params.top_classes,
         oversample=params.oversample,
         weighting=params.class_weighting,
@@ -74,22 +90,36 @@ def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:
-    """Positions of ``budget`` candidates that greedily minimize the trace of the inverse information."""
-    fields = TraceOptions.__dataclass_fields__
-    options = TraceOptions(**{key: value for key, value in params.model_dump().items() if key in fields})
+    """Return the positions of ``budget`` candidates that greedily minimize the trace of the inverse information."""
+    names = {field.name for field in fields(TraceOptions)}
+    options = TraceOptions(**{name: value for name, value in params.model_dump().items() if name in names})
     return minimize_trace(pool, choose_mask(pool, params), budget, options)
 
 
-def choose_mask(pool: Pool, params: Params) -> Mask:
-    """The mask that ``params`` ask for."""
-    plan = pool.plan_gradients()
-    body_size = masks.mask_size(pool.model, plan, params.fraction) - masks.head_size(pool.model, plan)
+def choose_body_size(params: Params, model: nn.Module, plan: GradientPlan) -> int:
+    """Return the number of masked parameters outside the last layer.
+
+    Raises:
+        InputError: the mask would be empty, or ``fraction`` is too small to hold the last layer.
+    """
     if params.mask == "last_layer":
-        return masks.last_layer_mask(plan)
+        return masks.last_layer_mask(plan).body_size
+    if params.fraction is not None:
+        return masks.mask_size(model, plan, params.fraction) - masks.head_size(model, plan)
+    assert params.num_body_parameters is not None
+    if not params.num_body_parameters and plan.head is None:
+        raise InputError("num_body_parameters: 0 leaves no parameter, because the model has no linear last layer")
+    available = sum(parameter.numel() for parameter in masks.body_parameters(model, plan).values())
+    return min(params.num_body_parameters, available)
+
+
+def choose_mask(pool: Pool, params: Params) -> Mask:
+    """Return the mask for the model of ``pool``."""
+    plan = pool.plan_gradients()
+    body_size = choose_body_size(params, pool.model, plan)
     if not body_size:
         return Mask(plan, {})
     if params.mask == "random":
-        body = masks.body_parameters(pool.model, plan)
-        return masks.random_mask(body, plan, body_size, pool.generator)
+        return masks.random_mask(masks.body_parameters(pool.model, plan), plan, body_size, pool.generator)
     diagonal = pool.fisher_diagonal(plan, params.fisher_samples, params.fisher_sample)
     return RANKED[params.mask](diagonal, plan, body_size)

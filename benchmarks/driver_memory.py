@@ -24,7 +24,7 @@ CASES = {
     "decode": {"kind": "balanced"},
     "prepare, whole pool": {"kind": "balanced"},
     "prepare, step imbalance": {"kind": "step", "ratio": 2},
-    "prepare and pool.csv": {"kind": "step", "ratio": 2},
+    "prepare and the pool's file": {"kind": "step", "ratio": 2},
 }
 
 
@@ -69,7 +69,7 @@ def child(case: str, train: str, warmup: str, folder: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    if "pool.csv" in case:
+    if "file" in case:
         sweep = sweep_file.expand(sweep_file.SweepConfig(name="s", output=folder, base=settings(train)))
         runner.create_folders(sweep, [(run, []) for run in sweep.runs])
     else:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from running import run_in_process
 
 from fishermask import environment, query_strategies
 from fishermask.config import ExperimentConfig, StrategyConfig, parse
 from fishermask.errors import InputError
 from fishermask.experiment import identity
 from fishermask.experiment.identity import identify
-from fishermask.experiment.inputs import prepare_inputs
+from fishermask.experiment.inputs import load_pool, prepare_inputs
 from fishermask.sweeps import sweep_file
 from fishermask.sweeps.folder_check import check_folder
 
@@ -211,6 +212,26 @@ def test_rounds_without_a_recorded_identity_are_not_continued(tmp_path):
     (sweep.runs[0].folder.path / "provenance.json").unlink()
     with pytest.raises(InputError, match="random-seed=0: fishermask of an unknown version in the folder, "):
         check_folder(sweep)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "setting"),
+    [(["output=s3://bucket/results"], "output"), (["data.train=https://host/a.parquet"], "data.train")],
+)
+def test_url_in_place_of_a_path_is_refused(tmp_path, overrides, setting):
+    with pytest.raises(InputError, match=f"{setting}: is a URL, .*://...; only local paths are supported"):
+        sweep_of(tmp_path, overrides, base=BASE)
+
+
+def test_each_pool_is_drawn_once_for_all_runs_from_check_to_last_round(tmp_path):
+    base = {"imbalance": {"kind": "balanced", "per_class": 20}, "budget": {"initial": 5, "query": 5, "total": 10}}
+    base |= {"model": {"name": "mlp", "params": {"width": 4}}, "training": {"max_epochs": 1}}
+    grid = {"strategy": ["random", "margin"], "training.learning_rate": [0.1, 0.01], "seed": [11, 12]}
+    sweep = sweep_of(tmp_path, base=base, grid=grid)
+    before = load_pool.cache_info().misses
+    assert run_in_process(sweep).failed == {}
+    assert load_pool.cache_info().misses - before == 2
+    assert len(list((sweep.folder / "pools").iterdir())) == 2
 
 
 def test_run_folder_name_depends_on_settings_only(tmp_path, monkeypatch):

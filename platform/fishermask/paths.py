@@ -1,6 +1,7 @@
 """Checks of text and paths that users give, before anything is opened."""
 
 import os
+import re
 import stat
 import unicodedata
 from pathlib import Path
@@ -61,10 +62,12 @@ def check_path(text: str) -> str:
     """Return ``text`` if it can be the path of a file.
 
     Raises:
-        ValueError: it is empty or too long, holds a control character, or names the home of an unknown user.
+        ValueError: it is empty or too long, is a URL, holds a control character, or names the home of an unknown user.
     """
     if not text.strip():
         raise ValueError("is empty; give a path, and . for the working folder")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise ValueError(f"is a URL, {text.split('/')[0]}//...; only local paths are supported")
     if improper := improper_character(text):
         raise ValueError(f"holds {improper}, which no path may")
     if len(os.fsencode(text)) > MAX_PATH or any(len(os.fsencode(part)) > 255 for part in text.split("/")):

@@ -21,7 +21,7 @@ from fishermask.pool.shard import ScoredCandidate, Shard
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.distances import BadgeScorer
 from fishermask.tensors.gradient_plan import GradientPlan, plan_gradients
-from fishermask.tensors.images import Statistics, cast, normalize
+from fishermask.tensors.images import Statistics, normalize
 from fishermask.tensors.mask import fisher_diagonal, global_mask, last_layer_mask
 from fishermask.tensors.precision import Precision
 
@@ -166,7 +166,7 @@ def test_a_pool_of_float_features_needs_no_image_shape(name):
     batches = []
     strategy = {"name": name, "params": {"fraction": 0.9, "fisher_samples": 32} if name == "fisher_mask" else {}}
     for pool_samples in (features.float(), features.float().t().contiguous().t(), features):
-        shards = LocalShards(pool_samples, cast, 2)
+        shards = LocalShards(pool_samples, lambda samples, dtype: samples.contiguous().to(dtype), 2)
         batches.append(choose_from(shards, 60, strategy, model, [3, 11], 5))
         shards.close()
     assert batches[0] == batches[1] == batches[2]

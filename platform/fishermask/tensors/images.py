@@ -53,12 +53,6 @@ class Statistics(NamedTuple):
         return normalize(images, self, dtype)
 
 
-def cast(samples: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``samples`` in another type and otherwise unchanged: the preprocessing of samples that need none."""
-    # Rows of one element may carry any stride, and kernels choose their algorithm, and rounding, by strides.
-    return samples.reshape(-1).view(samples.shape).to(dtype)
-
-
 def channel_statistics(images: Images) -> Statistics:
     """Statistics of ``images``, read once, a batch at a time."""
     count, channels, height, width = images.shape

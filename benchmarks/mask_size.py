@@ -97,8 +97,18 @@ def main():
     results = fishermask.sweep(config)
     for name, error in results.failed.items():
         print(f"failed: {name}: {error}")
-    header = ["imbalance", "body parameters", "mean over rounds", "last round", "s per query", "x size 0", "MB (estimate)"]
-    title = f"Balanced accuracy minus that of random, in points, ± standard error over {options.seeds} seeds. {machine()}"
+    header = [
+        "imbalance",
+        "body parameters",
+        "mean over rounds",
+        "last round",
+        "s per query",
+        "x size 0",
+        "MB (estimate)",
+    ]
+    title = (
+        f"Balanced accuracy minus that of random, in points, ± standard error over {options.seeds} seeds. {machine()}"
+    )
     show(title, header, compare(results.rounds, config))
 
 

@@ -187,7 +187,7 @@ def test_settings_of_mixed_types_are_reported(tmp_path, path):
         add_run(folder, "random", **settings)
         add_run(folder, "margin", accuracies=(0.2, 0.4, 0.8), **settings)
     summary = report.write(folder).summary
-    assert summary["gain"].tolist() == pytest.approx([0.05, 0.0] * 2)
+    assert summary["gain"].tolist() == pytest.approx([0.05, math.nan] * 2, nan_ok=True)
     _, rows = report.format_summary(summary)
     expected = {
         "resources.shards": {"1", "auto"},
@@ -352,6 +352,25 @@ def test_a_damaged_sweep_file_is_one_line(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(InputError, match="config.yaml: is damaged"):
         read_rounds(tmp_path)
+
+
+def test_terminal_table_leaves_out_settings_with_one_value(tmp_path):
+    folder = make_sweep(tmp_path / "s", ["data.name", "model.name"])
+    for model in ("mlp", "small_cnn"):
+        for strategy in ("margin", "random"):
+            add_run(folder, strategy, model=model)
+    header, rows = report.format_brief_summary(report.write(folder).summary)
+    assert header == ["model.name", "strategy", "seeds", "final", "mean", "gain", "gain > 0"]
+    assert rows[0] == ["mlp", "margin", "1", "0.300", "0.250", "+0.000", "0 of 1"]
+
+
+def test_a_users_file_named_random_is_not_the_baseline(tmp_path):
+    folder = make_sweep(tmp_path / "s")
+    add_run(folder, "./random.py", accuracies=(0.2, 0.2, 0.8))
+    add_run(folder, "random", accuracies=(0.2, 0.2, 0.4))
+    summary = read_summary(folder)
+    assert summary["final_accuracy"].to_dict() == {"./random.py": 0.8, "random": 0.4}
+    assert summary.loc["./random.py", "gain"] == pytest.approx(0.1)
 
 
 def test_strategies_are_labeled_by_name_unless_there_are_variants():

@@ -300,15 +300,17 @@ def _show(folder: Path, metric: str, console: Console) -> int:
 
     with _checks(str(folder)):
         written = report.write(folder, metric)
-        header, rows = report.format_summary(written.summary, brief=True)
+        header, rows = report.format_brief_summary(written.summary)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name, *cells in zip(header, *rows, strict=True):
-        table.add_column(name, min_width=max(map(len, cells)))  # headers may break over lines, numbers may not
+    for index, name in enumerate(header):
+        # Settings and labels may break over lines, numbers may not.
+        table.add_column(name, no_wrap=index >= header.index("seeds"), overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table, soft_wrap=False)
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     for line in (
+        report.BRIEF_NOTE,
         " ".join(report.format_notes(written)),
         f"curves:      {shown / 'curves.png'}",
         f"tables:      {shown / 'summary.md'}, {shown / 'results.csv'}",

@@ -10,7 +10,6 @@ import pandas as pd
 from fishermask.results import curves
 from fishermask.results.files import write_atomically
 from fishermask.results.tables import (
-    BASELINE,
     METRICS,
     UnfinishedRun,
     describe_settings,
@@ -36,6 +35,10 @@ COLUMN_NOTES = """\
 * **seeds above random**: seeds with a positive gain, of the seeds that finished with both strategies.
 
 Values are the mean ± one standard deviation over seeds."""
+
+BRIEF_NOTE = """\
+Balanced accuracy of finished runs: mean ± standard deviation over seeds. final: last round; mean: rounds after round 0;
+gain: difference in mean from random with the same seed; gain > 0: seeds with a positive gain."""
 
 
 class Report(NamedTuple):
@@ -73,26 +76,52 @@ def format_mean(mean: float, deviation: float, sign: str = "") -> str:
     return f"{mean:{sign}.3f}" + ("" if pd.isna(deviation) else f"±{deviation:.3f}")
 
 
-def format_summary(summary: pd.DataFrame, brief: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the summary as text; ``brief`` leaves out columns for a narrow terminal."""
-    settings = list(summary.columns[: list(summary.columns).index("strategy_name")])
+def format_summary(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the summary as text."""
     records = summary.to_dict("records")
-    columns = {name: [format_value(r[path]) for r in records] for path, name in short_names(settings).items()}
-    columns["strategy"] = [r["strategy"] for r in records]
-    columns["seeds"] = [str(r["seeds"]) for r in records]
-    if not brief:
-        columns["labels"] = [NO_VALUE if pd.isna(r["labels"]) else f"{r['labels']:.0f}" for r in records]
-    for metric in ("balanced_accuracy",) if brief else METRICS:
-        values = [format_mean(r[f"final_{metric}"], r[f"final_{metric}_sd"]) for r in records]
-        columns[f"final {METRICS[metric]}"] = values
-    means = [format_mean(r["mean_balanced_accuracy"], r["mean_balanced_accuracy_sd"]) for r in records]
-    columns["mean balanced accuracy"] = means
-    paired = [r["strategy_name"] != BASELINE and r["pairs"] > 0 for r in records]
-    gains = [format_mean(r["gain"], r["gain_sd"], "+") for r in records]
-    wins = [f"{r['wins']} of {r['pairs']}" for r in records]
-    for name, values in (("gain over random", gains), ("seeds above random", wins)):
-        columns[name] = [value if pair else NO_VALUE for value, pair in zip(values, paired, strict=True)]
+    columns = _leading_columns(summary, _settings(summary))
+    columns["labels"] = [NO_VALUE if pd.isna(r["labels"]) else f"{r['labels']:.0f}" for r in records]
+    for metric, name in METRICS.items():
+        columns[f"final {name}"] = _format_column(summary, f"final_{metric}")
+    columns["mean balanced accuracy"] = _format_column(summary, "mean_balanced_accuracy")
+    columns["gain over random"] = _format_column(summary, "gain", "+")
+    columns["seeds above random"] = _wins(summary)
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
+
+
+def format_brief_summary(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the balanced accuracies as text, for a terminal; ``BRIEF_NOTE`` explains them.
+
+    Settings with a single value are left out.
+    """
+    columns = _leading_columns(
+        summary, [path for path in _settings(summary) if summary[path].nunique(dropna=False) > 1]
+    )
+    columns["final"] = _format_column(summary, "final_balanced_accuracy")
+    columns["mean"] = _format_column(summary, "mean_balanced_accuracy")
+    columns["gain"] = _format_column(summary, "gain", "+")
+    columns["gain > 0"] = _wins(summary)
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
+
+
+def _settings(summary: pd.DataFrame) -> list[str]:
+    return list(summary.columns[: list(summary.columns).index("strategy_name")])
+
+
+def _leading_columns(summary: pd.DataFrame, settings: list[str]) -> dict[str, list[str]]:
+    names = short_names(_settings(summary))
+    columns = {names[path]: [format_value(value) for value in summary[path].tolist()] for path in settings}
+    return columns | {"strategy": summary["strategy"].tolist(), "seeds": list(map(str, summary["seeds"]))}
+
+
+def _format_column(summary: pd.DataFrame, column: str, sign: str = "") -> list[str]:
+    values = zip(summary[column], summary[f"{column}_sd"], strict=True)
+    return [format_mean(mean, deviation, sign) for mean, deviation in values]
+
+
+def _wins(summary: pd.DataFrame) -> list[str]:
+    pairs = zip(summary["wins"], summary["pairs"], strict=True)
+    return [f"{wins} of {pairs}" if pairs else NO_VALUE for wins, pairs in pairs]
 
 
 def format_notes(report: Report) -> list[str]:

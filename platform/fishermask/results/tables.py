@@ -57,12 +57,12 @@ def format_value(value: Any) -> str:
 
 def strategy_label(strategy: StrategyConfig) -> str:
     """Return the label of a strategy, or else its name with the parameters that its settings list."""
-    return strategy.label or _with_params(strategy)
+    return strategy.label or _with_params(strategy, strategy.short_name)
 
 
-def _with_params(strategy: StrategyConfig) -> str:
+def _with_params(strategy: StrategyConfig, name: str) -> str:
     params = ",".join(f"{key}={value}" for key, value in strategy.params.items())
-    return f"{strategy.short_name}({params})" if params else strategy.short_name
+    return f"{name}({params})" if params else name
 
 
 def display_labels(strategies: Iterable[StrategyConfig]) -> dict[StrategyConfig, str]:
@@ -72,9 +72,9 @@ def display_labels(strategies: Iterable[StrategyConfig]) -> dict[StrategyConfig,
     """
     forms: dict[StrategyConfig, list[str]] = {}
     for strategy in strategies:
-        full = _with_params(strategy)
-        forms[strategy] = [strategy.label or strategy.short_name, strategy.label or full]
-        forms[strategy] += [f"{strategy.label} ({full})"] if strategy.label else [full]
+        full = _with_params(strategy, strategy.name)
+        forms[strategy] = [strategy.label or strategy.short_name, strategy_label(strategy)]
+        forms[strategy] += [f"{strategy.label} ({full})" if strategy.label else full]
     counts = Counter(text for texts in forms.values() for text in set(texts))
     return {
         strategy: next((text for text in texts if counts[text] == 1), texts[-1]) for strategy, texts in forms.items()
@@ -120,7 +120,7 @@ def read_rounds(sweep: Path) -> tuple[pd.DataFrame, list[UnfinishedRun]]:
         history, planned = folder.history(), config.budget.num_rounds
         if len(history) < planned:
             unfinished.append(UnfinishedRun(folder.path.name, len(history), planned, _last_error(folder)))
-        start: dict[str, Any] = {"run": folder.path.name, "strategy_name": config.strategy.short_name}
+        start: dict[str, Any] = {"run": folder.path.name, "strategy_name": config.strategy.name}
         start["strategy"] = labels[config.strategy]
         start |= {path: setting(config, path) for path in varied}
         start |= {"seed": config.seed, "finished": len(history) >= planned}
@@ -174,8 +174,9 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     * ``final_METRIC``: metric of the last round, at the end of the budget; the mean over seeds.
     * ``mean_METRIC``: mean of the metric over the rounds after round 0; the mean over seeds. All strategies of a seed
       share round 0, its labeled set and its model, so it says nothing of a strategy.
-    * ``gain``: difference in ``mean_balanced_accuracy`` between the run and the run of ``random`` with the same
-      settings and seed; the mean over seeds with both runs finished, of which there are ``pairs``.
+    * ``gain``, except for ``random``: difference in ``mean_balanced_accuracy`` between the run and the run of
+      ``random`` with the same settings and seed; the mean over seeds with both runs finished, of which there are
+      ``pairs``.
     * ``wins``: pairs with a positive difference.
 
     ``*_sd`` is the standard deviation over seeds. Cells are sorted by settings, then by ``mean_balanced_accuracy``.
@@ -190,7 +191,7 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     baseline = runs[runs["strategy_name"] == BASELINE].drop_duplicates([*settings, "seed"])
     baseline = baseline[[*settings, "seed", score]].rename(columns={score: "baseline"})
     runs = runs.merge(baseline, how="left", on=[*settings, "seed"])
-    runs["gain"] = runs[score] - runs["baseline"]
+    runs["gain"] = (runs[score] - runs["baseline"]).where(runs["strategy_name"] != BASELINE)
     rows = []
     all_cells = table[cell].drop_duplicates().merge(runs, how="left", on=cell)
     for values, group in all_cells.groupby(cell, sort=False, dropna=False):

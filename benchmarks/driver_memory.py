@@ -1,9 +1,9 @@
-"""Memory of the process that prepares runs, by the size of the pool: 32x32x3 images, a fresh process for each number.
+"""Memory of the driver while it prepares a run, by the size of the pool; each measurement has its own process.
 
     python benchmarks/driver_memory.py [SIZE ...]
 
-Private memory is what a process alone has written (``Private_Dirty``); pages mapped from the decoded images are shared
-by all processes of the machine and given back when memory is short. The peak is of anonymous memory, sampled.
+Private memory is memory that only this process has written (``Private_Dirty``). Pages mapped from the decoded images do
+not count: all processes share them, and the system reclaims them. The peak is of anonymous memory, sampled.
 """
 
 import io
@@ -21,15 +21,16 @@ from PIL import Image
 from table import show
 
 CASES = {
-    "decode": {"kind": "balanced"},
-    "prepare, whole pool": {"kind": "balanced"},
+    "decode and prepare": "none",
+    "prepare, the whole pool": "none",
     "prepare, step imbalance": {"kind": "step", "ratio": 2},
-    "prepare and the pool's file": {"kind": "step", "ratio": 2},
+    "step imbalance, and write the pool": {"kind": "step", "ratio": 2},
 }
+"""Case -> imbalance. The first case decodes the images into the store that the other cases map."""
 
 
 def write_source(path: Path, count: int) -> None:
-    """``count`` images of 10 classes that differ in their paths."""
+    """Write ``count`` images of 10 classes with different paths to a Parquet file."""
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -41,14 +42,14 @@ def write_source(path: Path, count: int) -> None:
             file.write_table(pa.table({"image": images, "label": [row % 10 for row in rows]}, schema))
 
 
-def status(file: str, field: str) -> int:
-    """Bytes of a field of /proc/self."""
+def read_memory(file: str, field: str) -> int:
+    """Return a field of a file in /proc/self, in bytes."""
     lines = Path("/proc/self", file).read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def child(case: str, train: str, warmup: str, folder: str) -> None:
-    """Print private growth and peak growth of one case, in bytes."""
+def measure(case: str, train: str, warmup: str, folder: str) -> None:
+    """Print the growth of private memory and of the peak in one case, in bytes."""
     from fishermask.config import ExperimentConfig, parse
     from fishermask.experiment.inputs import prepare_inputs
     from fishermask.sweeps import runner, sweep_file
@@ -60,24 +61,24 @@ def child(case: str, train: str, warmup: str, folder: str) -> None:
 
     prepare_inputs(parse(ExperimentConfig, settings(warmup)))
     prepare_inputs(parse(ExperimentConfig, settings(warmup) | {"seed": 1}))
-    before = status("smaps_rollup", "Private_Dirty"), status("status", "RssAnon")
+    before = read_memory("smaps_rollup", "Private_Dirty"), read_memory("status", "RssAnon")
     peak, done = [before[1]], threading.Event()
 
-    def watch() -> None:
+    def sample_peak() -> None:
         while not done.wait(0.002):
-            peak[0] = max(peak[0], status("status", "RssAnon"))
+            peak[0] = max(peak[0], read_memory("status", "RssAnon"))
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    if "file" in case:
+    sampler = threading.Thread(target=sample_peak)
+    sampler.start()
+    if "write" in case:
         sweep = sweep_file.expand(sweep_file.SweepConfig(name="s", output=folder, base=settings(train)))
         runner.create_folders(sweep, [(run, []) for run in sweep.runs])
     else:
-        kept = prepare_inputs(parse(ExperimentConfig, settings(train)))
-        assert kept
+        inputs = prepare_inputs(parse(ExperimentConfig, settings(train)))  # alive while memory is read
+        assert inputs
     done.set()
-    watcher.join()
-    print(status("smaps_rollup", "Private_Dirty") - before[0], peak[0] - before[1])
+    sampler.join()
+    print(read_memory("smaps_rollup", "Private_Dirty") - before[0], peak[0] - before[1])
 
 
 def main(sizes: list[int]) -> None:
@@ -90,14 +91,14 @@ def main(sizes: list[int]) -> None:
             environment = os.environ | {"FISHERMASK_CACHE": f"{folder}/cache"}
             for case in CASES:
                 command = [sys.executable, __file__, "--child", case, str(train), str(warmup), folder]
-                found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-                private, peak = map(float, found.split())
+                output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+                private, peak = map(float, output.split())
                 rows.append([case, f"{size:,}", size * 3072 / 1e6, private / 1e6, peak / 1e6])
     show("", ["case", "images", "pixels MB", "private growth MB", "peak growth MB"], rows)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(*sys.argv[2:])
+        measure(*sys.argv[2:])
     else:
         main([int(size) for size in sys.argv[1:]] or [20_000, 200_000])

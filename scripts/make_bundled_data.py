@@ -3,7 +3,7 @@
     apt-get install dataset-fashion-mnist
     python scripts/make_bundled_data.py /usr/share/datasets/fashion-mnist platform/fishermask/data/fashion_mnist
 
-The files' bytes depend on the versions of Arrow and zlib; their *content* does not, and its digest is checked.
+The bytes of the files depend on the versions of Arrow and zlib, their content does not: a test checks its digest.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SPLITS = {"train": ("train", 1000), "test": ("t10k", 200)}
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes, gzipped: magic 0, 0, 8, rank, then one big-endian int32 a dimension."""
+    """Return the array of a gzipped IDX file: bytes 0, 0, 8 (uint8), rank, then the shape as big-endian int32."""
     content = gzip.decompress(path.read_bytes())
     if content[:3] != b"\0\0\x08":
         raise SystemExit(f"{path} is not an IDX file of unsigned bytes")
@@ -36,12 +36,12 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
-    """Rows, ascending, of the first ``count`` images of each class."""
+    """Return the rows of the first ``count`` images of each class, ascending."""
     return np.sort(np.concatenate([np.flatnonzero(labels == c)[:count] for c in range(len(CLASSES))]))
 
 
-def table(images: np.ndarray, labels: np.ndarray, rows: np.ndarray, split: str) -> pa.Table:
-    """Hugging Face's image layout; an image's path holds its row in the original file."""
+def make_table(images: np.ndarray, labels: np.ndarray, rows: np.ndarray, split: str) -> pa.Table:
+    """Return the images in Hugging Face's layout; the path of an image has its row in the original file."""
     encoded = []
     for row in rows:
         buffer = io.BytesIO()
@@ -55,8 +55,8 @@ def table(images: np.ndarray, labels: np.ndarray, rows: np.ndarray, split: str) 
     return pa.Table.from_arrays([pa.array(encoded, schema[0].type), pa.array(labels[rows], pa.int64())], schema=schema)
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 over path, label and pixels of every image of ``folder``'s files, in order."""
+def content_digest(folder: Path) -> str:
+    """Return the SHA-256 of path, label and pixels of all images in the files of ``folder``, in order."""
     sha = hashlib.sha256()
     for split in SPLITS:
         for record in pq.read_table(folder / f"{split}.parquet").to_pylist():
@@ -65,21 +65,21 @@ def digest(folder: Path) -> str:
     return sha.hexdigest()
 
 
-def make(source: Path, target: Path) -> str:
+def make_files(source: Path, target: Path) -> str:
     """Write ``train.parquet`` and ``test.parquet`` from the IDX files in ``source``; return their digest."""
     target.mkdir(parents=True, exist_ok=True)
     for split, (prefix, count) in SPLITS.items():
         images = read_idx(source / f"{prefix}-images-idx3-ubyte.gz")
         labels = read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
-        # PNGs are compressed already: row groups without a codec can be read with no further work.
+        # PNG files are compressed already.
         pq.write_table(
-            table(images, labels, first_of_each_class(labels, count), split),
+            make_table(images, labels, first_of_each_class(labels, count), split),
             target / f"{split}.parquet",
             row_group_size=1000,
             compression="none",
             use_dictionary=False,
         )
-    return digest(target)
+    return content_digest(target)
 
 
 if __name__ == "__main__":
@@ -87,4 +87,4 @@ if __name__ == "__main__":
     parser.add_argument("source", type=Path, help="folder of the four original IDX files")
     parser.add_argument("target", type=Path, help="folder to write to")
     arguments = parser.parse_args()
-    print(make(arguments.source, arguments.target))
+    print(make_files(arguments.source, arguments.target))

@@ -1,4 +1,4 @@
-"""Parquet files of 120 small gray images, in any order, for tests of how images are stored and travel."""
+"""Parquet files of 120 small gray images, in any order, for tests of stores and views."""
 
 import io
 from pathlib import Path
@@ -26,7 +26,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def write(path: Path, order=range(120), names=NAMES, group=30) -> Path:
-    """120 gray images of 4 classes in this order."""
+    """Write 120 gray images of 4 classes in this order."""
     images = [{"bytes": png(PIXELS[i]), "path": names and names[i]} for i in order]
     table = pa.table({"image": pa.array(images, KIND), "label": [i % 4 for i in order]})
     pq.write_table(table, path, row_group_size=group, compression="none")

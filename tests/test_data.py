@@ -1,4 +1,4 @@
-"""The bundled data, Parquet files, torchvision's data sets, and imbalance."""
+"""The bundled data set, Parquet files, torchvision's data sets, channels, imbalance, and the list of data sets."""
 
 import gzip
 import importlib.util
@@ -44,10 +44,11 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 
 def bundled():
+    """Return the bundled data set."""
     return load_dataset(DataConfig())
 
 
-def test_the_bundled_data_are_1000_and_200_images_of_each_class_in_8_megabytes():
+def test_bundled_data_have_1000_and_200_images_of_each_class_in_8_megabytes():
     data = bundled()
     assert torch.bincount(data.train.labels).tolist() == [1000] * 10
     assert torch.bincount(data.test.labels).tolist() == [200] * 10
@@ -57,9 +58,9 @@ def test_the_bundled_data_are_1000_and_200_images_of_each_class_in_8_megabytes()
     assert sum(file.stat().st_size for file in BUNDLED.iterdir()) < 8e6
 
 
-def test_the_bundled_data_are_what_the_script_makes_of_idx_files(tmp_path):
-    """From the original files where Debian's package is installed, else from IDX files that hold the same images."""
-    assert script.digest(BUNDLED) == DIGEST
+def test_script_reproduces_bundled_data_from_idx_files(tmp_path):
+    """Use the original files if Debian's package is installed, otherwise IDX files with the same images."""
+    assert script.content_digest(BUNDLED) == DIGEST
     source = DEBIAN
     if not DEBIAN.exists():
         source = tmp_path / "idx"
@@ -67,12 +68,12 @@ def test_the_bundled_data_are_what_the_script_makes_of_idx_files(tmp_path):
         data = bundled()
         for prefix, split in (("train", data.train), ("t10k", data.test)):
             rows = [int(name.split("/")[1].removesuffix(".png")) for name in split.ids]
-            # The images between ours belong to classes that have had their share: a repeated image of class 9 last.
+            # The script skips the images in between, as their label 255 is no class.
             images, labels = np.zeros((max(rows) + 1, 28, 28), np.uint8), np.full(max(rows) + 1, 255, np.uint8)
             images[rows], labels[rows] = split.images[:][:, 0].numpy(), split.labels.numpy()
             write_idx(source / f"{prefix}-images-idx3-ubyte.gz", images)
             write_idx(source / f"{prefix}-labels-idx1-ubyte.gz", labels)
-    assert script.make(source, tmp_path / "made") == DIGEST
+    assert script.make_files(source, tmp_path / "made") == DIGEST
 
 
 def encode(pixels: np.ndarray) -> bytes:
@@ -100,7 +101,7 @@ def load_parquet(path: Path, **settings):
     return load_dataset(DataConfig(name="parquet", train=str(path), test=str(path), **settings))
 
 
-def test_parquet_images_come_with_their_paths_as_ids(tmp_path):
+def test_parquet_paths_become_ids(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", [png(value=v) for v in (1, 2, 3)], [0, 2, 1], "img", paths=list("xyz"))
     data = load_parquet(file)
     assert list(data.train.ids) == ["x", "y", "z"]
@@ -109,7 +110,7 @@ def test_parquet_images_come_with_their_paths_as_ids(tmp_path):
     assert data.classes == ["0", "1", "2"]
 
 
-def test_parquet_folders_and_globs_are_read_in_order_and_unnamed_rows_get_ids(tmp_path):
+def test_parquet_folders_and_globs_are_read_in_order_and_rows_without_paths_get_ids(tmp_path):
     write_parquet(tmp_path / "b.parquet", [png(value=2)], [1])
     write_parquet(tmp_path / "a.parquet", [png(value=1)], [0])
     for source in (tmp_path, tmp_path / "*.parquet"):
@@ -118,7 +119,7 @@ def test_parquet_folders_and_globs_are_read_in_order_and_unnamed_rows_get_ids(tm
         assert list(data.train.ids) == ["train-00000000", "train-00000001"]
 
 
-def test_color_images_stay_color_and_sizes_can_be_brought_together(tmp_path):
+def test_color_images_stay_color_and_image_size_resizes_them(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", [png((8, 8, 3)), png((16, 16, 3))], [0, 1])
     with pytest.raises(InputError, match="row 1 is 16 x 16 pixels, .* 8 x 8; set data.image_size"):
         load_parquet(file)
@@ -167,7 +168,7 @@ def test_statistics_of_a_bundled_data_set_follow_its_channels():
         (lambda f: None, "no Parquet file at"),
     ],
 )
-def test_a_bad_parquet_file_is_one_line_that_names_it(tmp_path, make, message):
+def test_bad_parquet_file_is_refused_with_its_name(tmp_path, make, message):
     file = tmp_path / "bad.parquet"
     make(file)
     with pytest.raises(InputError, match=message) as caught:
@@ -175,7 +176,7 @@ def test_a_bad_parquet_file_is_one_line_that_names_it(tmp_path, make, message):
     assert "bad.parquet" in str(caught.value)
 
 
-def decoded(tmp_path: Path, *images: bytes) -> torch.Tensor:
+def decode(tmp_path: Path, *images: bytes) -> torch.Tensor:
     names = [f"{i}" for i in range(len(images))]
     return load_parquet(
         write_parquet(tmp_path / "a.parquet", list(images), [0] * len(images), paths=names)
@@ -183,20 +184,20 @@ def decoded(tmp_path: Path, *images: bytes) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("suffix", "dtype"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2")])
-def test_images_of_16_bits_are_scaled_to_8(tmp_path, suffix, dtype):
-    """PIL clips them: everything above 255, which is nearly black, would be white."""
+def test_16_bit_images_are_scaled_to_8_bits(tmp_path, suffix, dtype):
+    """PIL would clip all values above 255, which are nearly black, to white."""
     values = np.array([0, 1, 128, 129, 255, 256, 257, 385, 386, 30_000, 32_767, 32_768, 65_406, 65_407, 65_535], dtype)
     values = np.resize(values, (8, 8)).astype(dtype)
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, suffix)
     expected = np.rint(values.astype(np.float64) * 255 / 65_535).astype(np.uint8)
-    assert np.array_equal(decoded(tmp_path, buffer.getvalue())[0, 0].numpy(), expected)
+    assert np.array_equal(decode(tmp_path, buffer.getvalue())[0, 0].numpy(), expected)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_orientation_that_a_camera_wrote_is_applied(tmp_path, orientation):
+def test_exif_orientation_is_applied(tmp_path, orientation):
     upright = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    # What the camera's sensor saw, by the definition in EXIF 2.3: where the row 0 and the column 0 of the file lie.
+    # EXIF 2.3 defines each orientation by the sides of the picture that row 0 and column 0 of the file show.
     stored = {
         1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
         5: upright.T, 6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1),
@@ -205,16 +206,16 @@ def test_the_orientation_that_a_camera_wrote_is_applied(tmp_path, orientation):
     exif[0x0112] = orientation
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(stored)).save(buffer, "PNG", exif=exif)
-    assert np.array_equal(decoded(tmp_path, buffer.getvalue())[0, 0].numpy(), upright)
+    assert np.array_equal(decode(tmp_path, buffer.getvalue())[0, 0].numpy(), upright)
 
 
-def test_a_file_whose_name_is_a_pattern_is_read_and_not_searched_for(tmp_path):
+def test_file_name_with_glob_characters_is_read_as_a_file(tmp_path):
     file = write_parquet(tmp_path / "train[1]*.parquet", [png(value=7)], [0])
     write_parquet(tmp_path / "train1.parquet", [png(value=8)], [0])
     assert load_parquet(file).train.images[:].unique().tolist() == [7]
 
 
-def test_paths_that_are_all_missing_have_no_type_and_are_no_mistake(tmp_path):
+def test_path_column_of_type_null_is_accepted(tmp_path):
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.null())])
     images = pa.array([{"bytes": png(value=v), "path": None} for v in (5, 6)], kind)
     pq.write_table(pa.table({"image": images, "label": [0, 1]}), tmp_path / "a.parquet")
@@ -222,7 +223,7 @@ def test_paths_that_are_all_missing_have_no_type_and_are_no_mistake(tmp_path):
     assert data.train.images[:][:, 0, 0, 0].tolist() == [5, 6]
 
 
-def test_train_and_test_must_name_their_classes_alike(tmp_path):
+def test_different_class_names_in_train_and_test_are_refused(tmp_path):
     files = []
     for name, classes in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):
         file = write_parquet(tmp_path / f"{name}.parquet", [png(), png()], [0, 1])
@@ -235,7 +236,7 @@ def test_train_and_test_must_name_their_classes_alike(tmp_path):
         load_parquet(tmp_path)
 
 
-def test_fashion_mnist_is_read_from_a_torchvision_root(tmp_path):
+def test_fashion_mnist_is_read_from_torchvision_files(tmp_path):
     data = bundled()
     raw = tmp_path / "FashionMNIST/raw"
     raw.mkdir(parents=True)
@@ -247,17 +248,17 @@ def test_fashion_mnist_is_read_from_a_torchvision_root(tmp_path):
             write_idx(raw / "x.gz", array.numpy())
             (raw / f"{prefix}-{kind}-ubyte").write_bytes(gzip.decompress((raw / "x.gz").read_bytes()))
     assert not sources.needs_download(DataConfig(name="FashionMNIST", root=str(tmp_path), download=True))
-    found = load_dataset(DataConfig(name="FashionMNIST", root=str(tmp_path)))
-    assert torch.equal(found.train.images[:], data.train.images[:30])
-    assert torch.equal(found.test.labels, data.test.labels[:30])
-    assert found.published is not None
-    part = pickle.dumps(found.train.images.take(torch.tensor([20, 3])))
-    shutil.rmtree(found.train.images.origin.store)
+    loaded = load_dataset(DataConfig(name="FashionMNIST", root=str(tmp_path)))
+    assert torch.equal(loaded.train.images[:], data.train.images[:30])
+    assert torch.equal(loaded.test.labels, data.test.labels[:30])
+    assert loaded.published is not None
+    part = pickle.dumps(loaded.train.images.take(torch.tensor([20, 3])))
+    shutil.rmtree(loaded.train.images.origin.store)
     assert torch.equal(pickle.loads(part)[:], data.train.images[torch.tensor([20, 3])])
 
 
-def test_cifar10_and_svhn_keep_channels_and_pixels_in_place(tmp_path, monkeypatch):
-    """Files as torchvision expects them, but for the checksums of the originals."""
+def test_cifar10_and_svhn_are_read_with_channels_first(tmp_path, monkeypatch):
+    """The files have torchvision's format, but not the checksums of the originals."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (10, 3, 32, 32), np.uint8)
     folder = tmp_path / "cifar-10-batches-py"
@@ -267,9 +268,9 @@ def test_cifar10_and_svhn_keep_channels_and_pixels_in_place(tmp_path, monkeypatc
         (folder / name).write_bytes(pickle.dumps(content))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a, **k: True)
-    found = load_dataset(DataConfig(name="CIFAR10", root=str(tmp_path)))
-    assert torch.equal(found.train.images[:10], torch.from_numpy(images))
-    assert found.classes[3] == "c3"
+    loaded = load_dataset(DataConfig(name="CIFAR10", root=str(tmp_path)))
+    assert torch.equal(loaded.train.images[:10], torch.from_numpy(images))
+    assert loaded.classes[3] == "c3"
     gray = load_dataset(DataConfig(name="CIFAR10", root=str(tmp_path), channels="gray"))
     assert np.array_equal(gray.train.images[:10][:, 0].numpy(), [luma(image.transpose(1, 2, 0)) for image in images])
     assert gray.published is None
@@ -279,9 +280,9 @@ def test_cifar10_and_svhn_keep_channels_and_pixels_in_place(tmp_path, monkeypatc
         mat = {"X": images.transpose(2, 3, 1, 0), "y": np.arange(1, 11, dtype=np.uint8)[:, None]}
         scipy.io.savemat(tmp_path / f"{split}_32x32.mat", mat)
     monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)
-    found = load_dataset(DataConfig(name="SVHN", root=str(tmp_path)))
-    assert torch.equal(found.train.images[:], torch.from_numpy(images))
-    assert found.train.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+    loaded = load_dataset(DataConfig(name="SVHN", root=str(tmp_path)))
+    assert torch.equal(loaded.train.images[:], torch.from_numpy(images))
+    assert loaded.train.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
 
 
 @pytest.mark.parametrize(
@@ -293,12 +294,12 @@ def test_cifar10_and_svhn_keep_channels_and_pixels_in_place(tmp_path, monkeypatc
         ({"name": "parquet", "train": "a"}, "data.train: no Parquet file at a|data.test: missing"),
     ],
 )
-def test_data_that_are_not_there_are_one_line(settings, message):
+def test_missing_data_are_refused_with_the_setting(settings, message):
     with pytest.raises(InputError, match=message):
         load_dataset(DataConfig(**settings))
 
 
-def test_a_missing_data_set_needs_a_download_only_if_it_is_allowed_and_asking_downloads_nothing(tmp_path, monkeypatch):
+def test_needs_download_is_true_for_missing_files_and_downloads_nothing(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("a connection was opened")
 
@@ -313,7 +314,7 @@ def test_a_missing_data_set_needs_a_download_only_if_it_is_allowed_and_asking_do
     assert list(tmp_path.iterdir()) == []
 
 
-def test_each_listed_data_set_says_what_it_requires():
+def test_listed_data_sets_name_their_required_settings():
     datasets = {info.name: info for info in sources.list_datasets()}
     assert list(datasets) == ["fashion_mnist_small", "CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "SVHN", "parquet"]
     assert datasets["CIFAR10"][2:] == (("data.root",), True)
@@ -335,9 +336,9 @@ def counts(seed=0, sizes=(100, 100, 100, 100), **settings):
     generator = torch.Generator().manual_seed(seed)
     rows, classes = select_pool(labels, len(sizes), rule(**settings), generator)
     assert rows.tolist() == sorted(set(rows.tolist()))
-    kept = torch.bincount(labels[rows], minlength=len(sizes)).tolist()
-    assert classes == [c for c, count in enumerate(kept) if count]
-    return kept
+    pool_sizes = torch.bincount(labels[rows], minlength=len(sizes)).tolist()
+    assert classes == [c for c, size in enumerate(pool_sizes) if size]
+    return pool_sizes
 
 
 def write_uneven(tmp_path: Path) -> dict:
@@ -347,7 +348,7 @@ def write_uneven(tmp_path: Path) -> dict:
     return {"name": "parquet", "train": str(tmp_path / "train.parquet"), "test": str(tmp_path / "test.parquet")}
 
 
-def test_the_default_pool_is_all_training_images_and_the_test_set_keeps_their_classes(tmp_path):
+def test_default_pool_has_all_training_images_and_test_set_has_their_classes(tmp_path):
     settings = {"data": write_uneven(tmp_path), "strategy": "random", "budget": {"initial": 2, "query": 2, "total": 8}}
     data = prepare_inputs(parse(ExperimentConfig, settings)).data
     assert data.train.labels.tolist() == [0] * 5 + [1] * 3
@@ -357,7 +358,7 @@ def test_the_default_pool_is_all_training_images_and_the_test_set_keeps_their_cl
         prepare_inputs(parse(ExperimentConfig, settings | {"imbalance": "balanced"}))
 
 
-def test_a_dry_run_says_once_what_each_imbalance_drops(tmp_path, monkeypatch, capsys):
+def test_dry_run_prints_one_line_per_pool_with_the_images_that_imbalance_drops(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     budget = {"initial": 2, "query": 2, "total": 4}
     base = {"data": write_uneven(tmp_path), "strategy": "random", "budget": budget, "model": "mlp"}
@@ -372,35 +373,35 @@ def test_a_dry_run_says_once_what_each_imbalance_drops(tmp_path, monkeypatch, ca
     assert "imbalance.per_class: the grid varies imbalance" in capsys.readouterr().err
 
 
-def test_the_name_of_an_imbalance_is_short_for_its_kind():
+def test_imbalance_name_is_short_for_its_kind():
     assert rule(kind="balanced") == parse(ExperimentConfig, {"imbalance": "balanced"}).imbalance
     config = sweep_file.SweepConfig(name="s", base={"imbalance": "balanced"}, grid={"imbalance.per_class": [3]})
     assert sweep_file.expand(config).runs[0].config.imbalance == rule(kind="balanced", per_class=3)
 
 
-def test_balanced_keeps_as_many_of_each_class_as_the_smallest_has():
+def test_balanced_reduces_every_class_to_the_smallest():
     assert counts(kind="balanced", sizes=(50, 80, 60)) == [50, 50, 50]
     assert counts(kind="balanced", per_class=7, sizes=(50, 80, 60)) == [7, 7, 7]
 
 
-def test_step_keeps_some_classes_at_one_in_ratio():
+def test_step_divides_rare_classes_by_the_ratio():
     assert sorted(counts(kind="step", ratio=20)) == [5, 5, 100, 100]
     assert counts(kind="step", ratio=10, rare_classes=[1, 2, 3]) == [100, 10, 10, 10]
     assert counts(kind="step", ratio=1) == [100] * 4
 
 
-def test_long_tail_falls_exponentially_from_the_largest_to_one_in_ratio():
+def test_long_tail_class_sizes_fall_exponentially():
     assert counts(kind="long_tail", ratio=8, order=[2, 0, 3, 1], per_class=80) == [40, 10, 80, 20]
 
 
-def test_explicit_counts_drop_the_other_classes_and_can_be_dealt_anew():
+def test_counts_drop_unnamed_classes_and_permute_assigns_them_by_seed():
     paper = {"kind": "counts", "counts": {0: 10, 1: 90, 2: 10}}
     assert counts(**paper) == [10, 90, 10, 0]
-    dealt = {tuple(counts(seed, **paper, permute=True)) for seed in range(20)}
-    assert dealt == {(10, 90, 10, 0), (90, 10, 10, 0), (10, 10, 90, 0)}
+    permuted = {tuple(counts(seed, **paper, permute=True)) for seed in range(20)}
+    assert permuted == {(10, 90, 10, 0), (90, 10, 10, 0), (10, 10, 90, 0)}
 
 
-def test_the_seed_draws_which_classes_are_rare_and_repeats_itself():
+def test_seed_determines_the_rare_classes():
     drawn = [tuple(counts(seed, kind="step", ratio=20)) for seed in range(20)]
     assert len(set(drawn)) > 3
     assert drawn == [tuple(counts(seed, kind="step", ratio=20)) for seed in range(20)]
@@ -421,12 +422,12 @@ def test_the_seed_draws_which_classes_are_rare_and_repeats_itself():
         ({"kind": "counts", "counts": {0: 5, 9: 5}}, "no class 9"),
     ],
 )
-def test_an_imbalance_that_the_data_cannot_give_is_one_line(settings, message):
+def test_impossible_imbalance_is_refused_with_the_setting(settings, message):
     with pytest.raises(InputError, match=message):
         counts(**settings)
 
 
-def test_the_test_set_keeps_the_classes_of_the_pool_with_labels_from_zero():
+def test_test_set_has_the_classes_of_the_pool_with_labels_from_zero():
     data = bundled()
     rows, classes = select_pool(data.train.labels, 10, rule(kind="counts", counts={2: 5, 7: 9}), torch.Generator())
     small = data.restrict(rows, classes)
@@ -436,7 +437,7 @@ def test_the_test_set_keeps_the_classes_of_the_pool_with_labels_from_zero():
     assert [data.train.ids[row] for row in rows] == list(small.train.ids)
 
 
-def test_images_of_one_class_are_refused(tmp_path):
+def test_data_of_a_single_class_are_refused(tmp_path):
     table = pq.read_table(pictures.write(tmp_path / "four.parquet"))
     same = table.set_column(table.column_names.index("label"), "label", pa.array([0] * len(table)))
     pq.write_table(same, tmp_path / "one.parquet")

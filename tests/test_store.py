@@ -1,4 +1,4 @@
-"""Decoded images on disk: what is kept, and who may write it."""
+"""Stores of decoded images: their content, their lock, and damaged or unwritable ones."""
 
 import json
 import os
@@ -25,11 +25,11 @@ from fishermask.tensors.runtime import return_memory
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def cache_in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.setenv("FISHERMASK_CACHE", str(tmp_path / "cache"))
 
 
-def test_a_store_holds_plain_arrays_sorted_by_the_bytes_of_the_ids(tmp_path):
+def test_store_has_arrays_sorted_by_the_bytes_of_the_ids(tmp_path):
     data = load(write(tmp_path / "a.parquet", SHUFFLED))
     (folder,) = stores(tmp_path)
     images, labels, ids = (np.load(folder / "train" / f"{name}.npy") for name in ("images", "labels", "ids"))
@@ -41,8 +41,8 @@ def test_a_store_holds_plain_arrays_sorted_by_the_bytes_of_the_ids(tmp_path):
     )
 
 
-def test_a_source_in_another_order_gives_the_same_rounds(tmp_path):
-    found = []
+def test_order_of_the_source_does_not_change_the_rounds(tmp_path):
+    results = []
     for name, order in (("a", range(120)), ("b", SHUFFLED)):
         settings = {
             "data": config(write(tmp_path / f"{name}.parquet", order)).model_dump(),
@@ -56,18 +56,18 @@ def test_a_source_in_another_order_gives_the_same_rounds(tmp_path):
         assert len(setup.data.train.ids) == 2 * 30 + 2 * 10
         initial = [setup.data.train.ids[i] for i in setup.initial]
         rounds = [r.as_dict() | {"seconds": None} for r in run(setup, LocalShards)]
-        found.append((list(setup.data.train.ids), setup.statistics, initial, rounds))
-    assert found[0] == found[1]
+        results.append((list(setup.data.train.ids), setup.statistics, initial, rounds))
+    assert results[0] == results[1]
 
 
-def test_rows_without_a_name_or_with_the_name_of_another_keep_the_order_of_the_source(tmp_path):
+def test_rows_without_unique_paths_keep_the_order_of_the_source(tmp_path):
     for file, names in (("a", None), ("b", [*NAMES[:-1], NAMES[0]])):
         train = load(write(tmp_path / f"{file}.parquet", SHUFFLED, names)).train
         assert list(train.ids) == [f"train-{row:08d}" for row in range(120)]
         assert (train.images[:][:, 0].numpy() == PIXELS[SHUFFLED]).all()
 
 
-def test_the_image_of_the_lowest_id_decides_between_gray_and_color(tmp_path):
+def test_image_with_lowest_id_determines_gray_or_color(tmp_path):
     gray, color = png(PIXELS[0]), png(np.stack([PIXELS[1]] * 3, -1))
     for name, order in (("ab", 1), ("ba", -1)):
         images = [{"bytes": gray, "path": "a"}, {"bytes": color, "path": "b"}][::order]
@@ -75,7 +75,7 @@ def test_the_image_of_the_lowest_id_decides_between_gray_and_color(tmp_path):
         assert load(tmp_path / f"{name}.parquet").image_shape == (1, 8, 8)
 
 
-def test_a_store_is_made_once_and_again_when_its_source_or_settings_change(tmp_path):
+def test_store_is_written_once_and_again_after_a_change_of_source_or_settings(tmp_path):
     file = write(tmp_path / "a.parquet")
     load(file)
     (first,) = stores(tmp_path)
@@ -90,7 +90,7 @@ def test_a_store_is_made_once_and_again_when_its_source_or_settings_change(tmp_p
     assert len(stores(tmp_path)) == 3
 
 
-def test_two_writers_at_once_leave_one_whole_store(tmp_path):
+def test_two_concurrent_writers_leave_one_complete_store(tmp_path):
     file = write(tmp_path / "a.parquet")
     code = f"""
 from fishermask.data import dataset
@@ -101,8 +101,8 @@ print(dataset.load_dataset(dataset.DataConfig(**{config(file).model_dump()})).tr
     assert len(stores(tmp_path)) == 1
 
 
-def test_a_writer_that_finds_the_store_made_meanwhile_leaves_it(tmp_path):
-    """Where locks do not hold."""
+def test_second_writer_keeps_the_store_of_the_first(tmp_path):
+    """This happens on file systems without locks."""
     cache.cache_folder().mkdir()
     for text in ("first", "second"):
         with cache.create_store("key") as folder:
@@ -111,7 +111,7 @@ def test_a_writer_that_finds_the_store_made_meanwhile_leaves_it(tmp_path):
     assert (cache.cache_folder() / "key" / cache.METADATA).read_text() == "first"
 
 
-def test_a_writer_that_is_killed_leaves_no_store_and_the_next_one_removes_its_remains(tmp_path):
+def test_next_writer_removes_the_files_of_a_killed_writer(tmp_path):
     file = write(tmp_path / "a.parquet")
     code = f"""
 import os, signal
@@ -126,14 +126,14 @@ cache.write_rows = write_and_die
 dataset.load_dataset(DataConfig(**{config(file).model_dump()}))
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    (remains,) = stores(tmp_path)
-    assert remains.name.endswith(".partial")
+    (partial,) = stores(tmp_path)
+    assert partial.name.endswith(".partial")
     assert (load(file).train.images[:][:, 0].numpy() == PIXELS[BY_NAME]).all()
     assert len(stores(tmp_path)) == 1
-    assert remains not in stores(tmp_path)
+    assert partial not in stores(tmp_path)
 
 
-def test_a_source_with_a_mistake_leaves_nothing_behind(tmp_path):
+def test_invalid_source_leaves_no_files_in_the_cache(tmp_path):
     images = [{"bytes": png(PIXELS[0]), "path": "a"}, {"bytes": b"?", "path": "b"}]
     pq.write_table(pa.table({"image": images, "label": [0, 1]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="row 1: the image does not decode"):
@@ -142,7 +142,7 @@ def test_a_source_with_a_mistake_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize("system", ["Linux", "macOS"])
-def test_a_cache_that_cannot_be_used_is_one_line_that_names_the_variable(tmp_path, monkeypatch, system):
+def test_unusable_cache_is_refused_with_the_variable(tmp_path, monkeypatch, system):
     if system == "macOS":
         monkeypatch.delattr(os, "posix_fallocate")
     file = write(tmp_path / "a.parquet")
@@ -165,7 +165,7 @@ def test_a_cache_that_cannot_be_used_is_one_line_that_names_the_variable(tmp_pat
         load(file)
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch):
+def test_environment_variables_locate_the_cache(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     assert cache.cache_folder() == Path(os.environ["FISHERMASK_CACHE"])
     monkeypatch.delenv("FISHERMASK_CACHE")
@@ -175,14 +175,14 @@ def test_the_cache_is_where_the_environment_says(monkeypatch):
 
 
 def private_bytes() -> int:
-    """Written memory of this process alone; what it maps from files can be dropped and does not count."""
-    return_memory()  # what is freed but kept by the allocator says nothing
+    """Return the modified private memory of this process; pages mapped from files do not count."""
+    return_memory()  # freed memory that the allocator retains must not count
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
 
 
-def test_preparing_a_run_takes_no_memory_for_the_pools_pixels(tmp_path):
-    """147 MB of them."""
+def test_preparing_a_run_keeps_no_pixels_in_memory(tmp_path):
+    """The pool has 147 MB of pixels."""
     image = png(np.full((128, 128, 3), 7, np.uint8))
     for name, count in (("big", 3000), ("small", 300)):
         images = pa.array([{"bytes": image, "path": f"{i:05d}"} for i in range(count)], KIND)
@@ -200,23 +200,23 @@ def test_preparing_a_run_takes_no_memory_for_the_pools_pixels(tmp_path):
 
 
 def _replace_array(name, change):
-    def spoil(folder):
+    def damage(folder):
         path = folder / "train" / name
         np.save(path, change(np.load(path)))
 
-    return spoil
+    return damage
 
 
 def _replace_note(change):
-    def spoil(folder):
+    def damage(folder):
         note = json.loads((folder / "store.json").read_text())
         (folder / "store.json").write_text(json.dumps(change(note)))
 
-    return spoil
+    return damage
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "damage",
     [
         lambda folder: (folder / "store.json").write_text("{"),
         lambda folder: (folder / "store.json").write_bytes(b"\xff"),
@@ -241,11 +241,11 @@ def _replace_note(change):
         _replace_array("source_rows.npy", lambda rows: rows[:5]),
     ],
 )
-def test_a_damaged_store_is_one_line_that_names_its_folder(tmp_path, spoil):
+def test_damaged_store_is_refused_with_its_folder(tmp_path, damage):
     file = write(tmp_path / "a.parquet")
     load(file)
     (folder,) = stores(tmp_path)
-    spoil(folder)
+    damage(folder)
     with pytest.raises(InputError, match=f"^FISHERMASK_CACHE: {folder} is damaged .*; remove it") as caught:
         load(file)
     assert "\n" not in str(caught.value)

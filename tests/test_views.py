@@ -1,4 +1,4 @@
-"""Views of stored images: what they read, and that they travel without pixels."""
+"""Views of stored images: their content, and their transfer to other processes without pixels."""
 
 import pickle
 import shutil
@@ -21,30 +21,29 @@ from fishermask.tensors.precision import Precision
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def cache_in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.setenv("FISHERMASK_CACHE", str(tmp_path / "cache"))
 
 
-def test_views_read_what_numpy_would(tmp_path):
+def test_views_index_like_numpy_arrays(tmp_path):
     train = load(write(tmp_path / "a.parquet")).train
     whole = torch.from_numpy(PIXELS[BY_NAME][:, None])
-    kept = torch.tensor([0, 3, 4, 5, 50, 119])
+    rows = torch.tensor([0, 3, 4, 5, 50, 119])
     unsorted = torch.tensor([4, 1, 1, 0])
     views = [
         (train.images, whole),
         (train.images.narrow(0, 10, 30), whole[10:40]),
-        (train.take(kept).images, whole[kept]),
-        (train.take(kept).images.take(unsorted), whole[kept][unsorted]),
+        (train.take(rows).images, whole[rows]),
+        (train.take(rows).images.take(unsorted), whole[rows][unsorted]),
         (train.images.narrow(0, 10, 30).take(unsorted).narrow(0, 1, 3), whole[10:40][unsorted][1:]),
         (train.images.narrow(0, 7, 0), whole[7:7]),
     ]
     for view, expected in views:
         assert (len(view), view.shape) == (len(expected), expected.shape)
         for selection in (slice(None), slice(1, 3), slice(0, None, 2), torch.arange(len(view)).flip(0)):
-            found = view[selection]
-            oracle = expected[selection]
-            assert torch.equal(found, oracle)
-            assert (found.dtype, found.is_contiguous()) == (torch.uint8, True)
+            images = view[selection]
+            assert torch.equal(images, expected[selection])
+            assert (images.dtype, images.is_contiguous()) == (torch.uint8, True)
     for wrong in (-1, 30):
         with pytest.raises(IndexError):
             train.images.narrow(0, 10, 30)[torch.tensor([wrong])]
@@ -52,19 +51,19 @@ def test_views_read_what_numpy_would(tmp_path):
     assert torch.equal(train.images[:5], whole[:5])
 
 
-def test_ids_are_found_by_search_in_the_whole_in_a_run_and_in_chosen_rows(tmp_path):
+def test_positions_of_ids_in_the_store_in_a_slice_and_in_selected_rows(tmp_path):
     ids = load(write(tmp_path / "a.parquet")).train.ids
-    asked = [*NAMES, "", "bonn", "zzz", NAMES[0] + "x", "köln/" + "9" * 100]
+    queries = [*NAMES, "", "bonn", "zzz", NAMES[0] + "x", "köln/" + "9" * 100]
     for rows in (slice(None), slice(20, 70), torch.tensor([0, 3, 4, 5, 50, 119]), torch.tensor([], dtype=torch.long)):
         part: Ids = ids.take(rows)
         names = list(part)
-        assert part.positions(asked).tolist() == [names.index(a) if a in names else -1 for a in asked]
+        assert part.positions(queries).tolist() == [names.index(name) if name in names else -1 for name in queries]
         copy = pickle.loads(pickle.dumps(part))
         assert list(copy) == names
-        assert copy.positions(asked).tolist() == part.positions(asked).tolist()
+        assert copy.positions(queries).tolist() == part.positions(queries).tolist()
 
 
-def test_a_view_travels_as_row_numbers_and_maps_the_store_where_there_is_one(tmp_path, monkeypatch):
+def test_pickled_view_has_no_pixels_and_maps_an_existing_store(tmp_path, monkeypatch):
     images = load(write(tmp_path / "a.parquet")).train.images
     chosen = images.take(torch.tensor([7, 3, 90]))
     assert len(pickle.dumps(images)) < 2500 < PIXELS.nbytes
@@ -79,15 +78,15 @@ def test_a_view_travels_as_row_numbers_and_maps_the_store_where_there_is_one(tmp
     assert torch.equal(pickle.loads(sent)[:], chosen[:])  # found by its name
 
 
-def without_store(tmp_path, images) -> bytes:
+def pickle_and_remove_store(tmp_path, images) -> bytes:
     sent = pickle.dumps(images)
     shutil.rmtree(tmp_path / "cache")
     return sent
 
 
 @pytest.mark.parametrize("order", [range(120), SHUFFLED])
-def test_a_machine_without_the_store_reads_the_views_own_rows_from_their_row_groups(tmp_path, order, monkeypatch):
-    """Another row group is overwritten with zeros: whoever reads it fails."""
+def test_machine_without_store_reads_only_the_row_groups_of_the_view(tmp_path, order, monkeypatch):
+    """Another row group is overwritten with zeros, so that reading it fails."""
     file = write(tmp_path / "a.parquet", order)
     train = load(file).train
     group = {NAMES[i]: row // 30 for row, i in enumerate(order)}
@@ -95,7 +94,7 @@ def test_a_machine_without_the_store_reads_the_views_own_rows_from_their_row_gro
     view = train.images.take(rows)
     expected, narrowed = view[:], view[:][20:50]
     lost = pickle.dumps(train.images)
-    sent = without_store(tmp_path, view)
+    sent = pickle_and_remove_store(tmp_path, view)
     pages = pq.ParquetFile(file).metadata.row_group(1).column(0)
     with file.open("r+b") as damaged:
         damaged.seek(pages.dictionary_page_offset or pages.data_page_offset)
@@ -111,15 +110,15 @@ def test_a_machine_without_the_store_reads_the_views_own_rows_from_their_row_gro
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_bundled_data_are_decoded_again_without_a_store(tmp_path):
+def test_bundled_data_are_decoded_again_without_a_store(tmp_path):
     view = load_dataset(DataConfig()).test.images.narrow(0, 300, 20)
     expected = view[:]
-    assert torch.equal(pickle.loads(without_store(tmp_path, view))[:], expected)
+    assert torch.equal(pickle.loads(pickle_and_remove_store(tmp_path, view))[:], expected)
 
 
-def test_a_source_that_is_gone_or_another_is_one_line_that_names_it(tmp_path):
+def test_missing_or_changed_source_is_refused_with_its_name(tmp_path):
     file = write(tmp_path / "a.parquet")
-    sent = without_store(tmp_path, load(file).train.images)
+    sent = pickle_and_remove_store(tmp_path, load(file).train.images)
     write(file, names=None)
     with pytest.raises(InputError, match=rf"^data.train: {file} on .* differs from the file that the run began with$"):
         pickle.loads(sent)[:1]
@@ -128,12 +127,12 @@ def test_a_source_that_is_gone_or_another_is_one_line_that_names_it(tmp_path):
         pickle.loads(sent)[:1]
 
 
-def test_ray_shards_read_their_own_images_where_there_is_no_store(tmp_path, ray_session):
+def test_ray_shards_decode_their_images_without_a_store(tmp_path, ray_session):
     file = write(tmp_path / "a.parquet")
-    setup = prepare_inputs(
+    inputs = prepare_inputs(
         parse(ExperimentConfig, {"data": config(file).model_dump(), "budget": SMALL, "strategy": "random"})
     )
-    images, model = setup.data.train.images, mlp(1, 8, 4, width=4, depth=1)
+    images, model = inputs.data.train.images, mlp(1, 8, 4, width=4, depth=1)
 
     def probabilities(shards):
         shards.call(Shard.set_model, model, Precision())
@@ -142,9 +141,9 @@ def test_ray_shards_read_their_own_images_where_there_is_no_store(tmp_path, ray_
         finally:
             shards.close()
 
-    here = probabilities(LocalShards(images, setup.statistics))
+    expected = probabilities(LocalShards(images, inputs.statistics))
     shutil.rmtree(tmp_path / "cache")
-    assert torch.equal(probabilities(RayShards(images, setup.statistics, 1, 0.5, 0)), here)
+    assert torch.equal(probabilities(RayShards(images, inputs.statistics, 1, 0.5, 0)), expected)
     file.unlink()
     with pytest.raises(InputError, match=f"{file} is not on "):
-        probabilities(RayShards(images, setup.statistics, 1, 0.5, 0))
+        probabilities(RayShards(images, inputs.statistics, 1, 0.5, 0))

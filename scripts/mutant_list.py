@@ -885,10 +885,10 @@ MUTANTS = [
     Mutant("cli.py", " = 1, 2", " = 1, 1", "bad input ends in exit status 1", "cli"),
     Mutant(
         "cli.py",
-        "_show(arguments.folder, arguments.metric, console)",
-        '_show(arguments.folder, "balanced_accuracy", console)',
+        "_print_report(folder, metric, console)",
+        '_print_report(folder, "balanced_accuracy", console)',
         "report ignores --metric",
         "records cli",
     ),
-    Mutant("cli.py", "if arguments.dry_run:", "if False:", "a dry run runs", "cli"),
+    Mutant("cli.py", "if dry_run:", "if False:", "a dry run runs", "cli"),
 ]

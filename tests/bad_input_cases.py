@@ -238,7 +238,7 @@ for text in ("[1", "{a", "&a [*a]", "!!int abc", "*x", "'", "9" * 5000, "{a: 1, 
 # ---- The command line. ------------------------------------------------------------------------------------------------
 
 for name, argv, words in [
-    ("no command", [], "COMMAND"),
+    ("no command", [], "Missing command"),
     ("an unknown command", ["sweeep", "tiny.yaml"], "sweeep"),
     ("no file", ["sweep"], "FILE"),
     ("an empty file name", ["sweep", ""], "FILE"),

@@ -1,4 +1,4 @@
-"""The command as a user types it: exit status, one line on stderr, and nothing lost."""
+"""The command line: output, exit statuses, one-line errors, and interruptions."""
 
 import os
 import re
@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from fishermask import __version__, cli, query_strategies
+from fishermask.config import ExperimentConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -105,10 +106,9 @@ def test_a_model_file_is_found_beside_the_sweep_file_and_on_the_command_line_in_
 
 def test_an_estimate_of_memory_and_time_is_shown_before_anything_starts(sweep, capsys):
     assert cli.main(["sweep", "tiny.yaml", "--dry-run", "strategy=[bait,margin,random]"]) == 0
-    bait, margin, rest = capsys.readouterr().out.splitlines()[1:4]
-    assert re.match(r"bait of 300 images, 10 a query: about [\d.e-]+ s, \d+ MB while it .* \(.*k x k matrices", bait)
-    assert re.match(r"margin of 300 images, 10 a query: about [\d.e-]+ s, \d+ MB while it predicts the pool \(", margin)
-    assert rest.startswith("tiny: 3 runs")  # random looks at no image
+    bait, margin = (line for line in capsys.readouterr().out.splitlines() if re.match("(bait|margin): ", line))
+    for line in (bait, margin):
+        assert re.search(r": about [\d.e-]+ s per query, peak memory \d+ MB \(", line)
 
 
 def test_a_query_that_cannot_fit_is_refused_before_anything_is_trained(sweep, capsys):
@@ -130,29 +130,77 @@ def test_report_makes_the_files_again(sweep, capsys):
 
 def test_strategies_are_listed_with_their_parameters(capsys):
     assert cli.main(["strategies"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split(":")[0] for line in lines if line[0] != " "]
+    assert names == [*query_strategies.available(), "your own strategy"]
+    assert {"random", "margin", "entropy", "least_confidence", "bait", "fisher_mask", "coreset", "badge"} <= set(names)
+    damping = next(line for line in lines if line.startswith("    damping "))
+    assert re.fullmatch(r"    damping \(float, default 1.0\): \w.*", damping)
+    assert any(line.startswith("    mask (global | layerwise | ") for line in lines)
+
+
+def test_models_and_datasets_are_listed(capsys):
+    assert cli.main(["models"]) == 0
     out = capsys.readouterr().out
-    assert [line.split(":")[0] for line in out.splitlines() if line[0] != " "] == query_strategies.available()
-    assert set(query_strategies.available()) >= {
-        "random",
-        "margin",
-        "entropy",
-        "least_confidence",
-        "bait",
-        "fisher_mask",
-        "coreset",
-        "badge",
-    }
-    assert "num_body_parameters = 1024" in out
+    assert "\n    depth (int, default 2): Number of hidden layers.\n" in out
+    assert "./FILE.py:factory" in out
+    assert cli.main(["datasets"]) == 0
+    out = capsys.readouterr().out
+    for name in ("fashion_mnist_small", "CIFAR10", "parquet"):
+        assert name in out
+
+
+def test_all_settings_are_listed_with_their_defaults(capsys):
+    def dotted(settings, prefix=""):
+        for key, value in settings.items():
+            yield from dotted(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
+
+    assert cli.main(["settings"]) == 0
+    out = capsys.readouterr().out
+    listed = {line.split(" ")[0] for line in out.splitlines()}
+    defaults = ExperimentConfig().model_dump(exclude={"imbalance"})
+    assert set(dotted(defaults)) <= listed
+    assert "\nbudget.initial (int, default 100): " in out
+    assert "\n    imbalance.ratio (float, required): " in out
+
+
+def test_init_writes_a_sweep_file_that_runs_and_never_overwrites_one(tmp_path, monkeypatch, capsys):
+    """As in an empty folder, with an installed package."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init"]) == 0
+    assert "fishermask sweep sweep.yaml" in capsys.readouterr().out
+    assert cli.main(["sweep", "sweep.yaml", "--dry-run"]) == 0
+    assert "sweep: 6 runs, 0 finished, 30 rounds to go" in capsys.readouterr().out
+    content = Path("sweep.yaml").read_text()
+    assert cli.main(["init"]) == 2
+    error = "sweep.yaml: already exists; choose another name: fishermask init NAME"
+    assert capsys.readouterr().err == f"fishermask: {error}\n"
+    assert Path("sweep.yaml").read_text() == content
+    assert cli.main(["init", "second.yaml"]) == 0
+    assert Path("second.yaml").read_text() == content.replace("name: sweep ", "name: second ")
+    assert cli.main(["init", "../third"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["second.yaml", "sweep.yaml"]
+
+
+def test_run_needs_no_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "strategy=margin", "budget.total=40", "training.max_epochs=1"]) == 0
+    assert "[1/1 runs, 2/2 rounds" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("results/sweep-*/summary.md"))) == 1
+
+
+def test_help_starts_with_commands_that_work_without_a_clone(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("fishermask init") < out.index("Options:")
+    assert "demo" not in out
 
 
 def test_help_and_version(capsys):
-    for arguments in (["--help"], ["run", "--help"], ["sweep", "--help"]):
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(arguments)
-        assert exit_.value.code == 0
-    assert "fishermask sweep sweeps/demo.yaml" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        cli.main(["--version"])
+    for arguments in (["--help"], ["run", "--help"], ["sweep", "-h"]):
+        assert cli.main(arguments) == 0
+    assert "seed=[0,1,2]" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"fishermask {__version__}\n"
 
 

@@ -1,15 +1,16 @@
-"""The command line. Everything that can be set is set in the YAML file or as key=value; there are few options."""
+"""The ``fishermask`` command. Most settings are in the sweep file, or ``key=value`` words; there are few options."""
 
-import argparse
 import errno
 import io
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any
 
+import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -29,54 +30,57 @@ if TYPE_CHECKING:
 EXIT_FAILED_RUNS, EXIT_BAD_INPUT, EXIT_PIPE = 1, 2, 141
 STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
 MAX_LINE = 2000
-"""Characters of an error that are shown."""
+"""Maximum number of characters of an error line."""
+SETTING = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
+"""Start of a word that is a setting, and not a file."""
+TEMPLATE = Path(__file__).parent / "sweeps/template.yaml"
+"""Sweep file that ``init`` copies, and that ``run`` uses without a file."""
 
-EPILOG = """
-start here:
-  fishermask sweep sweeps/demo.yaml                      run a sweep, then print its summary
-  fishermask sweep sweeps/demo.yaml --dry-run            check it and list its runs
-  fishermask sweep sweeps/demo.yaml seed=[0,1,2,3,4]     more seeds; finished runs are kept
-  fishermask run sweeps/demo.yaml strategy=margin        one run of it, in this process
-  tensorboard --logdir results/demo                      look at the curves
+HELP = """Choose which samples to label, and measure how much better that is than choosing at random.
+
+\b
+Start here:
+  fishermask init                                 write sweep.yaml, a small sweep to start from
+  fishermask sweep sweep.yaml                     run it, then print its summary
+  fishermask sweep sweep.yaml --dry-run           check it and list its runs
+  fishermask sweep sweep.yaml seed=[0,1,2,3,4]    use more seeds; finished runs are kept
+  fishermask run strategy=margin                  run one small experiment, without a file
+  tensorboard --logdir results/sweep              view the learning curves
 """
-OVERRIDES = """
-key=value settings:
-  seed=3  budget.query=50  strategy=bait  imbalance.ratio=20     dotted paths into the file's base
-  strategy='{name: fisher_mask, params: {fraction: 0.02}}'       any YAML value
-  seed=[0,1,2]                                                   a list, where the grid varies the path
-  grid.training.max_epochs=[50,100]                              vary a path that the file does not
-  name=other  output=/data/results                               where results lie: OUTPUT/NAME
+SETTINGS = """
+\b
+KEY=VALUE replaces a setting of the file; fishermask settings lists all of them:
+  seed=3  budget.query=50  strategy=bait  imbalance=balanced       dotted paths into the file's base
+  strategy='{name: fisher_mask, params: {mask: last_layer}}'       any YAML value
+  seed=[0,1,2]                                                     a list, for a path that the grid varies
+  grid.training.max_epochs=[50,100]                                vary a path that the file does not vary
+  name=other  output=/data/results                                 write results to OUTPUT/NAME
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 1 (a run failed), 2 (bad input), 130 (Ctrl-C), 141 (closed pipe)
-    or 143 (SIGTERM).
+    """Run a command and return its exit status.
+
+    The status is 0, 1 (a run failed), 2 (bad input), 130 (Ctrl-C), 141 (closed pipe) or 143 (SIGTERM).
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may be unable to show a character
-    console = _Console(markup=False, highlight=False, soft_wrap=True)
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal cannot show
     try:
-        arguments = _arguments(argv)
-        try:
-            Path.cwd()  # without one, PyTorch's libraries end the process
-        except OSError as error:
-            raise InputError(f"the working folder: {error.strerror}; change to another") from None
         with handle_signals():
-            status = int(arguments.command(arguments, console))
+            status = _invoke(sys.argv[1:] if argv is None else argv)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a full disk can still be reported
         return status
     except InputError as error:
-        _complain(error)
+        _print_error(error)
         return EXIT_BAD_INPUT
     except OSError as error:
         if error.errno not in STDOUT_ERRORS or error.filename is not None:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at its end
-        if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python reports an error when it flushes at exit
+        if isinstance(error, BrokenPipeError):  # the reader of the output has closed it
             return EXIT_PIPE
-        _complain(InputError(f"stdout: cannot be written to ({error.strerror})"))
+        _print_error(InputError(f"stdout: cannot be written to ({error.strerror})"))
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as interrupt:
         stopped = stop_reason(interrupt)
@@ -84,8 +88,21 @@ def main(argv: list[str] | None = None) -> int:
         return stopped.status
 
 
-def _complain(error: InputError) -> None:
-    """Print a line for each mistake, and name the log file that holds the details."""
+def _invoke(argv: Sequence[str]) -> int:
+    """Parse the command line and call the command; ``click`` itself would print errors in several lines."""
+    console = _Console(markup=False, highlight=False, soft_wrap=True)
+    try:
+        with commands.make_context("fishermask", list(argv), obj=console) as context:
+            return int(commands.invoke(context) or 0)
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "fishermask"
+        raise InputError(f"{one_line(error.format_message(), MAX_LINE).rstrip('.')}; see {command} --help") from None
+
+
+def _print_error(error: InputError) -> None:
+    """Print one line for each mistake, and the path of the log file that holds the details."""
     lines = [one_line(line, MAX_LINE) for line in str(error).split("\n")]
     if error.details:
         lines[-1] += f"; log: {write_log(error.details)}"
@@ -94,156 +111,196 @@ def _complain(error: InputError) -> None:
 
 
 @contextmanager
-def _checks(what: str) -> Iterator[None]:
-    """Check the user's input: any exception is an error of the input, and stderr is kept free of other lines.
+def _check_input(name: str) -> Iterator[None]:
+    """Convert any exception of the block to an input error of ``name``, and keep stderr free of other lines.
 
-    What libraries and the user's code write to stderr goes to the log if the check fails, and else to stdout.
+    Text that libraries and the user's code write to stderr goes to the log if there is an error, otherwise to stdout.
     """
     with capture_stderr() as captured:
         try:
-            with guarded(what, "cannot be used"):
+            with guarded(name, "cannot be used"):
                 yield
         except InputError as error:
             if error.details and (text := captured.pop_text()):
                 error.details += f"\nwritten to stderr before:\n{text}"
             raise
-        shown = captured.pop_text()
-    if shown:
-        print(shown, end="" if shown.endswith("\n") else "\n")
+        text = captured.pop_text()
+    if text:
+        print(text, end="" if text.endswith("\n") else "\n")
 
 
 class _Console(Console):
-    """Leaves a reader that is gone to ``main``, where rich would exit."""
+    """A console that raises ``BrokenPipeError``, where rich would exit."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other mistake: in one line."""
+class _PathType(click.ParamType):
+    """A path on the command line."""
 
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
+    name = "path"
 
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    # argparse takes no settings after an option; what it leaves over are settings, or it is right to complain.
-    arguments, rest = parser.parse_known_args(argv)
-    if not hasattr(arguments, "settings") or any(word.startswith("-") for word in rest):
-        return parser.parse_args(argv)
-    arguments.settings += rest
-    return arguments
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Path:
+        try:
+            return Path(check_path(str(value)))
+        except ValueError as error:
+            self.fail(f"{short(value)} {error}", parameter, context)
 
 
-def _path(argument: str) -> Path:
-    """The type of a FILE or DIR on the command line."""
+PATH = _PathType()
+CONTINUE_OPTION = click.option(
+    "--continue-anyway",
+    is_flag=True,
+    help="Continue runs that began with other settings, another source or another device. Their rounds record it.",
+)
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+
+
+@click.group(help=HELP, context_settings=HELP_OPTIONS, no_args_is_help=False)
+@click.version_option(__version__, message="fishermask %(version)s")
+def commands() -> None:
     try:
-        return Path(check_path(argument))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{short(argument)} {error}") from None
+        Path.cwd()  # without a working folder, PyTorch's libraries end the process
+    except OSError as error:
+        raise InputError(f"the working folder: {error.strerror}; change to another folder") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(
-        prog="fishermask",
-        description="Distributed batch active learning with Fisher information: choose what to label, "
-        "and measure honestly whether the choice was better than random.",
-        epilog=EPILOG,
-        formatter_class=raw,
-    )
-    parser.add_argument("--version", action="version", version=f"fishermask {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+@commands.command("init", short_help="Write a sweep file to start from.")
+@click.argument("name", default="sweep")
+@click.pass_obj
+def init_command(console: Console, name: str) -> None:
+    """Write the sweep file NAME.yaml, with comments, to start from (default: sweep.yaml)."""
+    from fishermask.config import parse
+    from fishermask.sweeps.sweep_file import SweepConfig
 
-    def command(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text, epilog=epilog, formatter_class=raw)
-
-    run = command("run", "Run one experiment of a sweep file in this process.", OVERRIDES)
-    run.set_defaults(command=_run)
-    sweep = command("sweep", "Run every combination of a sweep file on Ray; finish what is missing.", OVERRIDES)
-    sweep.add_argument("--dry-run", action="store_true", help="check everything and list the runs; run none")
-    sweep.set_defaults(command=_sweep)
-    for each in (run, sweep):
-        each.add_argument(
-            "--continue-anyway",
-            action="store_true",
-            help="continue runs whose rounds have other settings, another source or another device; rows record it",
-        )
-        each.add_argument("file", type=_path, metavar="FILE", help="YAML file with name, base and grid")
-        each.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
-    report = command("report", "Make tables, curves and summary.md again from a sweep's folder.")
-    report.add_argument("folder", type=_path, metavar="DIR", help="results/NAME")
-    report.add_argument(
-        "--metric", choices=METRICS, default="balanced_accuracy", help="metric of the curves (%(default)s)"
-    )
-    report.set_defaults(command=_report)
-    strategies = command("strategies", "List the strategies and their parameters.")
-    strategies.set_defaults(command=_strategies)
-    return parser
+    name = re.sub(r"\.ya?ml$", "", name)
+    parse(SweepConfig, {"name": name})
+    file = Path(f"{name}.yaml")
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(TEMPLATE.read_text(encoding="utf-8").replace("name: sweep ", f"name: {name} ", 1))
+    except FileExistsError:
+        raise InputError(f"{file}: already exists; choose another name: fishermask init NAME") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror}); change to another folder") from None
+    console.print(f"wrote {file}; next:")
+    console.print(f"  fishermask sweep {file} --dry-run    check it and list its runs")
+    console.print(f"  fishermask sweep {file}              run it; results are written to results/{name}")
 
 
-def _run(arguments: argparse.Namespace, console: Console) -> int:
+@commands.command("run", epilog=SETTINGS, short_help="Run one experiment in this process.")
+@click.argument("words", nargs=-1, metavar="[FILE] [KEY=VALUE]...")
+@CONTINUE_OPTION
+@click.pass_obj
+def run_command(console: Console, words: tuple[str, ...], continue_anyway: bool) -> int:
+    """Run one experiment in this process: the first value of each path that the grid of FILE varies.
+
+    Without FILE, run a small experiment on the bundled data.
+    """
     from fishermask.sweeps import runner, sweep_file
 
+    has_file = bool(words) and not SETTING.match(words[0])
+    file = PATH.convert(words[0], None, None) if has_file else TEMPLATE
     with ExitStack() as stack:
-        with _checks(str(arguments.file)):
-            config = sweep_file.select_first_run(sweep_file.load(arguments.file, arguments.settings))
+        with _check_input(str(file)):
+            config = sweep_file.select_first_run(sweep_file.load(file, words[has_file:]))
             sweep = sweep_file.expand(config)
         ray_shards = sweep.runs[0].config.resources.workers == "ray"
-        nodes = _nodes(stack, join=ray_shards)
-        with _checks(str(arguments.file)):
-            plans = runner.plan_sweep(sweep, nodes, console, True, arguments.continue_anyway)
+        nodes = _planned_nodes(stack, connect=ray_shards)
+        with _check_input(str(file)):
+            plans = runner.plan_sweep(sweep, nodes, console, True, continue_anyway)
         for line in runner.describe_plans(plans):
             console.print(line)
         for key, values in config.grid.items():
             console.print(f"{key} = {values[0]}")
         if ray_shards:
             _connect(stack, nodes)
-        return _finish(sweep, lambda: runner.run_in_process(sweep, plans, console), console)
+        return _run_and_report(sweep, lambda: runner.run_in_process(sweep, plans, console), console)
 
 
-def _sweep(arguments: argparse.Namespace, console: Console) -> int:
+@commands.command("sweep", epilog=SETTINGS, short_help="Run all combinations of a sweep file on Ray.")
+@click.argument("file", type=PATH)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Check everything and list the runs, without running them.")
+@CONTINUE_OPTION
+@click.pass_obj
+def sweep_command(
+    console: Console, file: Path, settings: tuple[str, ...], dry_run: bool, continue_anyway: bool
+) -> int:
+    """Run all combinations of the sweep file FILE on Ray.
+
+    Finished runs are kept: run the same command again to continue an interrupted sweep.
+    """
     from fishermask.sweeps import runner, sweep_file
 
     with ExitStack() as stack:
-        with _checks(str(arguments.file)):
-            sweep = sweep_file.expand(sweep_file.load(arguments.file, arguments.settings))
-        nodes = _nodes(stack, join=not arguments.dry_run)
-        with _checks(str(arguments.file)):
-            plans = runner.plan_sweep(sweep, nodes, console, continue_anyway=arguments.continue_anyway)
-            todo = runner.unfinished_runs(sweep)
+        with _check_input(str(file)):
+            sweep = sweep_file.expand(sweep_file.load(file, settings))
+        nodes = _planned_nodes(stack, connect=not dry_run)
+        with _check_input(str(file)):
+            plans = runner.plan_sweep(sweep, nodes, console, continue_anyway=continue_anyway)
+            unfinished = runner.unfinished_runs(sweep)
         for line in runner.describe_plans(plans):
             console.print(line)
         count = len(sweep.runs)
-        rounds = sum(run.config.budget.num_rounds - len(history) for run, history in todo)
-        state = f"{count} runs, {count - len(todo)} finished, {rounds} rounds to go"
+        rounds = sum(run.config.budget.num_rounds - len(history) for run, history in unfinished)
+        state = f"{count} runs, {count - len(unfinished)} finished, {rounds} rounds to go"
         console.print(f"{sweep.config.name}: {state}; results in {sweep.folder}")
-        if arguments.dry_run:
-            missing = {run.name for run, _ in todo}
+        if dry_run:
+            missing = {run.name for run, _ in unfinished}
             for run in sweep.runs:
                 console.print(f"  {'missing ' if run.name in missing else 'finished'}  {run.name}")
             return 0
-        if not todo:
-            return _show(sweep.folder, "balanced_accuracy", console)
+        if not unfinished:
+            return _print_report(sweep.folder, "balanced_accuracy", console)
         from fishermask.sweeps import tune_runner
 
         _connect(stack, nodes)
-        return _finish(sweep, lambda: tune_runner.run_on_ray(sweep, plans, nodes, console), console)
+        return _run_and_report(sweep, lambda: tune_runner.run_on_ray(sweep, plans, nodes, console), console)
 
 
-def _nodes(stack: ExitStack, join: bool) -> "Cluster":
+@commands.command("report", short_help="Write the tables and curves of a sweep again.")
+@click.argument("folder", type=PATH, metavar="DIR")
+@click.option("--metric", type=click.Choice(list(METRICS)), default="balanced_accuracy", help="Metric of the curves.")
+@click.pass_obj
+def report_command(console: Console, folder: Path, metric: str) -> int:
+    """Write the tables, curves and summary.md of the sweep in DIR (results/NAME) again."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the folder of a sweep's results, such as results/NAME")
+    return _print_report(folder, metric, console)
+
+
+def _add_listing(name: str, text: str) -> None:
+    @commands.command(name, help=text)
+    @click.pass_obj
+    def command(console: Console) -> None:
+        from fishermask import listing
+
+        with _check_input(name):
+            lines = list(getattr(listing, f"list_{name}")())
+        for line in lines:
+            console.print(line)
+
+
+_add_listing("settings", "List all settings of a run, with types and defaults.")
+_add_listing("datasets", "List the data sets.")
+_add_listing("models", "List the models and their parameters.")
+_add_listing("strategies", "List the query strategies and their parameters.")
+
+
+def _planned_nodes(stack: ExitStack, connect: bool) -> "Cluster":
     """Return the nodes that runs are planned for: those of the cluster at ``RAY_ADDRESS``, or this machine.
 
     Args:
-        join: whether to connect to that cluster; otherwise what it has stays unknown.
+        connect: whether to connect to the cluster; otherwise its resources are unknown.
     """
     from fishermask.planning.placement import Cluster, this_machine
     from fishermask.sweeps import runner
 
     if not runner.joins_cluster():
         return this_machine()
-    if not join:
+    if not connect:
         return Cluster((), autoscaled=True)
     from fishermask.sweeps import cluster
 
@@ -252,15 +309,15 @@ def _nodes(stack: ExitStack, join: bool) -> "Cluster":
 
 
 def _connect(stack: ExitStack, nodes: "Cluster | None") -> None:
-    """Be connected to a Ray cluster until ``stack`` closes."""
+    """Connect to a Ray cluster until ``stack`` closes."""
     from fishermask.sweeps import cluster
 
     with guarded("RAY_ADDRESS", "Ray cannot be used"):
         stack.enter_context(cluster.connect(nodes))
 
 
-def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) -> int:
-    """Do the work of a sweep and show what came of it; signals and failed runs leave what is finished."""
+def _run_and_report(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) -> int:
+    """Call ``work``, which runs a sweep, and report the results. Finished rounds are kept if it is interrupted."""
     from fishermask.results import files
     from fishermask.sweeps import runner
 
@@ -270,17 +327,16 @@ def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) ->
             recorder = work()
     except KeyboardInterrupt as interrupt:
         stopped = stop_reason(interrupt)
-        left = len(runner.unfinished_runs(sweep))
-        done = len(sweep.runs) - left
+        finished = len(sweep.runs) - len(runner.unfinished_runs(sweep))
         print(
-            f"fishermask: {stopped}; {done} of {len(sweep.runs)} runs are finished, and all finished rounds are in "
+            f"fishermask: {stopped}; {finished} of {len(sweep.runs)} runs are finished, and all finished rounds are in "
             f"{sweep.folder}; run the same command again to continue",
             file=sys.stderr,
         )
         return stopped.status
     status = 0
     if any(folder for run in sweep.runs if (folder := run.folder.history())):
-        status = _show(sweep.folder, "balanced_accuracy", console)
+        status = _print_report(sweep.folder, "balanced_accuracy", console)
     for name, error in recorder.failed.items():
         log = next(run.folder.error for run in sweep.runs if run.name == name)
         print(f"fishermask: {name} failed: {error}\n  log: {log}", file=sys.stderr)
@@ -288,17 +344,11 @@ def _finish(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) ->
     return status
 
 
-def _report(arguments: argparse.Namespace, console: Console) -> int:
-    if not arguments.folder.is_dir():
-        raise InputError(f"{arguments.folder}: no such folder")
-    return _show(arguments.folder, arguments.metric, console)
-
-
-def _show(folder: Path, metric: str, console: Console) -> int:
-    """Write the report of a sweep's folder and print its summary and where to look next."""
+def _print_report(folder: Path, metric: str, console: Console) -> int:
+    """Write the report of a sweep's folder, and print its summary and the paths of its files."""
     from fishermask.results import report
 
-    with _checks(str(folder)):
+    with _check_input(str(folder)):
         written = report.write(folder, metric)
         header, rows = report.format_brief_summary(written.summary)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -308,27 +358,15 @@ def _show(folder: Path, metric: str, console: Console) -> int:
     for row in rows:
         table.add_row(*row)
     console.print(table, soft_wrap=False)
-    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    relative = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     for line in (
         report.BRIEF_NOTE,
         " ".join(report.format_notes(written)),
-        f"curves:      {shown / 'curves.png'}",
-        f"tables:      {shown / 'summary.md'}, {shown / 'results.csv'}",
-        f"tensorboard: tensorboard --logdir {shown}",
+        f"curves:      {relative / 'curves.png'}",
+        f"tables:      {relative / 'summary.md'}, {relative / 'results.csv'}",
+        f"tensorboard: tensorboard --logdir {relative}",
     ):
         console.print(line)
-    return 0
-
-
-def _strategies(arguments: argparse.Namespace, console: Console) -> int:
-    from fishermask import query_strategies
-
-    with _checks("strategies"):
-        described = {name: query_strategies.describe(name) for name in query_strategies.available()}
-    for name, (summary, params) in described.items():
-        console.print(f"{name}: {summary}")
-        for key, field in params.model_fields.items():
-            console.print(f"    {key} = {field.default}")
     return 0
 
 

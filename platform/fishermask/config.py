@@ -38,7 +38,9 @@ PathText = Annotated[str, AfterValidator(check_path)]
 class Config(BaseModel):
     """Base of every settings class: frozen, unknown keys and values of another type are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())

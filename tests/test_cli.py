@@ -108,14 +108,14 @@ def test_an_estimate_of_memory_and_time_is_shown_before_anything_starts(sweep, c
     assert cli.main(["sweep", "tiny.yaml", "--dry-run", "strategy=[bait,margin,random]"]) == 0
     bait, margin = (line for line in capsys.readouterr().out.splitlines() if re.match("(bait|margin): ", line))
     for line in (bait, margin):
-        assert re.search(r": about [\d.e-]+ s per query, peak memory \d+ MB \(", line)
+        assert re.search(r": about [\d.e-]+ s per query, 1 shard, peak memory \d+ MB \(", line)
 
 
 def test_a_query_that_cannot_fit_is_refused_before_anything_is_trained(sweep, capsys):
     arguments = ["sweep", "tiny.yaml", "strategy=bait", "resources.memory=0.01"]
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(r"fishermask: resources.memory: a query needs \d+ MB .* more than the 10 MB .*\n", error)
+    assert re.fullmatch(r"fishermask: resources.memory: .* needs \d+ MB .* than the \d+ MB .*\n", error)
     assert [path.name for path in sweep.iterdir()] == ["tiny.yaml"]
 
 
@@ -221,7 +221,7 @@ def test_help_and_version(capsys):
         (["run", "tiny.yaml", "data=coco"], "data: "),
         (["run", "tiny.yaml", "data.name=coco"], "data.name: unknown data set 'coco'; available: fashion_mnist_small"),
         (["run", "tiny.yaml", "imbalance={kind: counts, counts: {0: 3, 1: 4000}}"], "class 1: 4000 images requested"),
-        (["sweep", "tiny.yaml", "resources.cpus=1000", "--dry-run"], "resources.cpus: 1000 exceeds the "),
+        (["sweep", "tiny.yaml", "resources.cpus=1000", "--dry-run"], "resources: a run needs 1000 CPUs"),
         (["run", "tiny.yaml", "resources.cpus=0.00001"], "resources.cpus: "),
         (["run", "tiny.yaml", "resources.gpus=1"], "resources.gpus: this machine has no GPU"),
         (["sweep", "tiny.yaml", "resources.shards=999"], "resources.shards: 999 exceeds the pool of 300 images"),

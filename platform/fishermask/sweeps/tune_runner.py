@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fishermask.sweeps import cluster  # noqa: F401  before Ray, which reads its settings when it is imported
+
+# isort: split
 import ray
 from ray import tune
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError

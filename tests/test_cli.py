@@ -79,6 +79,20 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(sweep, capsys):
     assert [path.name for path in sweep.iterdir()] == ["tiny.yaml"]
 
 
+def test_a_dry_run_downloads_nothing(sweep, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the dry run opens a connection")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    data = ["data={name: MNIST, root: folder, download: true}", "imbalance=none"]
+    assert cli.main(["sweep", "tiny.yaml", "--dry-run", *data]) == 0
+    out = capsys.readouterr().out
+    assert "data.download: MNIST is not in folder; a sweep downloads it, and then checks the runs\n" in out
+    assert "tiny: 2 runs, 0 finished, 6 rounds to go" in out
+    assert [path.name for path in sweep.iterdir()] == ["tiny.yaml"]
+
+
 FACTORY = """
 from torch import nn
 

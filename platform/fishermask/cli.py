@@ -222,24 +222,31 @@ def run_command(console: Console, words: tuple[str, ...], continue_anyway: bool)
 @commands.command("sweep", epilog=SETTINGS, short_help="Run all combinations of a sweep file on Ray.")
 @click.argument("file", type=PATH)
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--dry-run", is_flag=True, help="Check everything and list the runs, without running them.")
+@click.option("--dry-run", is_flag=True, help="Check everything and list the runs; run and download nothing.")
 @CONTINUE_OPTION
 @click.pass_obj
-def sweep_command(
-    console: Console, file: Path, settings: tuple[str, ...], dry_run: bool, continue_anyway: bool
-) -> int:
+def sweep_command(console: Console, file: Path, settings: tuple[str, ...], dry_run: bool, continue_anyway: bool) -> int:
     """Run all combinations of the sweep file FILE on Ray.
 
     Finished runs are kept: run the same command again to continue an interrupted sweep.
     """
+    from fishermask.data import sources
     from fishermask.sweeps import runner, sweep_file
 
     with ExitStack() as stack:
         with _check_input(str(file)):
             sweep = sweep_file.expand(sweep_file.load(file, settings))
+            data_sets = {run.config.data for run in sweep.runs} if dry_run else set()
+            to_download = [data for data in data_sets if sources.needs_download(data)]
         nodes = _planned_nodes(stack, connect=not dry_run)
         with _check_input(str(file)):
-            plans = runner.plan_sweep(sweep, nodes, console, continue_anyway=continue_anyway)
+            plans = {}
+            if to_download:  # a dry run downloads nothing
+                for data in to_download:
+                    place = f"{data.root}; a sweep downloads it, and then checks the runs"
+                    console.print(f"data.download: {data.name} is not in {place}")
+            else:
+                plans = runner.plan_sweep(sweep, nodes, console, continue_anyway=continue_anyway)
             unfinished = runner.unfinished_runs(sweep)
         for line in runner.describe_plans(plans):
             console.print(line)

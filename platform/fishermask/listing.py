@@ -20,8 +20,11 @@ def list_settings() -> Iterator[str]:
 
 
 def list_datasets() -> Iterator[str]:
-    """Yield the names of the data sets."""
-    yield from sources.available()
+    """Yield the data sets and the settings that they need."""
+    for dataset in sources.list_datasets():
+        required = f" (set {', '.join(dataset.settings)})" if dataset.settings else ""
+        download = "; data.download: true fetches it" if dataset.downloads else ""
+        yield f"{dataset.name}: {dataset.summary}{required}{download}"
 
 
 def list_models() -> Iterator[str]:

@@ -74,6 +74,18 @@ def test_the_identity_holds_the_defaults_of_the_strategys_parameters():
     ]
 
 
+def test_the_identity_holds_the_content_of_the_users_model_file(tmp_path):
+    file = tmp_path / "mine.py"
+    config = parse(ExperimentConfig, {"model": f"{file}:make", "strategy": "random"})
+    with pytest.raises(InputError, match=f"^model.name: {file}"):
+        identify(config)
+    file.write_text("x = 1")
+    before = identify(config)
+    file.write_text("x = 2")
+    (difference,) = describe_differences(before, identify(config))
+    assert difference.startswith("code.model.name is ")
+
+
 def test_the_identity_holds_version_source_devices_and_threads():
     def identity(**resources):
         return identify(parse(ExperimentConfig, {"resources": resources, "strategy": "random"}))

@@ -208,57 +208,63 @@ class BudgetConfig(Config):
 
 
 class StrategyConfig(NamedConfig):
+    """A query strategy and its parameters."""
+
     label: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.,=()+-]{0,79}$")
-    """Name in tables, pictures and folders; the strategy's name, with its parameters where that is not enough."""
+    """Name in tables, pictures and folders; by default the strategy's name, with the parameters that are set."""
 
     @property
     def short_name(self) -> str:
-        """The name; of the user's ``folder/FILE.py:FUNCTION``, ``FILE:FUNCTION``."""
+        """The name, or ``FILE:FUNCTION`` for the user's ``folder/FILE.py:FUNCTION``."""
         if (parts := split_file_name(self.name)) is None:
             return self.name
         return parts[0].stem + (f":{parts[1]}" if parts[1] else "")
 
 
 class EngineConfig(Config):
-    """What numbers are kept and computed in. All but float32 may change the batch a little; ``docs/performance.md``
-    says by how much, and what it saves."""
+    """Number formats of a query. Other formats than float32 may change the batch slightly; ``docs/performance.md``
+    has measurements of the changes and of the savings."""
 
     storage: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type that embeddings are kept in."""
+    """Type in which embeddings are stored."""
     scores: Literal["float32", "float64"] = "float32"
-    """Type that scores are kept and computed in."""
+    """Type in which scores are stored and computed."""
     gradients: Literal["float32", "bfloat16"] = "float32"
-    """Type that layers compute gradients in."""
+    """Type in which layers compute gradients."""
     channels_last: bool = False
-    """Memory layout of images and convolutions while gradients are computed."""
+    """Whether gradients are computed with the channels-last memory layout."""
     drift: float = Field(1e-3, gt=0)
-    """Relative error of a pick's gain, against float64, beyond which all scores are computed anew."""
+    """Relative error of a pick's gain, compared with float64, above which all candidates are rescored."""
 
 
 SMALLEST = 1e-4
-"""Ray counts CPUs in these parts."""
+"""Ray's unit of CPUs and GPUs."""
 
 
 class ResourcesConfig(Config):
+    """Processors, memory and shards of a run."""
+
     cpus: float = Field(1, ge=SMALLEST, le=MAX_CORES)
-    """CPUs of the run's own process: training and evaluation use as many threads, and in-process shards live here."""
+    """CPUs of the trial, and the number of threads that train and evaluate. In-process shards use them too."""
     gpus: float = Field(0, ge=0, le=MAX_CORES)
+    """GPUs of the trial; fractions are allowed."""
     shards: int | Literal["auto"] = 1
-    """Parts that the pool is cut into, or ``auto``: by its size and the cluster. The batch does not depend on it."""
+    """Number of parts of the pool, or ``auto``: by pool size and cluster. The batch does not depend on it."""
     workers: Literal["in_process", "ray"] = "in_process"
-    """Whether the shards live in the run's own process or as Ray actors of their own."""
+    """Whether the shards are in the trial's process or are Ray actors."""
     cpus_per_shard: float = Field(1, ge=SMALLEST, le=MAX_CORES)
-    """CPUs reserved for each Ray shard. A shard computes on one thread: use more shards for more cores."""
+    """CPUs that each Ray shard reserves. A shard computes on one thread: use more shards to use more cores."""
     gpus_per_shard: float = Field(0, ge=0, le=MAX_CORES)
+    """GPUs of each Ray shard; fractions are allowed."""
     memory: float | None = Field(None, gt=0, le=1e6)
-    """GB that a query may use in the run's own process, and in each Ray shard; what is free when not given."""
+    """Memory limit in GB of the trial and of each Ray shard; by default the free memory."""
     restarts: int = Field(3, ge=0, le=1_000_000)
-    """How often a run whose process is lost goes on from its last finished round; the most of a sweep's runs counts."""
+    """How often a run resumes after the loss of its process. A sweep uses the maximum over its runs."""
 
     @field_validator("shards", mode="before")
     @classmethod
     def _number_or_auto(cls, value: Any) -> Any:
-        # Here, because pydantic would report both sides of the union, each on a line.
+        # Pydantic would report one error for each type of the union.
         if value != "auto" and not (type(value) is int and 1 <= value <= MAX_SHARDS):
             raise ValueError(f"should be auto or a whole number from 1 to {MAX_SHARDS:,}, got {short(value)}")
         return value
@@ -269,7 +275,7 @@ SHARDING = {"shards", "workers", "cpus_per_shard", "gpus_per_shard", "memory", "
 
 
 class ExperimentConfig(Config):
-    """One run: a data set, an imbalance, a model, a budget, a strategy and a seed."""
+    """All settings of one run."""
 
     data: DataConfig = DataConfig()
     imbalance: Imbalance = Natural()

@@ -8,6 +8,7 @@ from fishermask import query_strategies
 from fishermask.config import ExperimentConfig, ResourcesConfig
 from fishermask.environment import loaded_version
 from fishermask.guard import guarded, short
+from fishermask.paths import require_file
 from fishermask.user_modules import split_file_name
 
 Identity = dict[str, Any]
@@ -38,17 +39,22 @@ def identify(config: ExperimentConfig) -> Identity:
         settings["strategy"]["params"] = params.model_dump(mode="json")
     return {
         "fishermask": loaded_version(),
-        "code": {key: digest for key in ("model", "strategy") if (digest := _hash_file(getattr(config, key).name))},
+        "code": _hash_user_files({"model.name": config.model.name, "strategy.name": config.strategy.name}),
         "device": devices(config.resources),
         "threads": num_threads(config.resources),
         "settings": settings,
     }
 
 
-def _hash_file(name: str) -> str | None:
-    """Return a hash of the user's file that ``name`` refers to; None if it refers to no file."""
-    parts = split_file_name(name)
-    return None if parts is None else hashlib.sha256(parts[0].read_bytes()).hexdigest()[:12]
+def _hash_user_files(names: dict[str, str]) -> dict[str, str]:
+    """Return a hash of each of the user's files among ``names``, by the setting that names it."""
+    hashes = {}
+    for setting, name in names.items():
+        if (parts := split_file_name(name)) is not None:
+            require_file(parts[0], setting)
+            with guarded(setting, f"{parts[0]} cannot be read"):
+                hashes[setting] = hashlib.sha256(parts[0].read_bytes()).hexdigest()[:12]
+    return hashes
 
 
 def describe_differences(recorded: Identity, current: Identity, ignored: Collection[str] = ()) -> list[str]:

@@ -59,8 +59,15 @@ def _check_writable(folder: Path) -> None:
 def _check_identities(sweep: Sweep, stored: SweepConfig, continue_anyway: bool) -> list[str]:
     """Return a note on the rounds in the folder whose identity is not the current one."""
     varied = set(stored.grid) | ({"strategy.params"} if "strategy.name" in stored.grid else set())
-    recorded, current = ({"settings": identify(s.runs[0].config)["settings"]} for s in (expand(stored), sweep))
-    problems = [describe_differences(recorded, current, varied)]
+    try:
+        recorded = identify(expand(stored).runs[0].config)
+    except InputError as error:
+        raise InputError(
+            f"name: the settings in {sweep.folder} are not valid here ({error}); choose another name=NAME",
+            error.details,
+        ) from error
+    current = identify(sweep.runs[0].config)
+    problems = [describe_differences({"settings": recorded["settings"]}, {"settings": current["settings"]}, varied)]
     finished_before: dict[str, int] = {}
     for run in sweep.runs:
         rounds = run.folder.history()

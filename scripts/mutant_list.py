@@ -630,8 +630,12 @@ MUTANTS = [
     ),
     Mutant("data/decoding.py", "transpose(2, 0, 1)", "transpose(2, 1, 0)", "color images are turned", "replay data"),
     Mutant("data/store.py", '"channels", ', "", "images with other channels share a store", "data"),
-    Mutant("data/imbalance.py", "enumerate(sizes) if size", "enumerate(sizes)", "classes without images remain", "data"),
-    Mutant("data/sources.py", "        return True\n", "        return False\n", "missing data need no download", "data"),
+    Mutant(
+        "data/imbalance.py", "enumerate(sizes) if size", "enumerate(sizes)", "classes without images remain", "data"
+    ),
+    Mutant(
+        "data/sources.py", "        return True\n", "        return False\n", "missing data need no download", "data"
+    ),
     Mutant("data/torchvision_sets.py", "(0.2860,), (0.3530,)", "(0.1307,), (0.3081,)", "statistics of MNIST", "replay"),
     Mutant("data/parquet.py", "ImageOps.exif_transpose(opened)", "opened", "the EXIF orientation is ignored", "data"),
     # experiment

@@ -584,12 +584,16 @@ MUTANTS = [
         "replay data",
     ),
     Mutant(
-        "data/imbalance.py", "return drawn[:rare]", "return list(range(rare))", "rare classes ignore the seed", "data"
+        "data/imbalance.py",
+        "return random_order[:rare]",
+        "return list(range(rare))",
+        "rare classes ignore the seed",
+        "data",
     ),
     Mutant(
         "data/imbalance.py",
-        "        return drawn\n",
-        "        return sorted(drawn)\n",
+        "        return random_order\n",
+        "        return sorted(random_order)\n",
         "the order of a long tail ignores the seed",
         "replay data",
     ),

@@ -162,7 +162,7 @@ case("a grid of 10^10 runs", dry(*(f"grid.{key}=[{','.join(f'{n}.{d}' for d in r
     "seed=0"), "grid", "10,000,000,000 runs")  # fmt: skip
 case("a run with a name of 300 letters", dry(f"grid.data.label_column=['{LETTERS[:199]}']"), "grid")
 case("published statistics that are not there", dry("data={name: parquet, train: data.parquet, test: data.parquet, statistics: published}", *SMALL_BUDGET),
-     "data.statistics", files={"data.parquet": lambda path: parquet(path)})  # fmt: skip
+     "data.statistics", files={"data.parquet": lambda path: write_parquet(path)})  # fmt: skip
 
 # ---- YAML files. ------------------------------------------------------------------------------------------------------
 
@@ -473,7 +473,7 @@ GOOD = png(GRAY)
 TEXT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def parquet(path, images=(GOOD, GOOD), labels=(0, 1), paths=None, kind=TEXT, notes=None, columns=None, **write):
+def write_parquet(path, images=(GOOD, GOOD), labels=(0, 1), paths=None, kind=TEXT, notes=None, columns=None, **write):
     paths = paths or [None] * len(images)
     structs = [
         i if i is None or isinstance(i, dict) else {"bytes": i, "path": p} for i, p in zip(images, paths, strict=True)
@@ -483,13 +483,13 @@ def parquet(path, images=(GOOD, GOOD), labels=(0, 1), paths=None, kind=TEXT, not
     return path
 
 
-def damaged(start, length, byte=0xA5, **write):
-    """A Parquet file in which some bytes are others, counted from the end if ``start`` is negative."""
+def with_damage(start, length, byte=0xA5, **write):
+    """Return a writer of a Parquet file with ``length`` overwritten bytes, from the fraction ``start`` of the file."""
 
     def make(path):
         noise = np.random.default_rng(1)
         images = [png(noise.integers(0, 256, (28, 28), np.uint8)) for _ in range(60)]
-        parquet(path, images, [0, 1] * 30, [f"{i}.png" for i in range(60)], **write)
+        write_parquet(path, images, [0, 1] * 30, [f"{i}.png" for i in range(60)], **write)
         content = bytearray(path.read_bytes())
         at = int(start * len(content))
         content[at : at + length] = bytes([byte]) * min(length, len(content) - at)
@@ -498,30 +498,30 @@ def damaged(start, length, byte=0xA5, **write):
     return make
 
 
-def images_of(*contents):
-    return lambda path: parquet(path, contents, list(range(len(contents))))
+def with_images(*contents):
+    return lambda path: write_parquet(path, contents, list(range(len(contents))))
 
 
-def image_as(mode, format_, size=(28, 28)):
+def encode_image(mode, format_, size=(28, 28)):
     buffer = io.BytesIO()
     Image.new(mode, size).save(buffer, format_)
     return buffer.getvalue()
 
 
-def bomb():
-    """A PNG that says that it has 60,000 x 60,000 pixels."""
+def decompression_bomb():
+    """Return a PNG whose header declares 60,000 x 60,000 pixels."""
     header = struct.pack(">II", 60_000, 60_000) + GOOD[24:29]
     import zlib
 
     return GOOD[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + GOOD[33:]
 
 
-def named(*classes, image=None):
+def with_class_names(*classes, image=None):
     note = json.dumps({"info": {"features": {"label": {"names": list(classes)}}}})
-    return lambda path: parquet(path, [image or GOOD] * 2, notes={"huggingface": note})
+    return lambda path: write_parquet(path, [image or GOOD] * 2, notes={"huggingface": note})
 
 
-def twice(name):
+def with_two_columns(name):
     array = pa.array([{"bytes": GOOD, "path": None}] * 2, TEXT)
     columns = {"image": array, "label": pa.array([0, 1])}
     return lambda path: pq.write_table(
@@ -536,58 +536,58 @@ DATA_FILES = {
     "is empty": (lambda path: path.write_bytes(b""), "data.train"),
     "is text": (lambda path: path.write_text("hello"), "data.train"),
     "is noise": (lambda path: path.write_bytes(bytes(range(256)) * 40), "data.train"),
-    "is cut short": (lambda path: path.write_bytes(parquet(path).read_bytes()[:-100]), "data.train"),
+    "is cut short": (lambda path: path.write_bytes(write_parquet(path).read_bytes()[:-100]), "data.train"),
     "is only the magic number": (lambda path: path.write_bytes(b"PAR1PAR1"), "data.train"),
     "has an endless footer": (lambda path: path.write_bytes(b"PAR1" + b"\xff" * 4 + b"PAR1"), "data.train"),
-    "has damaged pages": (damaged(0.1, 200, compression="none"), "data"),
-    "has damaged pages (snappy)": (damaged(0.1, 200, compression="snappy"), "data"),
-    "has damaged pages (gzip)": (damaged(0.1, 200, compression="gzip"), "data"),
-    "has damaged pages (zstd)": (damaged(0.1, 200, compression="zstd"), "data"),
-    "has damaged pages (brotli)": (damaged(0.1, 200, compression="brotli"), "data"),
-    "has damaged pages (lz4)": (damaged(0.1, 200, compression="lz4"), "data"),
-    "has zeros for pages": (damaged(0.05, 20000, 0, compression="zstd"), "data"),
-    "has damaged pages of labels": (lambda path: damaged_labels(path), "data.train"),
-    "has a damaged footer": (damaged(0.99, 30), "data.train"),
-    "has no rows": (lambda path: parquet(path, [], pa.array([], pa.int64())), "data.train"),
-    "has no image column": (lambda path: parquet(path, columns={"label": [0, 1]}), "data.image_column"),
-    "has no label column": (lambda path: parquet(path, columns={"image": pa.array([{"bytes": GOOD, "path": None}], TEXT)}), "data.label_column"),
-    "has two image columns": (lambda path: parquet(path, columns={"a": pa.array([{"bytes": GOOD, "path": None}], TEXT), "b": pa.array([{"bytes": GOOD, "path": None}], TEXT), "label": [0]}), "data.image_column"),
-    "has the label twice": (twice("label"), "data.label_column"),
-    "has the image twice": (twice("image"), "data.image_column"),
-    "has paths that are numbers": (lambda path: parquet(path, [{"bytes": GOOD, "path": 1}] * 2, kind=NUMBERS), "data.image_column"),
-    "has bytes that are text": (lambda path: parquet(path, [{"bytes": "x", "path": "a"}] * 2, kind=WORDS), "data.image_column"),
-    "has bytes that are lists": (lambda path: parquet(path, [{"bytes": [1], "path": "a"}] * 2, kind=LISTS), "data.image_column"),
-    "has labels that are text": (lambda path: parquet(path, labels=["a", "b"]), "data.label_column"),
-    "has labels that are fractions": (lambda path: parquet(path, labels=[0.0, 1.0]), "data.label_column"),
-    "has labels that are true or false": (lambda path: parquet(path, labels=[True, False]), "data.label_column"),
-    "has labels that are dates": (lambda path: parquet(path, labels=[datetime.date(2024, 1, 1)] * 2), "data.label_column"),
-    "has a negative label": (lambda path: parquet(path, labels=[0, -1]), "row 1: label"),
-    "has a label of 2^63": (lambda path: parquet(path, labels=pa.array([0, 2**63], pa.uint64())), "row 1: label"),
-    "has a missing label": (lambda path: parquet(path, labels=[0, None]), "row 1: label"),
-    "has a label that is no class": (lambda path: parquet(path, labels=[0, 2], notes={"huggingface": json.dumps({"info": {"features": {"label": {"names": ["a", "b"]}}}})}), "row 1: label"),
-    "names a class twice": (named("cat", "cat"), "data.train", "twice"),
-    "has a missing image": (images_of(GOOD, None), "data.train", "row 1"),
-    "has an image without bytes": (images_of(GOOD, {"bytes": None, "path": "a"}), "data.train", "row 1"),
-    "has an empty image": (images_of(GOOD, b""), "data.train", "row 1"),
-    "has an image that is text": (images_of(GOOD, b"hello"), "data.train", "row 1"),
-    "has an image cut short": (images_of(GOOD, GOOD[:300]), "data.train", "row 1"),
-    "has an image with damaged pixels": (images_of(GOOD, GOOD[:200] + b"\0" * 100 + GOOD[300:]), "data.train", "row 1"),
-    "has a PNG that expands to 3.6 GB": (images_of(GOOD, bomb()), "data.train", "row 1"),
-    "has an image of another size": (images_of(GOOD, png(GRAY[:20])), "data.image_size", "row 1"),
-    "has an image of 32-bit numbers": (images_of(GOOD, image_as("I", "TIFF")), "data.train", "row 1"),
-    "has an image of floating-point numbers": (images_of(GOOD, image_as("F", "TIFF")), "data.train", "row 1"),
-    "has a PostScript program": (images_of(GOOD, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"), "row 1", "UnidentifiedImageError"),
-    "has an SVG": (images_of(GOOD, b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "data.train", "row 1"),
-    "has a TIFF without pixels": (images_of(GOOD, b"II*\0\x08\0\0\0\0\0\0\0\0\0"), "data.train", "row 1"),
-    "has images too small for the model": (images_of(png(GRAY[:4, :4]), png(GRAY[:4, :4])), "model"),
-    "has images that are not square": (images_of(png(GRAY[:20]), png(GRAY[:20])), "model"),
-    "has paths that are no UTF-8": (lambda path: damaged_path(path), "data.train"),
+    "has damaged pages": (with_damage(0.1, 200, compression="none"), "data"),
+    "has damaged pages (snappy)": (with_damage(0.1, 200, compression="snappy"), "data"),
+    "has damaged pages (gzip)": (with_damage(0.1, 200, compression="gzip"), "data"),
+    "has damaged pages (zstd)": (with_damage(0.1, 200, compression="zstd"), "data"),
+    "has damaged pages (brotli)": (with_damage(0.1, 200, compression="brotli"), "data"),
+    "has damaged pages (lz4)": (with_damage(0.1, 200, compression="lz4"), "data"),
+    "has zeros for pages": (with_damage(0.05, 20000, 0, compression="zstd"), "data"),
+    "has damaged pages of labels": (lambda path: write_damaged_labels(path), "data.train"),
+    "has a damaged footer": (with_damage(0.99, 30), "data.train"),
+    "has no rows": (lambda path: write_parquet(path, [], pa.array([], pa.int64())), "data.train"),
+    "has no image column": (lambda path: write_parquet(path, columns={"label": [0, 1]}), "data.image_column"),
+    "has no label column": (lambda path: write_parquet(path, columns={"image": pa.array([{"bytes": GOOD, "path": None}], TEXT)}), "data.label_column"),
+    "has two image columns": (lambda path: write_parquet(path, columns={"a": pa.array([{"bytes": GOOD, "path": None}], TEXT), "b": pa.array([{"bytes": GOOD, "path": None}], TEXT), "label": [0]}), "data.image_column"),
+    "has the label twice": (with_two_columns("label"), "data.label_column"),
+    "has the image twice": (with_two_columns("image"), "data.image_column"),
+    "has paths that are numbers": (lambda path: write_parquet(path, [{"bytes": GOOD, "path": 1}] * 2, kind=NUMBERS), "data.image_column"),
+    "has bytes that are text": (lambda path: write_parquet(path, [{"bytes": "x", "path": "a"}] * 2, kind=WORDS), "data.image_column"),
+    "has bytes that are lists": (lambda path: write_parquet(path, [{"bytes": [1], "path": "a"}] * 2, kind=LISTS), "data.image_column"),
+    "has labels that are text": (lambda path: write_parquet(path, labels=["a", "b"]), "data.label_column"),
+    "has labels that are fractions": (lambda path: write_parquet(path, labels=[0.0, 1.0]), "data.label_column"),
+    "has labels that are true or false": (lambda path: write_parquet(path, labels=[True, False]), "data.label_column"),
+    "has labels that are dates": (lambda path: write_parquet(path, labels=[datetime.date(2024, 1, 1)] * 2), "data.label_column"),
+    "has a negative label": (lambda path: write_parquet(path, labels=[0, -1]), "row 1: label"),
+    "has a label of 2^63": (lambda path: write_parquet(path, labels=pa.array([0, 2**63], pa.uint64())), "row 1: label"),
+    "has a missing label": (lambda path: write_parquet(path, labels=[0, None]), "row 1: label"),
+    "has a label that is no class": (lambda path: write_parquet(path, labels=[0, 2], notes={"huggingface": json.dumps({"info": {"features": {"label": {"names": ["a", "b"]}}}})}), "row 1: label"),
+    "names a class twice": (with_class_names("cat", "cat"), "data.train", "twice"),
+    "has a missing image": (with_images(GOOD, None), "data.train", "row 1"),
+    "has an image without bytes": (with_images(GOOD, {"bytes": None, "path": "a"}), "data.train", "row 1"),
+    "has an empty image": (with_images(GOOD, b""), "data.train", "row 1"),
+    "has an image that is text": (with_images(GOOD, b"hello"), "data.train", "row 1"),
+    "has an image cut short": (with_images(GOOD, GOOD[:300]), "data.train", "row 1"),
+    "has an image with damaged pixels": (with_images(GOOD, GOOD[:200] + b"\0" * 100 + GOOD[300:]), "data.train", "row 1"),
+    "has a PNG that expands to 3.6 GB": (with_images(GOOD, decompression_bomb()), "data.train", "row 1"),
+    "has an image of another size": (with_images(GOOD, png(GRAY[:20])), "data.image_size", "row 1"),
+    "has an image of 32-bit numbers": (with_images(GOOD, encode_image("I", "TIFF")), "data.train", "row 1"),
+    "has an image of floating-point numbers": (with_images(GOOD, encode_image("F", "TIFF")), "data.train", "row 1"),
+    "has a PostScript program": (with_images(GOOD, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"), "row 1", "UnidentifiedImageError"),
+    "has an SVG": (with_images(GOOD, b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "data.train", "row 1"),
+    "has a TIFF without pixels": (with_images(GOOD, b"II*\0\x08\0\0\0\0\0\0\0\0\0"), "data.train", "row 1"),
+    "has images too small for the model": (with_images(png(GRAY[:4, :4]), png(GRAY[:4, :4])), "model"),
+    "has images that are not square": (with_images(png(GRAY[:20]), png(GRAY[:20])), "model"),
+    "has paths that are no UTF-8": (lambda path: write_invalid_paths(path), "data.train"),
 }  # fmt: skip
 
 
-def damaged_labels(path):
-    """Compressed pages of the label column, of which some bytes are others."""
-    parquet(path, [GOOD] * 200, [0, 1] * 100, compression="gzip", use_dictionary=False)
+def write_damaged_labels(path):
+    """Write a Parquet file with overwritten bytes in the compressed pages of the label column."""
+    write_parquet(path, [GOOD] * 200, [0, 1] * 100, compression="gzip", use_dictionary=False)
     column = pq.ParquetFile(path).metadata.row_group(0).column(2)
     assert column.path_in_schema == "label"
     content = bytearray(path.read_bytes())
@@ -596,8 +596,8 @@ def damaged_labels(path):
     path.write_bytes(content)
 
 
-def damaged_path(path):
-    """A column of text that holds bytes which are no UTF-8."""
+def write_invalid_paths(path):
+    """Write a Parquet file whose paths are not UTF-8."""
     wrong = pa.StringArray.from_buffers(2, pa.py_buffer(struct.pack("<iii", 0, 1, 2)), pa.py_buffer(b"\xff\xfe"))
     image = pa.StructArray.from_arrays([pa.array([GOOD, GOOD], pa.binary()), wrong], ["bytes", "path"])
     pq.write_table(pa.table({"image": image, "label": [0, 1]}), path)
@@ -627,31 +627,33 @@ for name, (train, words, files) in {
     "is a folder in /proc": ("/proc/self", "data.train", {}),
 }.items():
     case(f"data.train {name}", dry(f"data={{name: parquet, train: {train}, test: tiny.yaml}}"), words, files=files)
-case("data.test is missing", dry("data={name: parquet, train: x.parquet}"), "data.test", files={"x.parquet": parquet})
+case(
+    "data.test is missing",
+    dry("data={name: parquet, train: x.parquet}"),
+    "data.test",
+    files={"x.parquet": write_parquet},
+)
 for name, other, words in (
-    ("is of other classes", named("dog", "cat"), "data.test"),
-    ("is in color", images_of(png(np.zeros((28, 28, 3), np.uint8))), "data"),
-    ("is of another size", named("cat", "dog", image=png(GRAY[:20, :20])), "data.image_size"),
-    ("does not decode", images_of(GOOD, b"x"), "data.test"),
-    ("is damaged", damaged(0.1, 200, compression="zstd"), "data.test"),
+    ("is of other classes", with_class_names("dog", "cat"), "data.test"),
+    ("is in color", with_class_names("cat", "dog", image=png(np.zeros((28, 28, 3), np.uint8))), "data.channels"),
+    ("is of another size", with_class_names("cat", "dog", image=png(GRAY[:20, :20])), "data.image_size"),
+    ("does not decode", with_images(GOOD, b"x"), "data.test"),
+    ("is damaged", with_damage(0.1, 200, compression="zstd"), "data.test"),
 ):
-    files = {"a.parquet": named("cat", "dog"), "b.parquet": other}
+    files = {"a.parquet": with_class_names("cat", "dog"), "b.parquet": other}
     case(f"data.test {name}", dry("data={name: parquet, train: a.parquet, test: b.parquet}"), words, files=files)
 
 
-def idx(folder, change):
-    """MNIST's four files, of which ``change`` makes others: name -> content."""
+def write_idx_files(folder, change):
+    """Write MNIST's four files; ``change`` has other contents for some: name -> bytes, or a function of the path."""
     raw = folder / "MNIST/raw"
     raw.mkdir(parents=True)
     for prefix, count in (("train", 20), ("t10k", 10)):
         images = bytes([0, 0, 8, 3]) + struct.pack(">III", count, 28, 28) + bytes(count * 784)
         labels = bytes([0, 0, 8, 1]) + struct.pack(">I", count) + bytes([i % 10 for i in range(count)])
-        content = {f"{prefix}-images-idx3-ubyte": images, f"{prefix}-labels-idx1-ubyte": labels}
-        for name, value in content.items():
-            changed = change.get(name, value)
-            (changed if callable(changed) else (raw / name).write_bytes)(
-                *([raw / name] if callable(changed) else [changed])
-            )
+        for name, value in ((f"{prefix}-images-idx3-ubyte", images), (f"{prefix}-labels-idx1-ubyte", labels)):
+            content = change.get(name, value)
+            content(raw / name) if callable(content) else (raw / name).write_bytes(content)
 
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
@@ -673,7 +675,7 @@ IDX_FILES = {
     "is a folder": {IMAGES: lambda path: path.mkdir()},
 }
 for name, change in IDX_FILES.items():
-    files = {"root": lambda path, change=change: idx(path, change)}
+    files = {"root": lambda path, change=change: write_idx_files(path, change)}
     case(f"an IDX file {name}", dry("data={name: MNIST, root: root}"), "data.root", files=files)
 for name, root in {"is not named": "", "is not there": "root: nowhere", "is a file": "root: tiny.yaml", "is a device": "root: /dev/null",
                    "is a FIFO": "root: fifo", "is a link to itself": "root: loop"}.items():  # fmt: skip
@@ -775,13 +777,13 @@ case("XDG_CACHE_HOME has a line break", dry(), "XDG_CACHE_HOME", env={"FISHERMAS
 
 
 def make_socket(path):
-    here = Path.cwd()
+    working_folder = Path.cwd()
     os.chdir(path.parent)  # a socket's path is short
     try:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(path.name)
     finally:
-        os.chdir(here)
+        os.chdir(working_folder)
 
 
 def prepare(folder, files):

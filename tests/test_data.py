@@ -402,9 +402,9 @@ def test_counts_drop_unnamed_classes_and_permute_assigns_them_by_seed():
 
 
 def test_seed_determines_the_rare_classes():
-    drawn = [tuple(counts(seed, kind="step", ratio=20)) for seed in range(20)]
-    assert len(set(drawn)) > 3
-    assert drawn == [tuple(counts(seed, kind="step", ratio=20)) for seed in range(20)]
+    class_sizes = [tuple(counts(seed, kind="step", ratio=20)) for seed in range(20)]
+    assert len(set(class_sizes)) > 3
+    assert class_sizes == [tuple(counts(seed, kind="step", ratio=20)) for seed in range(20)]
 
 
 @pytest.mark.parametrize(

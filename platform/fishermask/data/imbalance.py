@@ -67,7 +67,7 @@ def _at_least_one(count: float, rule: Step | LongTail) -> int:
 
 def _rare_classes(rule: Step, num_classes: int, generator: torch.Generator) -> list[int]:
     # Drawn even when the rule names the classes: the images that stay of a class must not depend on that.
-    drawn = torch.randperm(num_classes, generator=generator).tolist()
+    random_order = torch.randperm(num_classes, generator=generator).tolist()
     if rule.rare_classes is not None:
         _check_classes("imbalance.rare_classes", rule.rare_classes, num_classes)
         count = len(rule.rare_classes)
@@ -80,13 +80,13 @@ def _rare_classes(rule: Step, num_classes: int, generator: torch.Generator) -> l
     rare = rule.rare if rule.rare is not None else num_classes // 2
     if rare >= num_classes:
         raise InputError(f"imbalance.rare: {rare} of {num_classes} classes; at most {num_classes - 1} can be rare")
-    return drawn[:rare]
+    return random_order[:rare]
 
 
 def _class_order(rule: LongTail, num_classes: int, generator: torch.Generator) -> list[int]:
-    drawn = torch.randperm(num_classes, generator=generator).tolist()
+    random_order = torch.randperm(num_classes, generator=generator).tolist()
     if rule.order is None:
-        return drawn
+        return random_order
     if sorted(rule.order) != list(range(num_classes)):
         raise InputError(f"imbalance.order: must name each of the {num_classes} classes once, got {short(rule.order)}")
     return rule.order

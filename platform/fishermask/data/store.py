@@ -121,7 +121,8 @@ def _write_store(folder: Path, readers: dict[str, SplitReader]) -> dict[str, Any
     train_shape, test_shape = first["train"].shape[1:], first["test"].shape[1:]
     if train_shape != test_shape:
         sizes = [" x ".join(map(str, shape)) for shape in (train_shape, test_shape)]
-        raise InputError(f"data: training images are {sizes[0]}, test images {sizes[1]}; set data.image_size")
+        setting = "data.image_size" if train_shape[0] == test_shape[0] else "data.channels"
+        raise InputError(f"data: training images are {sizes[0]}, test images {sizes[1]}; set {setting}")
     for split in SPLITS:
         _write_images(readers[split], orders[split], train_shape, folder / split / cache.IMAGES)
     return {"classes": max(classes.values(), key=len), "shape": list(train_shape)}

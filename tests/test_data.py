@@ -6,6 +6,8 @@ import io
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +314,11 @@ def test_needs_download_is_true_for_missing_files_and_downloads_nothing(tmp_path
     with pytest.raises(InputError, match="^data.root: missing"):
         sources.needs_download(DataConfig(name="SVHN", download=True))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_torchvision_is_imported_only_for_its_data_sets():
+    code = "import sys; from fishermask.data.dataset import load_dataset; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_listed_data_sets_name_their_required_settings():

@@ -53,9 +53,11 @@ class Dataset:
         size, remaining = len(self.train.labels), len(self.classes)
         images = f"{size:,}" if size == num_images else f"{size:,} of {num_images:,}"
         classes = f"{remaining:,}" if remaining == num_classes else f"{remaining:,} of {num_classes:,}"
-        settings = rule.model_dump(exclude_defaults=True)
-        text = ", ".join(f"{key}: {value}" for key, value in ({"kind": rule.kind} | settings).items())
-        label = rule.kind if not settings.keys() - {"kind"} else one_line(f"{{{text}}}", 120)
+        settings = {"kind": rule.kind} | rule.model_dump(exclude_defaults=True)
+        values = [
+            f"{key}: {value:g}" if isinstance(value, float) else f"{key}: {value}" for key, value in settings.items()
+        ]
+        label = rule.kind if len(settings) == 1 else one_line(f"{{{', '.join(values)}}}", 120)
         return f"pool: {images} training images, {classes} classes (imbalance: {label})"
 
 

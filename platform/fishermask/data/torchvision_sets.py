@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torchvision.datasets
 from PIL import Image
 
 from fishermask.config import DataConfig
@@ -112,7 +111,9 @@ class TorchvisionReader:
             "check the network" if config.download else "set data.download to true, or data.root to a complete copy"
         )
         with guarded("data.root", f"{config.name} cannot be read from {root}; {remedy}"):
-            source = getattr(torchvision.datasets, config.name)(root, download=config.download, **which)
+            from torchvision import datasets  # takes as long to import as torch
+
+            source = getattr(datasets, config.name)(root, download=config.download, **which)
             self._unpack(source)
         if not self.count or self.images.shape[0] != len(self.labels) or self.images.dtype != np.uint8:
             raise InputError(

@@ -19,6 +19,7 @@ from fishermask import InputError, select
 from fishermask.config import ExperimentConfig, parse
 from fishermask.experiment import loop
 from fishermask.experiment.inputs import prepare_inputs
+from fishermask.pool.shard import Shard
 from fishermask.pool.shards import LocalShards
 
 ROOT = Path(__file__).parent.parent
@@ -134,7 +135,7 @@ def test_batch_is_that_of_round_0_of_a_run_on_uint8_images():
 
     class Shards(LocalShards):
         def call(self, method, *args):
-            models.extend(args[:1] if method == "set_model" else [])
+            models.extend(args[:1] if method is Shard.set_model else [])
             return super().call(method, *args)
 
     round_0 = next(loop.run(inputs, lambda images, statistics: Shards(images, statistics)))

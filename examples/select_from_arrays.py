@@ -30,6 +30,6 @@ for round_index in range(4):
     with torch.no_grad():
         accuracy = (model(torch.from_numpy(pool)).argmax(1).numpy() == classes).mean()
     print(f"{len(labeled)} labels: accuracy {accuracy:.3f}")
-    selection = fishermask.select(model, pool, labeled, budget=16, params={"fraction": 0.5}, seed=round_index)
+    selection = fishermask.select(model, pool, labeled, budget=16, seed=round_index)
     labeled += selection.positions.tolist()  # here a person labels the samples
 print(selection)

@@ -6,12 +6,12 @@ config = fishermask.Config(
     name="sweep_from_python",
     base={
         "data": {"name": "fashion_mnist_small"},
-        "imbalance": {"kind": "balanced", "per_class": 60},
+        "imbalance": {"kind": "balanced", "per_class": 30},
         "model": {"name": "mlp", "params": {"width": 16, "depth": 1}},
         "training": {"max_epochs": 5},
-        "budget": {"initial": 20, "query": 20, "total": 60},
+        "budget": {"initial": 20, "query": 20, "total": 40},
     },
-    grid={"strategy": [{"name": "fisher_mask", "params": {"fraction": 0.05}}, "margin", "random"], "seed": [0, 1]},
+    grid={"strategy": ["fisher_mask", "random"], "seed": [0, 1]},
 )
 
 if __name__ == "__main__":

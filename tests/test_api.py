@@ -106,9 +106,9 @@ def test_batch_is_the_one_that_the_definition_gives(name):
     else:
         body = []
         if name == "fisher_mask":
-            params = {"fraction": 0.7, "fisher_samples": 25}
+            params = {"num_body_parameters": 20, "fisher_samples": 25}
             sample = torch.randperm(40, generator=oracle.stream(seed, "fisher sample"))[:25].tolist()
-            body = oracle.masked_body(scores, 0.7, "global", sample, None)
+            body = oracle.masked_body(scores, 20, "global", sample, None)
         else:
             params = {"oversample": 1.0}
         information = oracle.information(scores, body + scores.last_layer, "sqrt", None)
@@ -187,9 +187,8 @@ def test_tensors_arrays_files_and_data_sets_give_the_same_batch(tmp_path):
 @pytest.mark.parametrize("name", ["fisher_mask", "badge", "margin"])
 def test_shards_and_memory_do_not_change_the_batch(name):
     model, pool = network(), features(5000)
-    params = {"fraction": 0.8} if name == "fisher_mask" else {}
-    one, three = (select(model, pool, [3, 11], 5, name, params=params, shards=count) for count in (1, 3))
-    small = select(model, Squares(pool), [3, 11], 5, name, params=params, shards=2, memory=0.1)
+    one, three = (select(model, pool, [3, 11], 5, name, shards=count) for count in (1, 3))
+    small = select(model, Squares(pool), [3, 11], 5, name, shards=2, memory=0.1)
     assert one.positions.tolist() == three.positions.tolist() == small.positions.tolist()
 
 
@@ -335,6 +334,7 @@ NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
         ({"strategy": lambda pool, budget: [0, 0]}, "strategy: the strategy returned 2 positions, 1 distinct"),
         ({"params": {"x": 1}}, "params.x: unknown key; there are none|params.x: unknown key"),
         ({"strategy": "bait", "params": {"damping": -1.0}}, "params.damping: .* greater than 0"),
+        ({"params": 5}, "params: is 5; expected a dictionary"),
         ({"memory": 1e-5, "strategy": "bait"}, "memory: .*needs .* available"),
         ({"memory": "1"}, "memory: is '1'; expected a number of GB"),
         ({"engine": {"storage": "int8"}}, "engine.storage: .*'int8'"),

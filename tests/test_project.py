@@ -9,6 +9,7 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fishermask import query_strategies
@@ -68,19 +69,22 @@ def test_links_in_documents_lead_somewhere(document):
             assert (document.parent / target).exists(), target
 
 
-def test_the_readme_is_short_and_its_example_is_a_valid_sweep_and_strategy(tmp_path):
+def test_readme_is_short_and_its_examples_run(tmp_path):
     from fishermask.sweeps import sweep_file
 
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     assert "make demo" in text
     assert "make test" in text
-    file = tmp_path / "example.yaml"
-    file.write_text(re.search(r"```yaml\n(.*?)```", text, re.S).group(1))
-    assert sweep_file.expand(sweep_file.load(file)).runs
-    example = re.search(r"```python\n(# strategies/\w+\.py\n.*?)```", text, re.S).group(1)
-    assert "def query(pool: Pool, budget: int, params: Params)" in example
-    compile(example, "example", "exec")
+    for number, content in enumerate(re.findall(r"```yaml\n(.*?)```", text, re.S)):
+        file = tmp_path / f"example_{number}.yaml"
+        file.write_text(content)
+        assert sweep_file.expand(sweep_file.load(file)).runs
+    examples = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert any("fishermask.select(" in example for example in examples)
+    for example in examples:
+        names = {"__name__": "example", "model": torch.nn.Linear(4, 3), "pool": torch.randn(300, 4)}
+        exec(compile(example, "README.md", "exec"), names)
 
 
 def test_every_dependency_has_a_reason():
@@ -115,3 +119,16 @@ def test_nodes_are_compared_by_every_source_file_strategies_included(tmp_path, m
     assert len(set(found)) == 4
     (folder / "notes.txt").write_text("no source")
     assert installed_version() == found[-1]
+
+
+def test_reference_of_the_api_has_every_public_name(tmp_path):
+    import pdoc
+
+    import fishermask
+
+    assert "pdoc --docformat google --output-directory build/docs fishermask" in (ROOT / "Makefile").read_text()
+    pdoc.render.configure(docformat="google")
+    pdoc.pdoc("fishermask", output_directory=tmp_path)
+    page = (tmp_path / "fishermask.html").read_text()
+    assert all(f'id="{name}"' in page for name in fishermask.__all__)
+    assert 'id="runner"' not in page

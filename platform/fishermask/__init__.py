@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Config",
-    "InputError",
-    "Pool",
-    "Results",
-    "Selection",
-    "StrategyInfo",
-    "StrategyParams",
-    "read_results",
-    "run",
     "select",
-    "strategies",
+    "Selection",
+    "run",
     "sweep",
+    "Config",
+    "Results",
+    "read_results",
+    "strategies",
+    "StrategyInfo",
+    "Pool",
+    "StrategyParams",
+    "InputError",
 ]
 
 _MODULES = {

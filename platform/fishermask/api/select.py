@@ -15,7 +15,7 @@ from fishermask import query_strategies
 from fishermask.api.progress import reporter
 from fishermask.api.samples import ModelInputs, NotFiniteError, Transform, as_samples, first_not_finite
 from fishermask.api.selection import Selection
-from fishermask.config import MAX_SEED, MAX_SHARDS, EngineConfig, StrategyConfig, parse
+from fishermask.config import MAX_SEED, MAX_SHARDS, EngineConfig, StrategyConfig, StrategyParams, parse
 from fishermask.errors import InputError
 from fishermask.experiment.loop import StageClock, validate_batch
 from fishermask.experiment.run_plan import precision
@@ -41,7 +41,7 @@ def select(
     budget: int,
     strategy: str | Query = "fisher_mask",
     *,
-    params: Mapping[str, Any] | None = None,
+    params: Mapping[str, Any] | StrategyParams | None = None,
     labels: "Sequence[int] | np.ndarray | Tensor | None" = None,
     transform: Transform | None = None,
     seed: int = 0,
@@ -66,7 +66,7 @@ def select(
         budget: number of positions to select among the others.
         strategy: a name that ``strategies()`` lists, the path ``./FILE.py`` of a file with a function ``query``, or a
             function ``(pool, budget)`` or ``(pool, budget, params)`` that returns positions; it gets a ``Pool``.
-        params: parameters of the strategy, by name.
+        params: parameters of the strategy, by name. A function gets them as they are.
         labels: classes of the labeled positions, in the order of ``labeled``, for a strategy that reads
             ``pool.labels``; -1 by default.
         transform: makes the model's inputs [b, ...] from samples [b, ...], each sample by itself and without random
@@ -194,13 +194,17 @@ def _require_integer(name: str, value: object, smallest: int, largest: int, what
         raise InputError(f"{name}: is {value}; expected {smallest} to {largest}, {what}")
 
 
-def _strategy(strategy: object, params: Mapping[str, Any] | None) -> tuple[Strategy, str]:
+def _strategy(strategy: object, params: object) -> tuple[Strategy, str]:
     """Return a strategy with its parameters, and its name."""
     if callable(strategy):
         function = query_strategies.from_function(strategy, params)
         return function, function.file
     if not isinstance(strategy, str):
         raise InputError(f"strategy: is {short(strategy)}; expected a name, or a function (pool, budget)")
+    if isinstance(params, StrategyParams):
+        params = params.model_dump(exclude_unset=True)
+    if not isinstance(params, Mapping | None):
+        raise InputError(f"params: is {short(params)}; expected a dictionary")
     name = absolute_file_name(strategy, Path.cwd())
     config = parse(StrategyConfig, {"name": name, "params": dict(params or {})}, "strategy")
     return query_strategies.load(config), config.short_name

@@ -1,4 +1,4 @@
-"""What is written of a run and read off it, against numbers computed by hand from the rounds."""
+"""The report and the event files of a sweep, against numbers computed from its rounds."""
 
 import json
 import math
@@ -29,7 +29,7 @@ STRATEGIES, RATIOS, SEEDS, LABELS = ("bait", "margin", "random"), (1.0, 20.0), (
 
 
 def rounds(draws: random.Random) -> list[dict]:
-    """Three rounds with numbers at random."""
+    """Return three rounds with random numbers."""
     return [
         {
             "round": index,
@@ -55,52 +55,52 @@ def written(tmp_path_factory):
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump({"name": "s", "grid": {"imbalance.ratio": [], "seed": []}}))
     all_rounds = {(s, r, seed): rounds(draws) for s in STRATEGIES for r in RATIOS for seed in SEEDS}
-    for one, tied in zip(all_rounds["bait", 1.0, 1], all_rounds["random", 1.0, 1], strict=True):
-        one["balanced_accuracy"] = tied["balanced_accuracy"]
-    for (strategy, ratio, seed), found in all_rounds.items():
+    for bait, baseline in zip(all_rounds["bait", 1.0, 1], all_rounds["random", 1.0, 1], strict=True):
+        bait["balanced_accuracy"] = baseline["balanced_accuracy"]
+    for (strategy, ratio, seed), results in all_rounds.items():
         settings = {"strategy": strategy, "imbalance": {"kind": "step", "ratio": ratio}, "seed": seed}
         settings["budget"] = {"initial": 10, "query": 10, "total": 30}
         run = RunFolder(folder / "runs" / f"{strategy}-{ratio}-{seed}")
         run.create(parse(ExperimentConfig, settings), {}, "p.csv")
-        for result in found:
+        for result in results:
             run.append(result)
     report.write(folder)
     return folder, all_rounds
 
 
-def test_the_summary_holds_means_deviations_gains_and_wins_over_seeds(written):
+def test_summary_has_means_deviations_gains_and_wins_over_seeds(written):
     folder, all_rounds = written
     summary = summarize(read_rounds(folder)[0])
     by_key = summary.set_index(["imbalance.ratio", "strategy"])
     for ratio in RATIOS:
         for strategy in STRATEGIES:
-            found = by_key.loc[(ratio, strategy)]
+            row = by_key.loc[(ratio, strategy)]
             runs = [all_rounds[strategy, ratio, seed] for seed in SEEDS]
             for metric in METRICS:
                 means = [mean(r[metric] for r in run[1:]) for run in runs]
                 final = [run[-1][metric] for run in runs]
                 for name, values in ((f"mean_{metric}", means), (f"final_{metric}", final)):
-                    assert found[name] == pytest.approx(mean(values))
-                    assert found[f"{name}_sd"] == pytest.approx(stdev(values))
+                    assert row[name] == pytest.approx(mean(values))
+                    assert row[f"{name}_sd"] == pytest.approx(stdev(values))
             gains = []
             for seed in SEEDS:
                 pair = (all_rounds[name, ratio, seed] for name in (strategy, "random"))
                 score, baseline = (mean(r["balanced_accuracy"] for r in run[1:]) for run in pair)
                 gains.append(score - baseline)
-            assert (found["seeds"], found["labels"]) == (3, 30)
+            assert (row["seeds"], row["labels"]) == (3, 30)
             if strategy == "random":
-                assert (found["wins"], found["pairs"]) == (0, 0)
-                assert math.isnan(found["gain"])
+                assert (row["wins"], row["pairs"]) == (0, 0)
+                assert math.isnan(row["gain"])
                 continue
-            assert found["gain"] == pytest.approx(mean(gains))
-            assert found["gain_sd"] == pytest.approx(stdev(gains))
-            assert (found["wins"], found["pairs"]) == (sum(gain > 0 for gain in gains), 3)
+            assert row["gain"] == pytest.approx(mean(gains))
+            assert row["gain_sd"] == pytest.approx(stdev(gains))
+            assert (row["wins"], row["pairs"]) == (sum(gain > 0 for gain in gains), 3)
     for _, panel in summary.groupby("imbalance.ratio", sort=False):
         assert panel["mean_balanced_accuracy"].is_monotonic_decreasing
     assert summary["imbalance.ratio"].is_monotonic_increasing
 
 
-def test_the_page_shows_the_numbers_of_the_summary_and_of_each_number_of_labels(written):
+def test_page_shows_the_summary_and_the_curves_as_numbers(written):
     folder, all_rounds = written
     page = (folder / "summary.md").read_text()
     final = [all_rounds["margin", 20.0, seed][-1]["accuracy"] for seed in SEEDS]
@@ -118,12 +118,12 @@ def test_the_page_shows_the_numbers_of_the_summary_and_of_each_number_of_labels(
     assert capped != 27  # or both endings would have the same number
 
 
-def test_the_table_holds_every_number_of_every_round(written):
+def test_table_has_every_number_of_every_round(written):
     folder, all_rounds = written
     table = pd.read_csv(folder / "results.csv").set_index(["strategy", "imbalance.ratio", "seed", "round"])
     assert len(table) == 54
-    for (strategy, ratio, seed), found in all_rounds.items():
-        for result in found:
+    for (strategy, ratio, seed), results in all_rounds.items():
+        for result in results:
             row = table.loc[(strategy, ratio, seed, result["round"])]
             for key in ("labels", *METRICS, "epochs", "train_accuracy", "ended_by"):
                 assert row[key] == result[key]
@@ -147,7 +147,7 @@ def test_curves_are_means_with_a_band_of_one_deviation_to_each_side(written):
                 assert max(heights) == pytest.approx(mean(values) + stdev(values))
 
 
-def test_the_report_command_draws_the_metric_that_is_asked_for(written, capsys):
+def test_report_command_draws_the_requested_metric(written, capsys):
     folder, _ = written
     drawn = {}
     for metric in METRICS:
@@ -158,16 +158,16 @@ def test_the_report_command_draws_the_metric_that_is_asked_for(written, capsys):
     assert len(set(drawn.values())) == 3
 
 
-def test_tensorboard_holds_every_number_of_every_round_by_labels(tmp_path):
-    found = rounds(random.Random(1))
+def test_tensorboard_has_every_number_of_every_round_by_labels(tmp_path):
+    results = rounds(random.Random(1))
     config = parse(ExperimentConfig, {"strategy": "margin", "imbalance": {"kind": "step", "ratio": 4}})
-    events = RunEvents(RunFolder(tmp_path), config, ["imbalance.ratio"], found[:1])
-    for result in found[1:]:
+    events = RunEvents(RunFolder(tmp_path), config, ["imbalance.ratio"], results[:1])
+    for result in results[1:]:
         events.add(result)
     events.finish()
     stored = EventAccumulator(str(tmp_path)).Reload()
     expected: dict[str, list[tuple[int, float]]] = {}
-    for result in found:
+    for result in results:
         values = {f"metrics/{metric}": result[metric] for metric in METRICS}
         values |= {"recall/cat": result["recall"]["cat"]}  # a class that the test set lacks has no recall
         values |= {f"seconds/{stage}": value for stage, value in result["seconds"].items()}
@@ -178,8 +178,8 @@ def test_tensorboard_holds_every_number_of_every_round_by_labels(tmp_path):
         for tag, value in values.items():
             expected.setdefault(tag, []).append((result["labels"], value))
     for metric in METRICS:
-        expected[f"final/{metric}"] = [(30, found[-1][metric])]
-        expected[f"mean/{metric}"] = [(30, mean(r[metric] for r in found[1:]))]
+        expected[f"final/{metric}"] = [(30, results[-1][metric])]
+        expected[f"mean/{metric}"] = [(30, mean(r[metric] for r in results[1:]))]
     assert set(stored.Tags()["scalars"]) == set(expected)
     for tag, values in expected.items():
         assert [(event.step, event.value) for event in stored.Scalars(tag)] == [
@@ -219,7 +219,7 @@ def test_round_0_records_the_initial_labels_of_the_runs_pool(tiny_yaml):
     assert table["class"].value_counts().tolist() == [30] * 10
 
 
-def test_a_failed_run_ends_the_command_with_status_1_and_names_its_log(tiny_yaml, capsys):
+def test_failed_run_ends_the_command_with_status_1_and_names_its_log(tiny_yaml, capsys):
     assert cli.main(["run", tiny_yaml, "training.learning_rate=1e30"]) == 1
     message = capsys.readouterr().err
     assert "seed=3 failed: " in message
@@ -227,7 +227,7 @@ def test_a_failed_run_ends_the_command_with_status_1_and_names_its_log(tiny_yaml
     assert "lower training.learning_rate" in Path(log).read_text()
 
 
-def test_rounds_are_valid_json_and_a_class_that_the_test_set_lacks_is_null(written):
+def test_rounds_are_valid_json_and_the_recall_of_a_missing_class_is_null(written):
     folder, _ = written
     for path in folder.glob("runs/*/rounds.jsonl"):
         lines = path.read_text().splitlines()
@@ -236,7 +236,7 @@ def test_rounds_are_valid_json_and_a_class_that_the_test_set_lacks_is_null(writt
     assert read_rounds(folder)[0]["recall.dog"].isna().all()
 
 
-def test_each_row_says_how_it_was_computed_and_whether_its_run_continued_under_another_identity(tiny_yaml, capsys):
+def test_each_row_has_the_provenance_of_its_round(tiny_yaml, capsys):
     assert cli.main(["run", tiny_yaml]) == 0
     (folder,) = Path("results").iterdir()
     run = RunFolder(next((folder / "runs").iterdir()))
@@ -258,6 +258,7 @@ def test_each_row_says_how_it_was_computed_and_whether_its_run_continued_under_a
     columns = pd.DataFrame(run.provenance().round_columns(rounds))
     assert columns["fishermask"].tolist() == ["0.0.9 (0123)", installed_version()]
     assert columns["continued"].tolist() == [False, True]
+    assert "Runs that continued under another identity: 1;" in (folder / "summary.md").read_text()
     assert columns["cpu"][0] == "another CPU" != columns["cpu"][1]
     versions = (torch.__version__, ray.__version__, platform.python_version(), "cpu")
     assert tuple(columns[["torch", "ray", "python", "device"]].iloc[1]) == versions

@@ -22,7 +22,7 @@ from fishermask.results.tables import (
 )
 
 MAX_COLUMNS = 3
-MAX_PANELS = 60
+MAX_PANELS = 30
 """A picture with more would be too large to open."""
 PANEL_WIDTH, PANEL_HEIGHT = 4.6, 3.4
 """In inches."""

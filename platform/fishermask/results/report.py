@@ -164,6 +164,8 @@ def format_page(report: Report, table: pd.DataFrame, name: str, picture: str = "
     if capped:
         lines += ["", f"Training ended at `training.max_epochs`, below the target accuracy, in {capped} of "]
         lines[-1] += f"{len(table)} rounds."
+    if "continued" in table and (continued := table[table["continued"]]["run"].nunique()):
+        lines += ["", f"Runs that continued under another identity: {continued}; see `continued` in results.csv."]
     if report.unfinished:
         body = [[run.name, f"{run.num_rounds} of {run.planned_rounds}", run.error] for run in report.unfinished]
         lines += ["", "## Unfinished runs", "", *_markdown_table(["run", "finished rounds", "error"], body)]

@@ -18,7 +18,15 @@ QUIET_SECONDS, MAX_QUIET_SECONDS = 10.0, 300.0
 """Without a terminal, a line shows progress when there was no line for this long: at first, and after hours."""
 REFRESH_SECONDS = 0.2
 """In a terminal, time between two updates of the display."""
-STAGE_NAMES = {"train": "training", "evaluate": "evaluation", "embed": "embeddings", "predict": "predictions"}
+STAGE_NAMES = {
+    "train": "training",
+    "evaluate": "evaluation",
+    "fisher diagonal": "Fisher diagonal",
+    "embed": "embeddings",
+    "predict": "predictions",
+    "information": "information matrices",
+    "prune": "pruning",
+}
 
 
 def quiet_seconds(elapsed: float) -> float:

@@ -68,7 +68,7 @@ def pair(images: Tensor) -> Tensor:
     """``images`` [n, ...], and if there is just one, the same twice.
 
     The backward pass of batch norm in eval mode is wrong for a batch of one image whose gradient arrives transposed
-    (``docs/method.md``, section 1), so a single image is never differentiated alone.
+    (``docs/method.md``, section 2), so a single image is never differentiated alone.
     """
     return images if len(images) > 1 else torch.cat([images, images])
 

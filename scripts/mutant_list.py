@@ -58,8 +58,8 @@ MUTANTS = [
     # tensors
     Mutant(
         "tensors/contrasts.py",
-        "(share * left[1:]).sqrt()",
-        "(share * left[:-1]).sqrt()",
+        "(share * tail[1:]).sqrt()",
+        "(share * tail[:-1]).sqrt()",
         "contrasts have the wrong scale",
         "contrasts",
     ),
@@ -172,8 +172,8 @@ MUTANTS = [
     ),
     Mutant(
         "tensors/mask.py",
-        'contrasts.dense(run.probabilities.mT, "sqrt")',
-        'contrasts.dense(run.probabilities.mT, "none")',
+        'contrasts.dense(forward_pass.probabilities.mT, "sqrt")',
+        'contrasts.dense(forward_pass.probabilities.mT, "none")',
         "the Fisher diagonal counts all classes alike",
         "fisher",
     ),
@@ -194,14 +194,14 @@ MUTANTS = [
     ),
     Mutant(
         "tensors/trace.py",
-        "        if self._count:\n            past_u",
-        "        if False:\n            past_u",
-        "the exact gain ignores the picks that are not yet gathered",
+        "        if self._count:\n            pending_u",
+        "        if False:\n            pending_u",
+        "the exact gain ignores the pending picks",
         "parameters fisher engine",
     ),  # fmt: skip
     Mutant(
         "tensors/distances.py",
-        "_nearer(state, (embedding.hidden - update.hidden).square().sum(0))",
+        "_keep_nearest(state, (embedding.hidden - update.hidden).square().sum(0))",
         "state.copy_((embedding.hidden - update.hidden).square().sum(0))",
         "k-center looks at the last pick alone",
         "parameters selection",
@@ -301,7 +301,7 @@ MUTANTS = [
     ),
     Mutant(
         "tensors/verification.py",
-        "and _agrees(model, layer, run.inputs[layer], gradients[layer], batch)",
+        "and _agrees(model, layer, forward_pass.inputs[layer], gradients[layer], batch)",
         "",
         "gradient rules are not verified",
         "verification",

@@ -20,7 +20,7 @@ def probabilities(classes, n=50, spread=3.0):
 )
 def test_the_contrasts_of_a_softmax_are_a_factor_of_its_covariance(p):
     found = contrasts.dense(p, "sqrt")
-    assert len(found) == contrasts.count(len(p), "sqrt") == len(p) - 1
+    assert len(found) == contrasts.num_rows(len(p), "sqrt") == len(p) - 1
     expected = torch.diag_embed(p.mT) - p.mT[:, :, None] * p.mT[:, None, :]
     torch.testing.assert_close(torch.einsum("ron,rpn->nop", found, found), expected, rtol=1e-12, atol=1e-15)
 

@@ -236,7 +236,8 @@ def test_the_slow_way_is_announced_once(caplog):
         warn_about_slow_parameters(("a", "b", "c", "d", "e"))
         warn_about_slow_parameters(())
     assert [record.message for record in caplog.records] == [
-        "model: 5 parameters have no gradient rule and take the slow way: a, b, c, d and 1 more"
+        "model: 5 parameters have no gradient rule and are differentiated image by image, which is slow: "
+        "a, b, c, d and 1 more"
     ]
 
 

@@ -22,7 +22,7 @@ from fishermask.planning.workload import Workload, embedding_workload, predictio
 from fishermask.pool.blocks import CHUNKS, PREDICTED
 from fishermask.pool.shard import Shard
 from fishermask.tensors import contrasts
-from fishermask.tensors.approximation import FEWEST_IMAGES, MAX_ROWS, covered_information, row_products, sample_size
+from fishermask.tensors.approximation import MAX_ROWS, MIN_IMAGES, covered_information, row_products, sample_size
 from fishermask.tensors.embedding import embed, every_column
 from fishermask.tensors.gradient_plan import plan_gradients
 from fishermask.tensors.images import Statistics, normalize
@@ -189,8 +189,8 @@ def test_row_products_are_those_of_the_dense_rows(top_classes, weighting, body_s
 
 def test_the_sample_of_an_approximation_is_bounded():
     for classes in (3, 10, 60, 200):
-        count = sample_size(contrasts.count(classes, "sqrt"))
-        assert count * (classes - 1) <= MAX_ROWS or count == FEWEST_IMAGES
+        count = sample_size(contrasts.num_rows(classes, "sqrt"))
+        assert count * (classes - 1) <= MAX_ROWS or count == MIN_IMAGES
     assert sample_size(59) == 25
 
 

@@ -306,9 +306,9 @@ def test_models_that_are_random_in_eval_mode_are_refused():
     ("change", "message"),
     [
         (lambda logits: logits.long(), "must return floating-point logits, got torch.int64"),
-        (lambda logits: logits / 0, "returns logits in eval mode that are not finite"),
-        (lambda logits: logits[:-1], "must return logits, one row an image"),
-        (lambda logits: (logits,), "must return logits, one row an image"),
+        (lambda logits: logits / 0, "returns logits that are not finite in eval mode"),
+        (lambda logits: logits[:-1], "must return logits \\[2, C\\], a row per image"),
+        (lambda logits: (logits,), "must return logits \\[2, C\\], a row per image"),
     ],
 )
 def test_models_without_logits_are_refused(change, message):
@@ -403,7 +403,7 @@ def _hook_over_itself(net):
 def test_functions_that_read_the_original_of_a_copied_model_are_refused(make, dtype):
     net = make().to(dtype)
     before = [parameter.detach().clone() for parameter in net.parameters()]
-    with pytest.raises(InputError, match="^model: Net holds a function that reads the model it was made for"):
+    with pytest.raises(InputError, match="^model: Net holds a function that refers to the model itself"):
         plan_gradients(net, images(3).to(dtype))
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
@@ -427,7 +427,7 @@ def test_a_last_layer_that_is_called_again_for_some_images_is_an_error_and_no_em
     layout = plan_gradients(net, images(7))
     assert layout.head == "head"
     embed(net, images(3), last_layer_mask(layout))
-    with pytest.raises(InputError, match="for some images the logits of Again are not just the output of its last"):
+    with pytest.raises(InputError, match="for some images the logits of Again are not the output of its last layer"):
         embed(net, images(3) + 2, last_layer_mask(layout))
 
 

@@ -36,12 +36,12 @@ class Workload:
     @property
     def rows(self) -> int:
         """Rows of an embedding."""
-        return contrasts.count(self.top_classes, self.weighting)
+        return contrasts.num_rows(self.top_classes, self.weighting)
 
     @property
     def exact_rows(self) -> int:
         """Rows of an embedding with all classes."""
-        return contrasts.count(self.num_classes, self.weighting)
+        return contrasts.num_rows(self.num_classes, self.weighting)
 
     @property
     def columns(self) -> int:

@@ -292,7 +292,7 @@ def approximation_error(pool: Pool, mask: Mask, options: TraceOptions) -> float:
     The shards must hold the approximate embeddings.
     """
     (first_embedding,) = pool.embeddings_at(torch.zeros(1, dtype=torch.long))
-    sample = pool.sample(sample_size(contrasts.count(first_embedding.num_classes, options.class_weighting)))
+    sample = pool.sample(sample_size(contrasts.num_rows(first_embedding.num_classes, options.class_weighting)))
     images = torch.cat(pool.shards.call(Shard.images_at, sample))
     (exact,) = pool.shards.scatter(Shard.embed_images, [(images, mask, options.class_weighting)])
     return relative_error(exact, concatenate(pool.embeddings_at(sample)), options.damping)

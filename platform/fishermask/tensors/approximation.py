@@ -1,4 +1,4 @@
-"""Error of keeping few classes of each image, measured on a sample: exact embeddings against approximate ones."""
+"""Error of ``top_classes``, measured on a sample: approximate embeddings compared with exact ones."""
 
 import torch
 from torch import Tensor
@@ -8,25 +8,25 @@ from fishermask.tensors.embedding import Embedding
 
 MAX_ROWS = 1500
 """Rows of all exact embeddings of the sample. Systems of this size are solved in a few tenths of a second."""
-FEWEST_IMAGES, MOST_IMAGES = 4, 64
+MIN_IMAGES, MAX_IMAGES = 4, 64
 
 
 def sample_size(rows: int) -> int:
     """Return the number of images to compare whose exact embeddings have ``rows`` rows each."""
-    return max(FEWEST_IMAGES, min(MOST_IMAGES, MAX_ROWS // rows))
+    return max(MIN_IMAGES, min(MAX_IMAGES, MAX_ROWS // rows))
 
 
 def row_products(embedding: Embedding) -> Tensor:
-    """Return the inner products of all rows of V, of all images and over all k columns: [n R, n R].
+    """Return the inner products of all rows of V, of all images and over all k columns: [n r, n r].
 
     Computed from the structure of V: a row of the last layer's columns is an outer product, and the inner product of
-    two outer products is the product of two inner products. V itself, n R k numbers, is never formed.
+    two outer products is the product of two inner products. V itself, n r k numbers, is never formed.
     """
     n, rows = embedding.hidden.shape[1], embedding.rows
     between = contrasts.dense(embedding.probabilities, embedding.weighting)
     if embedding.classes is not None:
-        every_class = between.new_zeros(rows, embedding.num_classes, n)
-        between = every_class.scatter_(1, embedding.classes.expand(rows, -1, -1), between)
+        all_classes = between.new_zeros(rows, embedding.num_classes, n)
+        between = all_classes.scatter_(1, embedding.classes.expand(rows, -1, -1), between)
     between = between.permute(2, 0, 1).flatten(0, 1)
     products = between @ between.mT
     products.view(n, rows, n, rows).mul_((embedding.hidden.mT @ embedding.hidden)[:, None, :, None])
@@ -45,7 +45,7 @@ def covered_information(embedding: Embedding, damping: float) -> float:
     return float(torch.linalg.solve(damped, inner).trace())
 
 
-def relative_error(exact: Embedding, rough: Embedding, damping: float) -> float:
-    """Return the relative error of ``covered_information`` by the approximation in ``rough``."""
-    expected, found = covered_information(exact, damping), covered_information(rough, damping)
-    return abs(found - expected) / max(expected, 1e-300)  # a model that is certain of all has no information
+def relative_error(exact: Embedding, approximate: Embedding, damping: float) -> float:
+    """Return the relative error of ``covered_information`` of the ``approximate`` embeddings."""
+    expected, actual = covered_information(exact, damping), covered_information(approximate, damping)
+    return abs(actual - expected) / max(expected, 1e-300)  # a model that is certain of every image has no information

@@ -1,15 +1,15 @@
-"""What distinguishes the classes: C - 1 rows that carry all the Fisher information of a softmax over C.
+"""Contrasts between classes: C - 1 rows that carry all Fisher information of a softmax over C classes.
 
 With J = d z / d theta the gradients of an image's logits, its Fisher information is ``J^T (diag(p) - p p^T) J``. The
-matrix between has rank C - 1, and its Cholesky factor is known (Tanabe, Sagae 1992, J. R. Stat. Soc. B 54): row r of
-``A`` sets class r against the classes after it,
+matrix in the middle has rank C - 1, and its Cholesky factor is known in closed form (Tanabe, Sagae 1992, J. R. Stat.
+Soc. B 54): ``A^T A = diag(p) - p p^T``, where row c of A contrasts class c with the classes after it,
 
-    A_r = sqrt(p_r q_(r+1) / q_r) (e_r - sum_(i>r) p_i / q_(r+1) e_i),    q_r = p_r + p_(r+1) + ...
+    A_c = sqrt(p_c tail_(c+1) / tail_c) (e_c - sum_(i>c) p_i / tail_(c+1) e_i),    tail_c = p_c + p_(c+1) + ...
 
-so that ``A^T A = diag(p) - p p^T``. It is applied class by class, never formed: the mean over the classes after r needs
-one step from that over the classes after r + 1.
+A is applied class by class and never formed: the weighted mean over the classes after c takes one step from the mean
+over the classes after c + 1.
 
-Without the weights sqrt(p_c) (``none``, as the paper's released code has it) the matrix is ``A = I - 1 p^T``, C rows.
+With the weighting ``none``, as in the paper's released code, the classes count alike: ``A = I - 1 p^T``, with C rows.
 """
 
 from typing import Literal
@@ -20,49 +20,50 @@ from torch import Tensor
 Weighting = Literal["sqrt", "none"]
 
 
-def count(classes: int, weighting: Weighting) -> int:
-    """Rows of A for so many classes."""
-    return classes - 1 if weighting == "sqrt" else classes
+def num_rows(num_classes: int, weighting: Weighting) -> int:
+    """Return r, the number of rows of A."""
+    return num_classes - 1 if weighting == "sqrt" else num_classes
 
 
 def apply(p: Tensor, by_class: Tensor, weighting: Weighting) -> Tensor:
-    """``A @ by_class``, [R, m, n], from p [C, n] and ``by_class`` [C, m, n], whose memory it takes."""
+    """Return ``A @ by_class``, [r, m, n], from p [C, n] and ``by_class`` [C, m, n], whose memory it overwrites."""
     if weighting == "none":
         return by_class.sub_((p[:, None] * by_class).sum(0))
-    share, scale = _chain(p)
+    share, scale = _share_and_scale(p)
     mean = by_class[-1]
-    for r in range(len(share) - 1, -1, -1):
-        by_class[r] -= mean
-        if r:
-            mean.addcmul_(share[r], by_class[r])
+    for c in range(len(share) - 1, -1, -1):
+        by_class[c] -= mean
+        if c:
+            mean.addcmul_(share[c], by_class[c])
     return by_class[:-1].mul_(scale[:, None])
 
 
 def apply_transposed(p: Tensor, rows: Tensor, weighting: Weighting) -> Tensor:
-    """``A^T @ rows``, [C, m, n], from p [C, n] and ``rows`` [R, m, n]."""
+    """Return ``A^T @ rows``, [C, m, n], from p [C, n] and ``rows`` [r, m, n]."""
     if weighting == "none":
         return rows - p[:, None] * rows.sum(0)
-    share, scale = _chain(p)
-    found = rows.new_empty(len(p), *rows.shape[1:])
-    torch.mul(rows, scale[:, None], out=found[:-1])
-    before = torch.zeros_like(found[0])  # what all rows so far take from a class, by its share of those after them
-    for r in range(len(share)):
-        own = found[r].clone()
-        taken = share[r] * before
-        found[r] -= taken
-        before += own - taken
-    found[-1] = -before
-    return found
+    share, scale = _share_and_scale(p)
+    result = rows.new_empty(len(p), *rows.shape[1:])
+    torch.mul(rows, scale[:, None], out=result[:-1])
+    # What the rows so far subtract from all later classes together; each class takes its share of it.
+    pending = torch.zeros_like(result[0])
+    for c in range(len(share)):
+        scaled_row = result[c].clone()
+        subtracted = share[c] * pending
+        result[c] -= subtracted
+        pending += scaled_row - subtracted
+    result[-1] = -pending
+    return result
 
 
 def dense(p: Tensor, weighting: Weighting) -> Tensor:
-    """A itself, [R, C, n]."""
-    each = torch.eye(len(p), dtype=p.dtype, device=p.device)[:, :, None]
-    return apply(p, each.repeat(1, 1, p.shape[1]), weighting)
+    """Return A itself, [r, C, n]."""
+    identity = torch.eye(len(p), dtype=p.dtype, device=p.device)[:, :, None]
+    return apply(p, identity.repeat(1, 1, p.shape[1]), weighting)
 
 
-def _chain(p: Tensor) -> tuple[Tensor, Tensor]:
-    """``p_r / q_r`` and ``sqrt(p_r q_(r+1) / q_r)``, [C - 1, n]; zero where nothing is left."""
-    left = p.flip(0).cumsum(0).flip(0)
-    share = p[:-1] / left[:-1].clamp_min(torch.finfo(p.dtype).tiny)
-    return share, (share * left[1:]).sqrt()
+def _share_and_scale(p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``p_c / tail_c`` and ``sqrt(p_c tail_(c+1) / tail_c)``, [C - 1, n]; zero where ``tail_c`` is zero."""
+    tail = p.flip(0).cumsum(0).flip(0)
+    share = p[:-1] / tail[:-1].clamp_min(torch.finfo(p.dtype).tiny)
+    return share, (share * tail[1:]).sqrt()

@@ -54,34 +54,34 @@ class Statistics(NamedTuple):
 
 
 def channel_statistics(images: Images) -> Statistics:
-    """Statistics of ``images``, read once, a batch at a time."""
+    """Return the statistics of ``images``, which are read once, one batch at a time."""
     count, channels, height, width = images.shape
-    # How often each channel has each gray level: exact whatever the batch's size, and one pass on one thread.
-    levels, found = torch.arange(256), torch.zeros(channels, 256, dtype=torch.int64)
+    # Counts of each gray level in each channel: exact for any batch size, in one pass.
+    levels, counts = torch.arange(256), torch.zeros(channels, 256, dtype=torch.int64)
     for start in range(0, count, READ_BATCH):
         batch = images[start : start + READ_BATCH].transpose(0, 1).flatten(1)
-        found += torch.stack([channel.bincount(minlength=256) for channel in batch])
-    total, squares = (found * levels).sum(1), (found * levels.square()).sum(1)
+        counts += torch.stack([channel.bincount(minlength=256) for channel in batch])
+    total, squares = (counts * levels).sum(1), (counts * levels.square()).sum(1)
     count *= height * width
     mean = total.double() / count
-    # A constant channel has no scale of its own; one gray level keeps the division defined.
+    # At least one gray level, so that a constant channel does not divide by zero.
     std = (squares.double() / count - mean.square()).clamp_min(1.0).sqrt()
     return Statistics(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
 
 
 def normalize(images: Tensor, statistics: Statistics, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return uint8 images as ``(x / 255 - mean) / std``. Besides the result nothing of its size is ever held."""
+    """Return uint8 images as ``(x / 255 - mean) / std``. Allocates no other tensor of the size of the result."""
     shape = (1, -1, 1, 1)
     mean = torch.tensor(statistics.mean, dtype=dtype, device=images.device).view(shape)
     std = torch.tensor(statistics.std, dtype=dtype, device=images.device).view(shape)
-    # One gray channel may carry any stride, and a convolution takes another path, with another rounding, for some:
-    # the same pixels must give the same floats wherever they come from.
+    # A dimension of size one may have any stride, and convolutions round differently for some strides. The result must
+    # depend on the pixels only.
     images = images.reshape(-1).view(images.shape)
     return images.to(dtype, copy=True).div_(255).sub_(mean).div_(std)
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to 4 pixels (zeros come in) and flipped left to right with probability 1/2."""
+    """Return each image shifted by up to 4 pixels, filled with zeros, and flipped horizontally with probability 1/2."""
     n, _, height, width = images.shape
     span = 2 * CROP_PADDING + 1
     top = torch.randint(span, (n,), generator=generator).to(images.device)

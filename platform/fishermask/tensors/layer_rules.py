@@ -1,12 +1,12 @@
-"""Per-sample parameter gradients from a layer's input and output gradient, in closed form.
+"""Gradients of each sample by the parameters of a layer, in closed form from the layer's input and output gradient.
 
-Every rule is brought into one format: output gradients ``g`` [n, O, S] and input rows ``a`` [n, K, S], where S runs
-over positions (1 for a plain linear layer). Then, for one sample,
+All rules use one format: output gradients ``g`` [n, O, S] and input rows ``a`` [n, I, S], with S positions (pixels or
+tokens; 1 for a linear layer on vectors). For one sample,
 
-* linear, convolution: ``dW[o, k] = sum_s g[o, s] a[k, s]`` (a convolution's k runs over channel and kernel position,
-  in a grouped one over the channels of o's group);
-* batch norm in eval mode, layer norm, group norm: ``dW[o] = sum_s g[o, s] xhat[o, s]``;
-* any bias: ``db[o] = sum_s g[o, s]``.
+* linear, convolution: ``dW[o, i] = sum_s g[o, s] a[i, s]``, where i runs over channels and kernel positions of a
+  convolution, and in a grouped convolution over the channels of the group of o;
+* batch norm in eval mode, layer norm, group norm: ``dW[o] = sum_s g[o, s] ahat[o, s]`` with the normalized input ahat;
+* bias: ``db[o] = sum_s g[o, s]``.
 """
 
 import math
@@ -16,48 +16,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The full product of the touched output rows and input rows is formed when it is at most this many times larger than
-# the masked entries; a matrix product does about that many more multiplications a second than a gathered sum.
 DENSE_FACTOR = 16
-# Pairs of positions are summed where they are fewer than this times the positions of all classes: S (S + 1) / 2 against
-# C S, with a margin, because their single product runs faster than many small ones.
+"""The product of the masked output rows and input rows is formed if it has at most this many times the number of masked
+entries: a matrix product does about this many more multiplications per second than a gathered sum."""
 PAIRS_FACTOR = 3
+"""The Fisher diagonal is summed over pairs of positions if S + 1 is at most this factor times C: S (S + 1) / 2 pairs
+against C S products, with a margin because one large product is faster than many small ones."""
 CACHED_NUMBERS = 2**19
-
-
+"""Numbers that fit into the cache."""
 ELEMENTWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
 RULES = (nn.Linear, nn.Conv2d, *ELEMENTWISE)
 
 
 def full_name(layer: str, leaf: str) -> str:
-    """Return ``conv1.weight`` for ``conv1`` and ``weight``; a model that is a layer itself has the name ``""``."""
+    """Return ``conv1.weight`` for ``conv1`` and ``weight``; the name of the whole model is ``""``."""
     return f"{layer}.{leaf}" if layer else leaf
 
 
 def split_name(parameter: str) -> tuple[str, str]:
-    """The opposite of ``full_name``."""
+    """Return the layer and the leaf of a full parameter name."""
     layer, _, leaf = parameter.rpartition(".")
     return layer, leaf
 
 
-def own_parameters(model: nn.Module, layer: str) -> list[str]:
-    """Names in ``model`` of the parameters that ``layer`` itself holds."""
+def direct_parameters(model: nn.Module, layer: str) -> list[str]:
+    """Return the full names of the parameters of ``layer`` itself, without those of its submodules."""
     return [full_name(layer, leaf) for leaf, _ in model.get_submodule(layer).named_parameters(recurse=False)]
 
 
 def has_rule(module: nn.Module) -> bool:
-    """Whether the gradients of a layer's own parameters have a closed form here.
+    """Return whether the gradients of the parameters of a layer have a closed form here.
 
-    A subclass counts only if it computes what its base class does, from a weight and perhaps a bias: weight norm,
-    spectral norm and pruning put other parameters in the weight's place.
+    A subclass has a rule only if it inherits ``forward`` and has a weight, and at most a bias: weight norm, spectral
+    norm and pruning replace the weight by other parameters.
     """
     leaves = {leaf for leaf, _ in module.named_parameters(recurse=False)}
-    known = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in RULES)
-    return known and "weight" in leaves and leaves <= {"weight", "bias"}
+    has_forward = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in RULES)
+    return has_forward and "weight" in leaves and leaves <= {"weight", "bias"}
 
 
 def output_rows(module: nn.Module, gradient: Tensor) -> Tensor:
-    """Output gradient [n, ...] as [n, O, S]."""
+    """Return the output gradient [n, ...] as [n, O, S]."""
     if isinstance(module, nn.Linear):
         return gradient.flatten(1, -2).mT if gradient.dim() > 2 else gradient.unsqueeze(-1)
     if isinstance(module, nn.LayerNorm):
@@ -65,40 +64,43 @@ def output_rows(module: nn.Module, gradient: Tensor) -> Tensor:
     return gradient.flatten(2) if gradient.dim() > 2 else gradient.unsqueeze(-1)
 
 
-def input_rows(module: nn.Module, given: Tensor) -> Tensor:
-    """Layer input [n, ...] as [n, K, S], all groups of a convolution; for a norm the normalized input [n, O, S]."""
+def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the layer input [n, ...] as [n, I, S], or for a normalization layer the normalized input [n, O, S].
+
+    For a grouped convolution, I includes all groups.
+    """
     if isinstance(module, nn.Conv2d):
-        return F.unfold(_padded(module, given), module.kernel_size, module.dilation, 0, module.stride)
-    return _plain_rows(module, given)
+        return F.unfold(_padded(module, inputs), module.kernel_size, module.dilation, 0, module.stride)
+    return _plain_rows(module, inputs)
 
 
-def _padded(module: nn.Conv2d, given: Tensor) -> Tensor:
+def _padded(module: nn.Conv2d, inputs: Tensor) -> Tensor:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return F.pad(given, module._reversed_padding_repeated_twice, mode=mode)
+    return F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
 
 
-def _plain_rows(module: nn.Module, given: Tensor) -> Tensor:
+def _plain_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     if isinstance(module, nn.LayerNorm):
-        return output_rows(module, F.layer_norm(given, module.normalized_shape, None, None, module.eps))
+        return output_rows(module, F.layer_norm(inputs, module.normalized_shape, None, None, module.eps))
     if isinstance(module, nn.GroupNorm):
-        return output_rows(module, F.group_norm(given, module.num_groups, None, None, module.eps))
-    rows = output_rows(module, given)
+        return output_rows(module, F.group_norm(inputs, module.num_groups, None, None, module.eps))
+    rows = output_rows(module, inputs)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         assert module.running_mean is not None and module.running_var is not None
         return (rows - module.running_mean[:, None]) * torch.rsqrt(module.running_var + module.eps)[:, None]
     return rows
 
 
-def _some_input_rows(module: nn.Module, given: Tensor, rows: Tensor) -> Tensor:
-    """``input_rows(module, given)[:, rows]`` without forming the others."""
+def _some_input_rows(module: nn.Module, inputs: Tensor, rows: Tensor) -> Tensor:
+    """Return ``input_rows(module, inputs)[:, rows]`` without forming the other rows."""
     if not isinstance(module, nn.Conv2d):
-        return _plain_rows(module, given)[:, rows]
+        return _plain_rows(module, inputs)[:, rows]
     (height, width), (down, right) = module.kernel_size, module.dilation
-    padded = _padded(module, given)
+    padded = _padded(module, inputs)
     step_h, step_w = module.stride
     out_h = (padded.shape[2] - down * (height - 1) - 1) // step_h + 1
     out_w = (padded.shape[3] - right * (width - 1) - 1) // step_w + 1
-    # A view [n, I, kh, kw, out_h, out_w] of the padded input: nothing is copied but the rows asked for.
+    # A view [n, I, kh, kw, out_h, out_w] of the padded input: only the requested rows are copied.
     n_stride, i_stride, h_stride, w_stride = padded.stride()
     patches = padded.as_strided(
         (padded.shape[0], padded.shape[1], height, width, out_h, out_w),
@@ -108,28 +110,27 @@ def _some_input_rows(module: nn.Module, given: Tensor, rows: Tensor) -> Tensor:
     return patches[:, channel, position // width, position % width].flatten(2)
 
 
-def sample_gradients(module: nn.Module, given: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-    """Parameter -> gradient of each sample, [n, size of the parameter], from a layer's input and output gradient."""
-    g, rows = output_rows(module, gradient), input_rows(module, given)
+def sample_gradients(module: nn.Module, inputs: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+    """Return leaf -> gradient of each sample, [n, size of the parameter]."""
+    g, rows = output_rows(module, gradient), input_rows(module, inputs)
     if isinstance(module, ELEMENTWISE):
         weight = (g * rows).sum(-1)
     else:
         groups = module.groups if isinstance(module, nn.Conv2d) else 1
-        weight = (
-            g.unflatten(1, (groups, -1)) @ rows.unflatten(1, (groups, -1)).mT
-        )  # [n, groups, O / groups, K / groups]
+        # [n, groups, O / groups, I / groups]
+        weight = g.unflatten(1, (groups, -1)) @ rows.unflatten(1, (groups, -1)).mT
     return {"weight": weight.flatten(1), "bias": g.sum(-1)}
 
 
-def squared_sums(module: nn.Module, given: Tensor, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Parameter -> sum over samples and over ``gradients`` of the squared per-sample gradient, flat.
+def squared_sums(module: nn.Module, inputs: Tensor, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return leaf -> sum over samples and over ``gradients`` of the squared gradients of single samples, flat.
 
-    For a matrix of weights that is ``sum (sum_s g[o, s] a[k, s])^2``. Two orders of summation give it: form every
-    sample's gradient and square it, or expand the square into pairs of positions, which needs no gradient at all, only
-    one matrix product, and is cheaper where there are few positions.
+    For a matrix of weights this is ``sum (sum_s g[o, s] a[i, s])^2``. There are two orders of summation: form the
+    gradient of each sample and square it, or expand the square into pairs of positions, which is one matrix product
+    without any gradient, and cheaper for few positions.
     """
     g = torch.stack([output_rows(module, gradient) for gradient in gradients], dim=1)
-    rows = input_rows(module, given)
+    rows = input_rows(module, inputs)
     positions = rows.shape[-1]
     if isinstance(module, ELEMENTWISE):
         weight = (g * rows[:, None]).sum(-1).square().sum((0, 1))
@@ -143,17 +144,17 @@ def squared_sums(module: nn.Module, given: Tensor, gradients: Sequence[Tensor]) 
 
 
 def _squares_by_pairs(g: Tensor, rows: Tensor) -> Tensor:
-    """``sum_n sum_(s, t) (sum_c g[n, c, o, s] g[n, c, o, t]) a[n, k, s] a[n, k, t]``, each pair s <= t once: [O, K]."""
+    """Return ``sum_n sum_(s, t) (sum_c g[n, c, o, s] g[n, c, o, t]) a[n, i, s] a[n, i, t]``, [O, I], over s <= t."""
     s, t = torch.triu_indices(rows.shape[-1], rows.shape[-1], device=rows.device)
     twice = torch.where(s == t, 1.0, 2.0).to(rows.dtype)
     left = torch.einsum("ncos,ncot->onst", g, g)[..., s, t]
     right = (rows[..., s] * rows[..., t] * twice).transpose(0, 1)
-    # The terms of a square cancel in rounding only: what falls below zero is zero.
+    # A square can be negative only by rounding.
     return (left.flatten(1) @ right.flatten(1).mT).clamp_min(0)
 
 
 def _squares_by_sample(g: Tensor, rows: Tensor) -> Tensor:
-    """Every sample's gradient for every class, squared and added, as many at once as stay in the cache: [O, K]."""
+    """Return the sum of squared gradients of samples, [O, I], formed for as many samples at once as fit the cache."""
     n, num_classes, outputs, _ = g.shape
     width = rows.shape[1]
     group = max(1, CACHED_NUMBERS // (num_classes * outputs * width))
@@ -166,38 +167,40 @@ def _squares_by_sample(g: Tensor, rows: Tensor) -> Tensor:
 
 
 def _squares_by_group(g: Tensor, rows: Tensor, groups: int) -> Tensor:
-    """The same for a grouped convolution: each output meets the inputs of its own group, [O, K / groups]."""
+    """Return the sum of squared gradients of a grouped convolution, [O, I / groups]."""
     weight = None
-    for one, given in zip(g, rows, strict=True):
-        outputs = one.unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, C, O / groups, S]
-        inputs = given.unflatten(0, (groups, -1))  # [groups, K / groups, S]
+    for sample_g, sample_rows in zip(g, rows, strict=True):
+        outputs = sample_g.unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, C, O / groups, S]
+        inputs = sample_rows.unflatten(0, (groups, -1))  # [groups, I / groups, S]
         square = (outputs.flatten(1, 2) @ inputs.mT).square_().unflatten(1, outputs.shape[1:3]).sum(1)
         weight = square if weight is None else weight.add_(square)
     assert weight is not None
     return weight
 
 
-def masked_entries(module: nn.Module, given: Tensor, parameter: str, entries: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function: output gradient -> per-sample gradients [n, m] of ``entries`` [m] of one of the layer's parameters.
+def masked_entries(module: nn.Module, inputs: Tensor, parameter: str, entries: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function: output gradient -> gradients [n, m] of each sample by ``entries`` [m] of a parameter.
 
-    ``entries`` are flat indices into the parameter. What depends on the layer's input alone is done once.
+    ``entries`` are flat indices into the parameter. Work that depends only on the layer's input is done once.
     """
     if parameter == "bias":
         return lambda gradient: output_rows(module, gradient).sum(-1)[:, entries]
     if isinstance(module, ELEMENTWISE):
-        normalized = _plain_rows(module, given)[:, entries]
+        normalized = _plain_rows(module, inputs)[:, entries]
         return lambda gradient: (output_rows(module, gradient)[:, entries] * normalized).sum(-1)
     assert isinstance(module, nn.Linear | nn.Conv2d)
     width = module.weight[0].numel()
     out_row, in_row = entries // width, entries % width
     if isinstance(module, nn.Conv2d):
         in_row = in_row + width * (out_row // (module.out_channels // module.groups))
-    outs, out_position = out_row.unique(return_inverse=True)
-    ins, in_position = in_row.unique(return_inverse=True)
-    rows = _some_input_rows(module, given, ins)
-    if len(outs) * len(ins) <= DENSE_FACTOR * len(entries):
+    output_indices, out_position = out_row.unique(return_inverse=True)
+    input_indices, in_position = in_row.unique(return_inverse=True)
+    rows = _some_input_rows(module, inputs, input_indices)
+    if len(output_indices) * len(input_indices) <= DENSE_FACTOR * len(entries):
         transposed = rows.mT.contiguous()
-        flat = out_position * len(ins) + in_position
-        return lambda gradient: torch.bmm(output_rows(module, gradient)[:, outs], transposed).flatten(1)[:, flat]
-    chosen = rows[:, in_position]
-    return lambda gradient: (output_rows(module, gradient)[:, out_row] * chosen).sum(-1)
+        flat = out_position * len(input_indices) + in_position
+        return lambda gradient: torch.bmm(output_rows(module, gradient)[:, output_indices], transposed).flatten(1)[
+            :, flat
+        ]
+    masked_rows = rows[:, in_position]
+    return lambda gradient: (output_rows(module, gradient)[:, out_row] * masked_rows).sum(-1)

@@ -1,7 +1,7 @@
-"""The Fisher diagonal and the mask: which parameters describe an image (FISH mask, Sung et al. 2021; arXiv 2411.05752).
+"""The Fisher diagonal, and masks of parameters (FISH mask, Sung et al. 2021; FisherMask, arXiv 2411.05752).
 
-A mask always holds the whole last layer, which the embeddings keep as an outer product; ``Mask.entries`` lists the
-masked entries of the other parameters (the body).
+A mask always contains the whole last layer. ``Mask.entries`` lists the masked entries of the body, which is all
+other parameters.
 """
 
 import math
@@ -19,15 +19,16 @@ from fishermask.tensors.layer_rules import full_name, split_name, squared_sums
 from fishermask.tensors.slow_gradients import pair, slow_gradients
 
 RELATIVE_THRESHOLD = 2.0
+"""Ratio to the mean of the layer above which ``relative_mask`` masks an entry."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """The whole last layer and ``entries`` of the other parameters."""
+    """The whole last layer, and ``entries`` of the body."""
 
     plan: GradientPlan
     entries: dict[str, Tensor]
-    """Parameter name -> ascending flat indices; parameters without an entry are left out."""
+    """Parameter name -> ascending flat indices; only parameters with masked entries."""
 
     def to(self, device: torch.device) -> "Mask":
         """Return the mask with its indices on ``device``."""
@@ -35,28 +36,28 @@ class Mask:
 
     @property
     def body_size(self) -> int:
-        """How many parameters outside the last layer are masked."""
+        """Number of masked parameters outside the last layer."""
         return sum(len(indices) for indices in self.entries.values())
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers with a rule, other than the last, that hold masked parameters."""
-        fast = (split_name(name)[0] for name in self.entries if name not in self.plan.slow)
-        return list(dict.fromkeys(fast))
+        """Names of the layers with a gradient rule, except for the last layer, that hold masked parameters."""
+        with_rule = (split_name(name)[0] for name in self.entries if name not in self.plan.slow)
+        return list(dict.fromkeys(with_rule))
 
     @property
     def slow(self) -> tuple[str, ...]:
-        """Names of the masked parameters without a rule."""
+        """Names of the masked parameters without a gradient rule."""
         return tuple(name for name in self.entries if name in self.plan.slow)
 
 
 def head_size(model: nn.Module, plan: GradientPlan) -> int:
-    """Number of parameters of the last layer; 0 without a linear one."""
+    """Return the number of parameters of the last layer; 0 if it is not linear."""
     return 0 if plan.head is None else sum(p.numel() for p in model.get_submodule(plan.head).parameters())
 
 
 def body_parameters(model: nn.Module, plan: GradientPlan) -> dict[str, Tensor]:
-    """Name -> parameter, for all trained parameters outside the last layer, in the model's order."""
+    """Return name -> parameter of all trained parameters outside the last layer, in the order of the model."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -65,32 +66,34 @@ def body_parameters(model: nn.Module, plan: GradientPlan) -> dict[str, Tensor]:
 
 
 def fisher_diagonal(model: nn.Module, images: Tensor, plan: GradientPlan) -> dict[str, Tensor]:
-    """Sum over ``images`` [n, ...] of the Fisher information's diagonal, by body parameter, flat, in float64.
+    """Return the sum over ``images`` [n, ...] of the Fisher diagonal: body parameter -> flat float64 tensor.
 
-    ``f_i = sum_x sum_c p_c (d log p_c / d theta_i)^2``: the expectation is over the model's own prediction, not over
-    labels. Divide by the number of images for the mean. C - 1 contrasts between the classes give the same sum.
+    ``sum_x sum_c p_c (d log p_c / d theta_i)^2`` for parameter i: the expectation is over labels drawn from the model's
+    prediction. C - 1 contrasts between the classes give the same sum as C classes.
     """
     count, images = len(images), pair(images)
-    run = forward(model, images, plan.head, plan.layers)
+    forward_pass = forward(model, images, plan.head, plan.layers)
     modules, body = dict(model.named_modules()), body_parameters(model, plan)
     sums: dict[str, Tensor] = {}
     passes = []
-    cotangents = contrasts.dense(run.probabilities.mT, "sqrt").permute(0, 2, 1).contiguous()
+    cotangents = contrasts.dense(forward_pass.probabilities.mT, "sqrt").permute(0, 2, 1).contiguous()
     cotangents[:, count:] = 0
-    for gradients in output_gradients(run, cotangents):
+    for gradients in output_gradients(forward_pass, cotangents):
         passes.append(gradients)
-    slow = [name for name in body if name in plan.slow or split_name(name)[0] in run.irregular]
+    slow = [name for name in body if name in plan.slow or split_name(name)[0] in forward_pass.irregular]
     for _, _, rows in slow_gradients(model, images[:count], slow, cotangents[:, :count], plan.vectorized):
         for name, gradient in rows.items():
             sums[name] = sums.get(name, 0) + gradient.double().square().sum(0)
-    for layer in run.outputs:
-        squares = squared_sums(modules[layer], run.inputs[layer], [gradients.pop(layer) for gradients in passes])
+    for layer in forward_pass.outputs:
+        squares = squared_sums(
+            modules[layer], forward_pass.inputs[layer], [gradients.pop(layer) for gradients in passes]
+        )
         sums |= {full_name(layer, leaf): value.double() for leaf, value in squares.items()}
     return {name: sums[name] for name in body}
 
 
 def mask_size(model: nn.Module, plan: GradientPlan, fraction: float) -> int:
-    """Number of masked parameters for a ``fraction`` of all that are trained, the last layer included.
+    """Return the size of a mask of a ``fraction`` of all trained parameters, the last layer included.
 
     Raises:
         InputError: the fraction is too small to hold the last layer; the message gives the smallest that works.
@@ -98,7 +101,7 @@ def mask_size(model: nn.Module, plan: GradientPlan, fraction: float) -> int:
     total = sum(p.numel() for name, p in model.named_parameters() if name not in plan.frozen)
     size, needed = round(fraction * total), max(1, head_size(model, plan))
     if size < needed:
-        # Four significant digits, rounded up, so that the number we print does work.
+        # Four significant digits, rounded up, so that the fraction in the message works.
         unit = 10.0 ** (math.floor(math.log10(needed / total)) - 3)
         smallest = math.ceil(needed / total / unit) * unit
         raise InputError(
@@ -109,14 +112,14 @@ def mask_size(model: nn.Module, plan: GradientPlan, fraction: float) -> int:
 
 
 def global_mask(diagonal: Mapping[str, Tensor], plan: GradientPlan, body_size: int) -> Mask:
-    """The ``body_size`` largest entries over all body parameters together; ties to the lowest index."""
+    """Return the mask of the ``body_size`` largest entries of the whole body; ties go to the lowest index."""
     return _entries(diagonal, plan, _largest(torch.cat(list(diagonal.values())), body_size))
 
 
 def layerwise_mask(diagonal: Mapping[str, Tensor], plan: GradientPlan, body_size: int) -> Mask:
-    """The same share of every layer, by its largest entries: ``body_size`` in all.
+    """Return the mask of the largest entries of each layer, with the same share of every layer: ``body_size`` in all.
 
-    What is left after rounding down goes to the layers with the largest remainders, the first of equal ones.
+    Shares are rounded down, and the layers with the largest remainders get one more, the first of equal ones first.
     """
     layers = _by_layer(diagonal)
     total = sum(len(values) for values in layers.values())
@@ -132,7 +135,7 @@ def layerwise_mask(diagonal: Mapping[str, Tensor], plan: GradientPlan, body_size
 
 
 def relative_mask(diagonal: Mapping[str, Tensor], plan: GradientPlan, body_size: int) -> Mask:
-    """Entries above twice the mean of their layer, at most ``body_size``: those furthest above it."""
+    """Return the mask of the ``body_size`` largest ratios to the mean of the layer, of ratios above 2 only."""
     ratio = torch.cat([values / values.mean() for values in _by_layer(diagonal).values()]).nan_to_num(nan=0.0)
     chosen = _largest(ratio, body_size)
     return _entries(diagonal, plan, chosen[ratio[chosen] > RELATIVE_THRESHOLD])
@@ -141,19 +144,19 @@ def relative_mask(diagonal: Mapping[str, Tensor], plan: GradientPlan, body_size:
 def random_mask(
     parameters: Mapping[str, Tensor], plan: GradientPlan, body_size: int, generator: torch.Generator
 ) -> Mask:
-    """``body_size`` entries of the body uniformly at random: what the Fisher ranking is measured against."""
+    """Return the mask of ``body_size`` entries of the body, drawn uniformly at random."""
     total = sum(values.numel() for values in parameters.values())
     chosen = torch.randperm(total, generator=generator)[:body_size].sort().values
     return _entries({name: values.flatten() for name, values in parameters.items()}, plan, chosen)
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """Ascending indices of the largest values; a stable sort gives ties to the lowest index."""
+    """Return the indices of the ``count`` largest values, ascending; ties go to the lowest index."""
     return torch.sort(values, descending=True, stable=True).indices[:count].sort().values
 
 
 def _by_layer(diagonal: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Layer -> its parameters' values, one after the other. A layer's parameters follow one another in a model."""
+    """Return layer -> values of its parameters, concatenated. Parameters of a layer are adjacent in a model."""
     layers: dict[str, Tensor] = {}
     for name, values in diagonal.items():
         layer = split_name(name)[0]
@@ -162,7 +165,7 @@ def _by_layer(diagonal: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _entries(parameters: Mapping[str, Tensor], plan: GradientPlan, chosen: Tensor) -> Mask:
-    """The mask of ascending indices into all body parameters, laid one after the other."""
+    """Return the mask of ascending indices into the concatenation of all body parameters."""
     entries, start = {}, 0
     for name, value in parameters.items():
         inside = chosen[(chosen >= start) & (chosen < start + len(value))] - start
@@ -173,7 +176,7 @@ def _entries(parameters: Mapping[str, Tensor], plan: GradientPlan, chosen: Tenso
 
 
 def last_layer_mask(plan: GradientPlan) -> Mask:
-    """The last layer alone (BAIT, Ash et al. 2021).
+    """Return the mask of the last layer alone (BAIT, Ash et al. 2021).
 
     Raises:
         InputError: the model does not end in a linear layer.

@@ -1,4 +1,4 @@
-"""Which types the engine computes and keeps its numbers in."""
+"""Data types of the engine's computations."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ import torch
 
 @dataclass(frozen=True)
 class Precision:
-    """None is the model's own type."""
+    """Data types of a query; None stands for the model's own type."""
 
     storage: torch.dtype | None = None
-    """Of the embeddings, the bulk of what a shard holds."""
+    """Type of the stored embeddings, the largest part of a shard's memory."""
     scores: torch.dtype | None = None
-    """Of the scores, and of all products that change them."""
+    """Type of the scores and of all products that update them."""
     autocast: torch.dtype | None = None
-    """Of the layers while gradients are computed."""
+    """Type in which layers compute while gradients are computed."""
     channels_last: bool = False
-    """Memory layout of images and convolutions while gradients are computed."""
+    """Whether images and convolutions use the memory format ``channels_last`` while gradients are computed."""

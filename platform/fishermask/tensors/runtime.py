@@ -1,4 +1,4 @@
-"""What torch does in this process: which of its kernels it may use, and what becomes of memory that it has freed."""
+"""Settings of PyTorch for the whole process: attention kernels, freed memory, and repeatable GPU results."""
 
 import ctypes
 import sys
@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class _PlainAttention:
-    """Attention takes its plain path while any thread is inside ``with plain_attention:``.
+    """Disable fused attention while any thread is inside ``with plain_attention:``.
 
-    The fused path for inference calls no layer and has no gradient, and fused kernels know no vmap. Shards of one
-    process come and go here independently: the first switches, the last switches back.
+    The fused path for inference calls no layers and has no gradient, and fused kernels do not support vmap. Shards of
+    one process enter and leave independently: the first thread changes the setting, and the last restores it.
     """
 
     def __init__(self) -> None:
@@ -41,15 +41,15 @@ plain_attention = _PlainAttention()
 
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-_trim = getattr(_libc, "malloc_trim", lambda _: None)  # glibc has it; what others do is theirs
+_trim = getattr(_libc, "malloc_trim", lambda _: None)  # of glibc only
 
 
 def return_memory() -> None:
-    """Give freed memory back to the system. Gaps between tensors that stay would otherwise add up, by chance."""
+    """Return freed memory to the system. Gaps between live tensors would otherwise accumulate."""
     _trim(0)
 
 
 def repeatable_gpu() -> None:
-    """On a GPU float32 is float32, in convolutions too, and these add in the same order every time."""
+    """Disable TF32 and nondeterministic algorithms in convolutions on GPUs."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True

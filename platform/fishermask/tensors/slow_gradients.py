@@ -1,8 +1,7 @@
-"""Per-sample parameter gradients without a closed form: by ``torch.func`` where a model allows it, else image by image.
+"""Gradients of single images by any parameter: with ``torch.func.vmap`` if the model allows it, else image by image.
 
-Both differentiate the model as it is. The second makes one forward pass an image, so it also works where ``vmap`` has
-no rule (recurrent layers), where control flow depends on the data (experts chosen by argmax), and under gradient
-checkpointing.
+The loop makes one forward pass per image. It also works where ``vmap`` has no rule (recurrent layers), where control
+flow depends on the data (mixtures of experts), and with gradient checkpointing.
 """
 
 import copy
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fishermask.tensors.runtime import plain_attention
 
 CHUNK = 16
-"""Images that ``vmap`` differentiates at once: each holds a gradient of all parameters."""
+"""Images that ``vmap`` differentiates at once. Each needs memory for a gradient of all parameters."""
 
 
 def slow_gradients(
@@ -26,17 +25,17 @@ def slow_gradients(
     vectorized: bool = True,
     chunk: int = CHUNK,
 ) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
-    """Compute d(cotangent . logits) / d parameter for each image and each of several cotangents.
+    """Compute d(cotangent . logits) / d parameter for each image and each cotangent.
 
     Args:
         images: [n, ...]
         names: parameters to differentiate by.
-        cotangents: [R, n, C]
+        cotangents: [r, n, C]
         vectorized: whether ``vmap`` may be used.
         chunk: images that ``vmap`` differentiates at once.
 
     Yields:
-        Index r of the cotangent, a slice of the images [m], and parameter name -> gradients [m, size of the parameter].
+        Index of the cotangent, a slice of the images [m], and parameter name -> gradients [m, size of the parameter].
     """
     if names:
         by_vmap = vectorized and _by_vmap(model, images, names, cotangents, chunk)
@@ -44,7 +43,7 @@ def slow_gradients(
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Return a deep copy; what the model computed and kept with a graph, as weight norm does, is copied without it."""
+    """Return a deep copy. Tensors with a graph, which weight norm stores, are copied without their graph."""
     computed = [
         leaf
         for module in model.modules()
@@ -55,20 +54,19 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def clear_caches(model: nn.Module) -> None:
-    """Make a model in eval mode drop what it derived from its parameters and kept.
+    """Clear what a model in eval mode caches, by switching to training mode and back.
 
-    LeViT, for one, keeps its attention biases from one forward pass in eval mode to the next, without their gradient,
-    and drops them when training starts.
+    LeViT, for example, caches attention biases without their gradients in eval mode, and clears them in training mode.
     """
     model.train()
     model.eval()
 
 
 def pair(images: Tensor) -> Tensor:
-    """``images`` [n, ...], and if there is just one, the same twice.
+    """Return ``images`` [n, ...], or a single image twice.
 
-    The backward pass of batch norm in eval mode is wrong for a batch of one image whose gradient arrives transposed
-    (``docs/method.md``, section 2), so a single image is never differentiated alone.
+    The backward pass of batch norm in eval mode is wrong for one image with a transposed gradient (docs/method.md,
+    section 2), so a single image is never differentiated alone.
     """
     return images if len(images) > 1 else torch.cat([images, images])
 
@@ -85,8 +83,8 @@ def _by_vmap(
         return (logits[0] * weights).sum()
 
     gradients = torch.func.vmap(torch.func.grad(weighted), in_dims=(None, 0, 0))
-    # functional_call leaves some models with tied weights changed.
-    held = [(module, key, value) for module in model.modules() for key, value in module._parameters.items()]
+    # functional_call changes some models with tied weights.
+    before = [(module, key, value) for module in model.modules() for key, value in module._parameters.items()]
     try:
         for r, cotangent in enumerate(cotangents):
             for first in range(0, len(images), chunk):
@@ -96,7 +94,7 @@ def _by_vmap(
                     rows = gradients(differentiated, pair(images[part]), pair(cotangent[part]))
                 yield r, part, {name: value[:count].reshape(count, -1) for name, value in rows.items()}
     finally:
-        for module, key, value in held:
+        for module, key, value in before:
             module._parameters[key] = value
         clear_caches(model)
 
@@ -115,8 +113,8 @@ def _by_loop(
             with torch.enable_grad(), plain_attention:
                 logits = model(pair(image[None]))[0]
             for r, cotangent in enumerate(cotangents[:, i]):
-                found = logit_gradients(logits, parameters, cotangent, retain_graph=r + 1 < len(cotangents))
-                yield r, slice(i, i + 1), {n: g.reshape(1, -1) for n, g in zip(names, found, strict=True)}
+                gradients = logit_gradients(logits, parameters, cotangent, retain_graph=r + 1 < len(cotangents))
+                yield r, slice(i, i + 1), {n: g.reshape(1, -1) for n, g in zip(names, gradients, strict=True)}
     finally:
         for parameter, required in zip(parameters, before, strict=True):
             parameter.requires_grad_(required)
@@ -126,7 +124,7 @@ def _by_loop(
 def logit_gradients(
     logits: Tensor, tensors: Sequence[Tensor], cotangent: Tensor, retain_graph: bool = False
 ) -> Sequence[Tensor]:
-    """Gradients of ``(cotangent * logits).sum()`` by ``tensors``; zeros where the logits do not depend on one."""
+    """Return the gradients of ``(cotangent * logits).sum()`` by ``tensors``; zero if the logits do not depend on it."""
     if not tensors or not logits.requires_grad:
         return [torch.zeros_like(tensor) for tensor in tensors]
     return torch.autograd.grad(

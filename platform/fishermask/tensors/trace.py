@@ -1,9 +1,8 @@
-"""Choosing images one by one so that ``tr(M^-1 F)`` falls the most, without ever forming a k x k product per image.
+"""The objective ``tr(M^-1 F)`` of BAIT (Ash et al. 2021), and its exact update for each pick.
 
-``Objective`` is the coordinator's part, ``R = M^-1`` and ``H = R F R``. ``Scores`` is a shard's part, for each
-of its images ``P = V R V^T`` and ``Q = V H V^T`` [r, r], V having r = C - 1 rows. Adding an image changes both by terms
-of rank r (Woodbury), so a pick costs one structured product with 2 r columns over the pool. BAIT (Ash et al. 2021)
-defines the objective.
+The coordinator holds ``R = M^-1`` and ``H = R F R`` in an ``Objective``. A shard holds the scores of its images,
+``P = V R V^T`` and ``Q = V H V^T``, [r, r] each. A pick changes all of them by terms of rank r (Woodbury), so it costs
+one structured product with 2 r columns for the pool, and no k x k product for an image. See docs/method.md, section 5.
 """
 
 from dataclasses import dataclass
@@ -15,35 +14,35 @@ from torch import Tensor
 from fishermask.tensors.embedding import Embedding, dense, information, product, quadratic
 
 LAZY_PICKS = 16
-"""Picks whose terms are applied to R and H together: more wastes time on the terms, fewer on moving the matrices."""
+"""Picks whose terms are applied to R and H together: more take time for the terms, fewer for moving the matrices."""
 ERROR_VECTORS = 4
-"""Random vectors that an error is estimated by."""
+"""Number of random vectors for the estimate of an error."""
 
 
 class Update(NamedTuple):
-    """What one pick changes, all that a shard must be told."""
+    """The change that one pick makes to the objective and to all scores."""
 
     basis: Tensor
-    """[k - E, 2 r]: U = R V^T beside T = H V^T, scaled as candidates are."""
+    """[k - E, 2 r]: the columns U = R V^T and Z = H V^T, with the scale of candidates."""
     inner: Tensor
     """G = (I + V U)^-1, [r, r]."""
     middle: Tensor
-    """s = V T, [r, r]."""
+    """K = V Z, [r, r]."""
     gain: float
-    """By how much the trace falls."""
+    """Decrease of the trace."""
 
 
 class Objective:
-    """``tr(M^-1 F)`` and its inverse matrices, in float64.
+    """``tr(M^-1 F)`` with the matrices R and H, in float64.
 
-    R and H are changed by every pick by a term of rank r and 2 r. The terms are gathered and applied to the k x k
-    matrices ``LAZY_PICKS`` at a time: one large product moves each matrix through memory once, not once a pick.
+    A pick changes R and H by terms of rank r and 2 r. The terms of ``LAZY_PICKS`` picks are applied together: one large
+    product then moves each k x k matrix through memory once, not once for each pick.
 
     Args:
         start: M before any pick, symmetric positive definite, [k - E, k - E].
         target: F, [k - E, k - E].
-        scale: every candidate's V counts ``scale`` times V.
-        constant: what to add to the trace, before and after every pick.
+        scale: factor of the embedding of every candidate.
+        constant: added to the trace, before and after every pick.
         keep_inputs: whether to keep ``start`` and ``target``, which ``error`` and ``rebuild`` need.
 
     Raises:
@@ -58,24 +57,24 @@ class Objective:
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(start.double()))
         self.sandwich = self.inverse @ target.double() @ self.inverse
         self.value = float((self.inverse * target).sum()) + constant
-        # R = inverse - sum ug u^T; H = sandwich - sum (y ug^T + ug y^T), with ug = U G, y = T - ug s / 2.
-        # Their transposes, one pick's rows below the other's: u, ug and y, [3, LAZY_PICKS * r, k].
+        # R = inverse - sum ug u^T and H = sandwich - sum (d ug^T + ug d^T), with ug = U G and d = Z - ug K / 2. The
+        # pending terms are stored transposed: u, ug and d, [3, LAZY_PICKS * r, k - E], with r rows for each pick.
         self._terms = self.inverse.new_empty(3, 0, len(self.inverse))
         self._count = 0
 
     def matrices(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        """R and H as unscaled embeddings meet them, both times scale^2: copies in ``dtype``."""
-        self._gather()
+        """Return copies of scale^2 R and scale^2 H in ``dtype``, for products with unscaled embeddings."""
+        self._apply_pending()
         return self.inverse.to(dtype) * self.scale**2, self.sandwich.to(dtype) * self.scale**2
 
     def add(self, embedding: Embedding) -> Update:
-        """Add the one image of ``embedding`` to M and return what the scores of all others need."""
+        """Add the one image of ``embedding`` to M and return the update of all scores."""
         update = self.consider(embedding)
         self.apply(update)
         return update
 
     def remove(self, embedding: Embedding) -> Update:
-        """Take the one image of ``embedding`` out of M again."""
+        """Remove the one image of ``embedding`` from M and return the update of all scores."""
         update = self.consider(embedding, -1.0)
         self.apply(update)
         return update
@@ -94,14 +93,14 @@ class Objective:
         return rebuilt
 
     def error(self, embedding: Embedding) -> float:
-        """Estimate the relative error of ``value``, given that exactly the images of ``embedding`` are in M.
+        """Estimate the relative error of ``value``, where M is ``start`` and exactly the images of ``embedding``.
 
         With R = M^-1 + D, the error of tr(R F) is tr(D F) = tr(F M^-1 (M R - I)), estimated by random vectors w as the
-        mean of ``(R F w)^T (M R - I) w`` (Hutchinson 1990): a few products with matrices, where inverting M again would
-        cost as much as many picks.
+        mean of ``(R F w)^T (M R - I) w`` (Hutchinson 1990). This takes a few products with matrices; inverting M again
+        would cost as much as many picks.
         """
         assert self._inputs is not None
-        self._gather()
+        self._apply_pending()
         start, target = self._inputs
         generator = torch.Generator().manual_seed(0)
         vectors = torch.randn(len(start), ERROR_VECTORS, generator=generator, dtype=torch.float64).to(start.device)
@@ -112,99 +111,101 @@ class Objective:
         return float(residuals.abs().max()) / max(abs(self.value), 1e-300)
 
     def consider(self, embedding: Embedding, sign: float = 1.0) -> Update:
-        """What adding the one image of ``embedding`` to M (or taking it out, ``sign`` -1) would change."""
-        # (M + V^T V)^-1 = R - U (I + V U)^-1 U^T and (M - V^T V)^-1 = R - U (V U - I)^-1 U^T: one formula, two signs.
+        """Return the update for adding the one image of ``embedding`` to M, or with ``sign`` -1 for removing it."""
+        # (M + V^T V)^-1 = R - U (I + V U)^-1 U^T and (M - V^T V)^-1 = R - U (V U - I)^-1 U^T.
         v = dense(embedding.to(torch.float64))[0].mT * self.scale
-        u, t = self.inverse @ v, self.sandwich @ v
+        u, z = self.inverse @ v, self.sandwich @ v
         if self._count:
-            past_u, past_ug, past_y = self._terms[:, : self._count]
-            u_v, ug_v, y_v = past_u @ v, past_ug @ v, past_y @ v
-            u -= past_ug.mT @ u_v
-            t -= past_y.mT @ ug_v + past_ug.mT @ y_v
+            pending_u, pending_ug, pending_d = self._terms[:, : self._count]
+            u_v, ug_v, d_v = pending_u @ v, pending_ug @ v, pending_d @ v
+            u -= pending_ug.mT @ u_v
+            z -= pending_d.mT @ ug_v + pending_ug.mT @ d_v
         inner = torch.linalg.inv(sign * torch.eye(v.shape[1], dtype=v.dtype, device=v.device) + v.mT @ u)
-        middle = v.mT @ t
-        return Update(torch.cat([u, t], dim=1) * self.scale, inner, middle, float((inner * middle).sum()))
+        middle = v.mT @ z
+        return Update(torch.cat([u, z], dim=1) * self.scale, inner, middle, float((inner * middle).sum()))
 
     def apply(self, update: Update) -> None:
-        """Change M as was considered."""
-        u, t = (update.basis / self.scale).chunk(2, dim=1)
+        """Apply an update that ``consider`` returned."""
+        u, z = (update.basis / self.scale).chunk(2, dim=1)
         ug = u @ update.inner
         self.value -= update.gain
         rows = u.shape[1]
         if not self._terms.shape[1]:
             self._terms = u.new_empty(3, LAZY_PICKS * rows, len(u))
         new = self._terms[:, self._count : self._count + rows]
-        new[0], new[1], new[2] = u.mT, ug.mT, (t - 0.5 * ug @ update.middle).mT
+        new[0], new[1], new[2] = u.mT, ug.mT, (z - 0.5 * ug @ update.middle).mT
         self._count += rows
         if self._count == self._terms.shape[1]:
-            self._gather()
+            self._apply_pending()
 
-    def _gather(self) -> None:
+    def _apply_pending(self) -> None:
         if self._count:
-            u, ug, y = self._terms[:, : self._count]
+            u, ug, d = self._terms[:, : self._count]
             self.inverse.addmm_(ug.mT, u, alpha=-1)
-            self.sandwich.addmm_(torch.cat([y, ug]).mT, torch.cat([ug, y]), alpha=-1)
+            self.sandwich.addmm_(torch.cat([d, ug]).mT, torch.cat([ug, d]), alpha=-1)
             self._count = 0
 
 
 @dataclass(frozen=True)
 class TraceScorer:
-    """Scores candidates by the fall of ``tr(M^-1 F)``: what shards need of an ``Objective``."""
+    """Scores images by the decrease of ``tr(M^-1 F)``; see ``pool.shard.Scorer``."""
 
     inverse: Tensor
+    """R, in the type of the scores."""
     sandwich: Tensor
+    """H, in the type of the scores."""
 
     def initial_state(self, embedding: Embedding, first: int) -> Tensor:
-        """State of the images of ``embedding``, the pool's from position ``first``."""
+        """Return P and Q of the images of ``embedding``."""
         return initial_scores(embedding, self.inverse, self.sandwich)
 
     def update_state(self, state: Tensor, embedding: Embedding, update: Update, step: int) -> None:
-        """Bring the state up to date with a pick, in place."""
+        """Update P and Q in place for a pick."""
         update_scores(state, embedding, update)
 
     def gains(self, state: Tensor, step: int, first: int) -> Tensor:
-        """What each image would add, [n]; ``step`` counts the picks."""
+        """Return the gain of each image, [n]."""
         return gains(state)
 
 
 def initial_scores(embedding: Embedding, inverse: Tensor, sandwich: Tensor) -> Tensor:
-    """P and Q from ``Objective.matrices()``, of the embedding's type, stacked: [2, r, r, n]."""
+    """Return P and Q, [2, r, r, n], from ``Objective.matrices()`` in the type of the embedding."""
     return torch.stack([quadratic(embedding, inverse), quadratic(embedding, sandwich)])
 
 
 def update_scores(scores: Tensor, embedding: Embedding, update: Update) -> None:
-    """Bring P and Q [2, r, r, n] up to date with a pick, in place.
+    """Update P and Q [2, r, r, n] in place for a pick.
 
-    ``P -= x a^T`` and ``Q -= y x^T + x y^T``, with a = V U, b = V T, x = a G, y = b - x s / 2. Only the symmetric part
-    of Q counts (P is symmetric, so ``tr((I + P)^-1 Q)`` does not see the rest): ``Q -= 2 y x^T`` does as well. Both
-    are written out as sums of outer products along the rows, so that the images stay the contiguous axis.
+    ``P -= YG Y^T`` and ``Q -= D YG^T + YG D^T``, with Y = V U, W = V Z, YG = Y G and D = W - YG K / 2. Because P is
+    symmetric, only the symmetric part of Q affects ``tr((I + P)^-1 Q)``, so ``Q -= 2 D YG^T`` is enough. Both are
+    computed as sums of outer products of rows, so that the images stay the contiguous axis.
     """
     rows = scores.shape[1]
-    both = product(embedding, update.basis)
-    a, b = both[:, :rows], both[:, rows:]
-    x = update.inner @ a
-    twice_y = b.baddbmm_(-update.middle.expand(rows, -1, -1), x, beta=2)
-    left, right = torch.stack([x, twice_y]), torch.stack([a, x])
+    products = product(embedding, update.basis)
+    y, w = products[:, :rows], products[:, rows:]
+    yg = update.inner @ y
+    twice_d = w.baddbmm_(-update.middle.expand(rows, -1, -1), yg, beta=2)
+    left, right = torch.stack([yg, twice_d]), torch.stack([y, yg])
     for j in range(rows):
         scores.addcmul_(left[:, :, None, j], right[:, None, :, j], value=-1)
 
 
 def gains(scores: Tensor) -> Tensor:
-    """By how much each image would lower ``tr(M^-1 F)``: ``tr((I + P)^-1 Q)``, [n], from P and Q [2, r, r, n].
+    """Return the gain ``tr((I + P)^-1 Q)`` of each image, [n], from P and Q [2, r, r, n].
 
-    Symmetric elimination of I + P, carried out on both sides of Q, for all images at once: when pivot k is reached,
-    ``Q_kk / pivot`` is its share of the trace. LAPACK on n small systems takes longer.
+    Symmetric elimination of I + P, applied to both sides of Q, for all images at once: at pivot i, ``Q_ii / pivot`` is
+    added to the trace. LAPACK takes longer for n small systems.
     """
     rows = scores.shape[1]
     p, q = scores.clone()
     p.diagonal().add_(1.0)
     total = torch.zeros_like(p[0, 0])
-    for k in range(rows):
-        pivot, corner = p[k, k], q[k, k]
+    for i in range(rows):
+        pivot, corner = p[i, i], q[i, i]
         total.addcdiv_(corner, pivot)
-        if k + 1 < rows:
-            factor = p[k + 1 :, k] / pivot
-            twice_y = (q[k + 1 :, k] + q[k, k + 1 :]).addcmul_(factor, corner, value=-1)
-            p[k + 1 :, k + 1 :].addcmul_(factor[:, None], p[None, k, k + 1 :], value=-1)
-            q[k + 1 :, k + 1 :].addcmul_(twice_y[:, None], factor[None], value=-1)
+        if i + 1 < rows:
+            factor = p[i + 1 :, i] / pivot
+            change = (q[i + 1 :, i] + q[i, i + 1 :]).addcmul_(factor, corner, value=-1)
+            p[i + 1 :, i + 1 :].addcmul_(factor[:, None], p[None, i, i + 1 :], value=-1)
+            q[i + 1 :, i + 1 :].addcmul_(change[:, None], factor[None], value=-1)
     return total

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import ray
+import yaml
+
+import fishermask
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_process():
     """A Ray cluster on which runs take turns: to start more processes takes longer than all runs of the example."""
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -38,6 +41,34 @@ def test_sweep_from_python(tmp_path, monkeypatch, capsys, one_process):
     assert (tmp_path / "results/sweep_from_python/runs").is_dir()
     # The script continues: nothing is missing.
     assert "4/4 runs" not in execute("sweep_from_python.py", tmp_path, monkeypatch, capsys)
+
+
+def test_strategy_file_beside_a_sweep_file_works_in_the_processes_of_ray(tmp_path, monkeypatch, one_process):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
+    elsewhere.mkdir()
+    (project / "mine.py").write_text((EXAMPLES / "own_strategy.py").read_text())
+    settings = {
+        "name": "files",
+        "base": {
+            "imbalance": {"kind": "balanced", "per_class": 20},
+            "model": {"name": "mlp", "params": {"width": 8, "depth": 1}},
+            "training": {"max_epochs": 1},
+            "budget": {"initial": 20, "query": 10, "total": 30},
+        },
+        "grid": {"strategy": ["./mine.py", "entropy"]},
+    }
+    (project / "sweep.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.chdir(elsewhere)
+    results = fishermask.sweep(project / "sweep.yaml", progress=False)
+    assert not results.failed
+    assert results.folder == elsewhere / "results/files"
+    rounds = results.rounds
+    assert sorted(zip(rounds["strategy"], rounds["labels"], strict=True)) == [
+        *(("entropy", 20), ("entropy", 30)),
+        *(("mine", 20), ("mine", 30)),
+    ]
+    assert (results.folder / "summary.md").exists()
 
 
 def test_own_strategy(tmp_path, monkeypatch, capsys):

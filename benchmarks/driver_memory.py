@@ -22,7 +22,7 @@ from table import show
 
 CASES = {
     "decode and prepare": "none",
-    "prepare, the whole pool": "none",
+    "prepare, all images": "none",
     "prepare, step imbalance": {"kind": "step", "ratio": 2},
     "step imbalance, and write the pool": {"kind": "step", "ratio": 2},
 }

@@ -17,6 +17,7 @@ from pictures import BY_NAME, KIND, NAMES, PIXELS, SHUFFLED, SMALL, config, load
 from fishermask.config import ExperimentConfig, parse
 from fishermask.data import cache
 from fishermask.data.dataset import load_dataset
+from fishermask.data.store import describe_store, store_key
 from fishermask.errors import InputError
 from fishermask.experiment.inputs import prepare_inputs
 from fishermask.experiment.loop import run
@@ -139,6 +140,27 @@ def test_invalid_source_leaves_no_files_in_the_cache(tmp_path):
     with pytest.raises(InputError, match="row 1: the image does not decode"):
         load(tmp_path / "a.parquet")
     assert stores(tmp_path) == []
+
+
+@pytest.mark.parametrize("system", ["Linux", "macOS"])
+def test_allocated_array_occupies_its_disk_space(tmp_path, monkeypatch, system):
+    """A sparse file would end the process when the disk is full."""
+    if system == "macOS":
+        monkeypatch.delattr(os, "posix_fallocate")
+    path, size = tmp_path / "a.npy", 2 * len(cache.ZEROS) + 7
+    cache.allocate_array(path, "|u1", (size,))
+    assert 512 * path.stat().st_blocks >= size
+    assert not np.load(path).any()
+    assert len(np.load(path)) == size
+
+
+def test_fifo_in_place_of_a_lock_is_refused_without_blocking(tmp_path):
+    data = config(write(tmp_path / "a.parquet"))
+    cache.cache_folder().mkdir()
+    lock = cache.cache_folder() / f"{store_key(describe_store(data))}.lock"
+    os.mkfifo(lock)
+    with pytest.raises(InputError, match=f"^FISHERMASK_CACHE: {lock} is a FIFO"):
+        load_dataset(data)
 
 
 @pytest.mark.parametrize("system", ["Linux", "macOS"])

@@ -27,16 +27,16 @@ def cache_in_tmp_path(tmp_path, monkeypatch):
 
 def test_views_index_like_numpy_arrays(tmp_path):
     train = load(write(tmp_path / "a.parquet")).train
-    whole = torch.from_numpy(PIXELS[BY_NAME][:, None])
+    all_images = torch.from_numpy(PIXELS[BY_NAME][:, None])
     rows = torch.tensor([0, 3, 4, 5, 50, 119])
     unsorted = torch.tensor([4, 1, 1, 0])
     views = [
-        (train.images, whole),
-        (train.images.narrow(0, 10, 30), whole[10:40]),
-        (train.take(rows).images, whole[rows]),
-        (train.take(rows).images.take(unsorted), whole[rows][unsorted]),
-        (train.images.narrow(0, 10, 30).take(unsorted).narrow(0, 1, 3), whole[10:40][unsorted][1:]),
-        (train.images.narrow(0, 7, 0), whole[7:7]),
+        (train.images, all_images),
+        (train.images.narrow(0, 10, 30), all_images[10:40]),
+        (train.take(rows).images, all_images[rows]),
+        (train.take(rows).images.take(unsorted), all_images[rows][unsorted]),
+        (train.images.narrow(0, 10, 30).take(unsorted).narrow(0, 1, 3), all_images[10:40][unsorted][1:]),
+        (train.images.narrow(0, 7, 0), all_images[7:7]),
     ]
     for view, expected in views:
         assert (len(view), view.shape) == (len(expected), expected.shape)
@@ -48,7 +48,7 @@ def test_views_index_like_numpy_arrays(tmp_path):
         with pytest.raises(IndexError):
             train.images.narrow(0, 10, 30)[torch.tensor([wrong])]
     train.images[:5].zero_()
-    assert torch.equal(train.images[:5], whole[:5])
+    assert torch.equal(train.images[:5], all_images[:5])
 
 
 def test_positions_of_ids_in_the_store_in_a_slice_and_in_selected_rows(tmp_path):
@@ -65,17 +65,17 @@ def test_positions_of_ids_in_the_store_in_a_slice_and_in_selected_rows(tmp_path)
 
 def test_pickled_view_has_no_pixels_and_maps_an_existing_store(tmp_path, monkeypatch):
     images = load(write(tmp_path / "a.parquet")).train.images
-    chosen = images.take(torch.tensor([7, 3, 90]))
+    view = images.take(torch.tensor([7, 3, 90]))
     assert len(pickle.dumps(images)) < 2500 < PIXELS.nbytes
     (folder,) = stores(tmp_path)
-    sent = pickle.dumps(chosen)
+    sent = pickle.dumps(view)
     (tmp_path / "a.parquet").unlink()
     elsewhere = tmp_path / "elsewhere"
     monkeypatch.setenv("FISHERMASK_CACHE", str(elsewhere))
-    assert torch.equal(pickle.loads(sent)[:], chosen[:])  # found by its path
+    assert torch.equal(pickle.loads(sent)[:], view[:])  # located by path
     elsewhere.mkdir()
     folder.rename(elsewhere / folder.name)
-    assert torch.equal(pickle.loads(sent)[:], chosen[:])  # found by its name
+    assert torch.equal(pickle.loads(sent)[:], view[:])  # located by name in the cache
 
 
 def pickle_and_remove_store(tmp_path, images) -> bytes:

@@ -31,8 +31,8 @@ def setup(strategy="margin", **settings):
 
 
 def results(prepared, history=()):
-    found = [r.as_dict() for r in run(prepared, LocalShards, history)]
-    return [{key: value for key, value in r.items() if key != "seconds"} for r in found]
+    records = [r.as_dict() for r in run(prepared, LocalShards, history)]
+    return [{key: value for key, value in r.items() if key != "seconds"} for r in records]
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +40,14 @@ def margin_run():
     return results(setup())
 
 
-def test_rounds_buy_the_budget_exactly_and_the_last_buys_what_is_left(margin_run):
+def test_rounds_spend_the_budget_exactly_and_the_last_batch_is_the_remainder(margin_run):
     assert [r["labels"] for r in margin_run] == [10, 17, 24, 30]
     assert [len(r["batch"]) for r in margin_run] == [7, 7, 6, 0]
-    bought = [name for r in margin_run for name in r["batch"]]
-    assert len(set(bought)) == 20
+    queried = [name for r in margin_run for name in r["batch"]]
+    assert len(set(queried)) == 20
     prepared = setup()
-    assert not set(bought) & {prepared.data.train.ids[i] for i in prepared.initial.tolist()}
-    assert set(bought) <= set(prepared.data.train.ids)
+    assert not set(queried) & {prepared.data.train.ids[i] for i in prepared.initial.tolist()}
+    assert set(queried) <= set(prepared.data.train.ids)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_num_rounds_follows_from_the_budget(initial, query, total, num_rounds):
     assert BudgetConfig(initial=initial, query=query, total=total).num_rounds == num_rounds
 
 
-def test_a_run_goes_on_from_its_history_as_if_it_had_never_stopped(margin_run):
+def test_resume_from_history_gives_identical_rounds(margin_run):
     for stopped in (1, 3):
         assert results(setup(), margin_run[:stopped]) == margin_run[stopped:]
     assert results(setup(), margin_run) == []
@@ -68,7 +68,7 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("strategy", ["bait", "badge"])
-def test_a_query_cut_short_goes_on_behind_the_picks_of_its_journal(strategy, tmp_path, monkeypatch):
+def test_interrupted_query_resumes_after_the_picks_of_its_journal(strategy, tmp_path, monkeypatch):
     monkeypatch.setattr(journal_module, "WRITE_SECONDS", 0.0)
     prepared, stages, journal = (
         setup(strategy, budget={"initial": 10, "query": 30, "total": 70}),
@@ -95,35 +95,35 @@ def test_a_query_cut_short_goes_on_behind_the_picks_of_its_journal(strategy, tmp
     assert [r["accuracy"] for r in rounds + rest] == [r["accuracy"] for r in undisturbed]
 
 
-def test_a_journal_of_another_model_is_not_used(tmp_path, monkeypatch):
-    """As it is when a data file was replaced by another with the same ids, in the first round."""
+def test_journal_of_another_model_is_not_used(tmp_path, monkeypatch):
+    """A data file was replaced by another with the same ids, before the end of round 0."""
     monkeypatch.setattr(journal_module, "WRITE_SECONDS", 0.0)
     journal, other = JournalFile(tmp_path / "j"), setup("bait", training={"max_epochs": 4})
     next(run(other, LocalShards, journal=journal))
     journal.append("0-0123456789ab", [["nowhere.png", True]])
-    found = next(run(setup("bait"), LocalShards, journal=journal))
-    assert found.batch == results(setup("bait"))[0]["batch"]
+    first = next(run(setup("bait"), LocalShards, journal=journal))
+    assert first.batch == results(setup("bait"))[0]["batch"]
 
 
-def test_a_history_of_other_images_is_refused(margin_run):
+def test_history_of_other_images_is_refused(margin_run):
     for batch in (["nowhere.png"], margin_run[0]["batch"][:1] * 2):
         with pytest.raises(InputError, match="not in the pool, or one twice"):
             results(setup(), [margin_run[0] | {"batch": batch}])
 
 
-def test_the_same_seed_repeats_and_another_differs(margin_run):
+def test_equal_seeds_give_equal_rounds_and_other_seeds_differ(margin_run):
     assert results(setup()) == margin_run
     assert results(setup(seed=1))[0]["accuracy"] != margin_run[0]["accuracy"]
 
 
-def test_all_strategies_of_a_seed_start_from_the_same_set_and_model(margin_run):
+def test_strategies_of_a_seed_share_the_initial_labels_and_the_first_model(margin_run):
     other = results(setup("random"))
     same = {"labels", "accuracy", "balanced_accuracy", "macro_f1", "recall", "epochs", "train_accuracy"}
     assert {key: other[0][key] for key in same} == {key: margin_run[0][key] for key in same}
     assert other[0]["batch"] != margin_run[0]["batch"]
 
 
-def test_a_batchs_classes_are_counted(margin_run):
+def test_batch_classes_count_the_batch_by_class(margin_run):
     prepared = setup()
     label = dict(zip(prepared.data.train.ids, prepared.data.train.labels.tolist(), strict=True))
     for r in margin_run:
@@ -131,13 +131,13 @@ def test_a_batchs_classes_are_counted(margin_run):
         assert r["batch_classes"] == {name: classes.count(name) for name in prepared.data.classes}
 
 
-def test_statistics_of_the_pool_are_those_of_its_own_images():
+def test_pool_statistics_are_computed_from_the_images_of_the_pool():
     prepared = setup(data={"statistics": "pool"})
     assert prepared.statistics == channel_statistics(prepared.data.train.images)
     assert prepared.statistics != setup().statistics
 
 
-def test_any_module_that_returns_logits_can_be_the_model(tmp_path):
+def test_model_can_be_any_module_that_returns_logits(tmp_path):
     """A network of torchvision's, with attention and parameters that belong to no layer, named in the settings."""
     generator, images = np.random.default_rng(0), []
     for i in range(40):
@@ -157,7 +157,7 @@ def test_any_module_that_returns_logits_can_be_the_model(tmp_path):
     assert [r["labels"] for r in results(prepared)] == [6, 10, 14]
 
 
-def test_a_test_set_without_the_pools_classes_is_refused_before_training(tmp_path):
+def test_test_set_without_the_classes_of_the_pool_is_refused_before_training(tmp_path):
     files = {}
     for split, label in (("train", 0), ("test", 2)):
         buffer = io.BytesIO()
@@ -170,6 +170,6 @@ def test_a_test_set_without_the_pools_classes_is_refused_before_training(tmp_pat
         setup(data={"name": "parquet", **files}, imbalance=counts, budget={"initial": 1, "query": 1, "total": 2})
 
 
-def test_the_whole_pool_can_be_bought():
-    everything = results(setup(budget={"initial": 20, "query": 200, "total": 330}))
-    assert [r["labels"] for r in everything] == [20, 220, 330]
+def test_budget_can_be_the_size_of_the_pool():
+    rounds = results(setup(budget={"initial": 20, "query": 200, "total": 330}))
+    assert [r["labels"] for r in rounds] == [20, 220, 330]

@@ -1,4 +1,4 @@
-"""Losing whole machines: a local cluster of several nodes, each with processes of its own."""
+"""A lost node in a local cluster of several nodes."""
 
 import ray
 from queries import choose
@@ -15,8 +15,8 @@ FAST = {
 }
 
 
-def test_a_lost_node_changes_nothing(trained):
-    """A node with a shard on it goes down in the middle of the picks, and a new one comes."""
+def test_query_after_the_loss_of_a_node_gives_the_same_batch(trained):
+    """A node that holds a shard ends during the picks, and a new one joins."""
     setup, model = trained
     undisturbed = choose("fisher_mask", LocalShards(setup.data.train.images, setup.statistics), setup, model)
     cluster = Cluster(

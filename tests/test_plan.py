@@ -1,4 +1,4 @@
-"""Sweep files: what they mean, and what is said of those that are wrong."""
+"""Sweep files: the runs that they describe, and the messages about wrong ones."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def test_the_shipped_demo_can_be_prepared():
     prepare_inputs(sweep_file.expand(sweep_file.load(ROOT / "sweeps/demo.yaml")).runs[0].config)
 
 
-def test_a_grid_means_every_combination_with_the_seed_slowest_and_the_strategy_fastest(tmp_path):
+def test_grid_expands_to_every_combination_with_the_seed_slowest_and_the_strategy_fastest(tmp_path):
     sweep = sweep_of(tmp_path, grid={"seed": [0, 1], "strategy": ["margin", "random"], "budget.query": [5, 6]})
     assert [(r.config.seed, r.config.budget.query, r.config.strategy.name) for r in sweep.runs] == [
         (seed, query, name) for seed in (0, 1) for query in (5, 6) for name in ("margin", "random")
@@ -60,14 +60,14 @@ def test_overrides_set_the_base_or_replace_what_the_grid_varies(tmp_path):
     assert inner.runs[0].config.strategy.params == {"damping": 2}
 
 
-def test_two_variants_of_a_strategy_are_told_apart_by_their_parameters(tmp_path):
+def test_run_names_of_two_variants_of_a_strategy_have_their_parameters(tmp_path):
     variants = [{"name": "fisher_mask", "params": {"fraction": f}} for f in (0.02, 0.04)]
     names = [run.name for run in sweep_of(tmp_path, grid={"strategy": [*variants, "random"]}).runs]
     assert names == ["fisher_mask(fraction=0.02)", "fisher_mask(fraction=0.04)", "random"]
 
 
 @pytest.mark.parametrize("value", [0, -1, 10_001, 1.0, True, "many", None])
-def test_any_other_number_of_shards_is_one_line(value):
+def test_invalid_number_of_shards_is_refused_in_one_line(value):
     with pytest.raises(InputError) as caught:
         parse(ExperimentConfig, {"resources": {"shards": value}})
     expected = f"resources.shards: should be auto or a whole number from 1 to 10,000, got {value!r}"
@@ -101,7 +101,7 @@ BASE = {"strategy": "random"}
         ({"base": {"seed": 1}, "grid": {"seed.x": [1]}}, "seed.x: seed is 1, which has no keys"),
     ],
 )  # fmt: skip
-def test_a_wrong_sweep_file_is_one_line_with_field_value_and_remedy(tmp_path, content, message):
+def test_wrong_sweep_file_is_refused_in_one_line_with_field_value_and_remedy(tmp_path, content, message):
     content = content | {"base": BASE | content.get("base", {})}
     with pytest.raises(InputError, match=message) as caught:
         sweep_of(tmp_path, **content)
@@ -124,12 +124,12 @@ def test_a_wrong_sweep_file_is_one_line_with_field_value_and_remedy(tmp_path, co
         ({"imbalance": {"kind": "counts", "counts": {0: 5, 1: 5000}}}, "class 1: 5000 images requested, 1000"),
     ],
 )  # fmt: skip
-def test_settings_that_do_not_go_with_the_data_are_one_line_before_anything_is_trained(settings, message):
+def test_settings_that_do_not_match_the_data_are_refused_before_training(settings, message):
     with pytest.raises(InputError, match=message):
         prepare_inputs(parse(ExperimentConfig, {"strategy": "random"} | settings))
 
 
-def test_a_preset_sets_what_is_not_given():
+def test_preset_sets_parameters_that_are_not_given():
     def params(**given):
         return query_strategies.load(StrategyConfig(name="fisher_mask", params=given)).params
 
@@ -176,7 +176,7 @@ def test_folder_of_another_sweep_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_run_of_another_source_is_named_and_not_continued_unless_told(tmp_path, monkeypatch, finished):
+def test_run_of_another_source_is_not_continued_without_the_option(tmp_path, monkeypatch, finished):
     sweep = sweep_of(tmp_path, base=BASE, grid={"seed": [0, 1]})
     with monkeypatch.context() as earlier:
         earlier.setattr(identity, "loaded_version", lambda: "0.1.0 (abc)")
@@ -270,7 +270,7 @@ def test_settings_with_the_same_last_part_have_their_full_paths_in_run_names(tmp
     assert names == [f"random-data.name={name}-model.name=mlp-seed=0" for name in ("parquet", "cifar10")]
 
 
-def test_a_folder_that_is_no_sweeps_is_refused(tmp_path):
+def test_folder_without_a_sweep_is_refused(tmp_path):
     sweep = sweep_of(tmp_path, base=BASE)
     sweep.folder.mkdir(parents=True)
     (sweep.folder / "thesis.tex").write_text("years of work")

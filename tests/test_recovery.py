@@ -1,4 +1,4 @@
-"""Sweeps that lose a trial's process, a node, or the driver: what is written is what an undisturbed sweep writes."""
+"""Sweeps that lose the process of a trial, a node, or the driver give the files of an uninterrupted sweep."""
 
 import io
 import json
@@ -27,13 +27,13 @@ SWEEP = {
     "base": {
         "imbalance": {"kind": "balanced", "per_class": 60},
         "model": {"name": "mlp", "params": {"width": 8, "depth": 1}},
-        # So many rounds that something can happen between them.
+        # Many rounds, so that a process can be killed between them.
         "budget": {"initial": 10, "query": 2, "total": 70},
         "training": {"max_epochs": 3},
     },
     "grid": {"strategy": ["random", "margin"], "seed": [0]},
 }
-# A lost node is known as such after 1.5 s, not 14 s.
+# Ray notices a lost node after 1.5 s instead of 14 s.
 FAST = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 500}
 FAST |= {"health_check_failure_threshold": 3}
 
@@ -54,10 +54,10 @@ def command(folder, *overrides, **environment):
 
 def wait_until(condition, seconds=90):
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return found
+    return value
 
 
 def has_rounds(run, count=2):
@@ -65,19 +65,19 @@ def has_rounds(run, count=2):
 
 
 def parents():
-    """The parent of every process there is."""
-    found = {}
+    """Return the parent of each process."""
+    parent_of = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            found[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            parent_of[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it has just ended
-    return found
+            continue  # it has ended
+    return parent_of
 
 
 def trial_processes(ancestor):
-    """Processes that run a trial, of a cluster that ``ancestor`` started, with the raylet that each belongs to."""
-    parent_of, found = parents(), {}
+    """Return the processes that run trials of a cluster that ``ancestor`` started, each with its raylet."""
+    parent_of, trials = parents(), {}
     for process in parent_of:
         line, above = [process], process
         while above in parent_of:
@@ -88,31 +88,31 @@ def trial_processes(ancestor):
         except (FileNotFoundError, ProcessLookupError):
             continue
         if ancestor in line and re.match(r"ray::ImplicitFunc|ray::trial", title):
-            found[process] = line[1]
-    return found
+            trials[process] = line[1]
+    return trials
 
 
 def table(sweep):
     report.write(sweep.folder)
-    found = pd.read_parquet(sweep.folder / "results.parquet")
-    return found.drop(columns=[name for name in found.columns if name.startswith("seconds")])
+    frame = pd.read_parquet(sweep.folder / "results.parquet")
+    return frame.drop(columns=[name for name in frame.columns if name.startswith("seconds")])
 
 
 def rounds(sweep):
-    """All that is written of each run's rounds, apart from times."""
+    """Return the records of each run's rounds without times."""
     lines = {run.name: map(json.loads, run.folder.rounds.read_text().splitlines()) for run in sweep.runs}
-    return {name: [{k: v for k, v in r.items() if k != "seconds"} for r in found] for name, found in lines.items()}
+    return {name: [{k: v for k, v in r.items() if k != "seconds"} for r in records] for name, records in lines.items()}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The same sweep, run in this process."""
+    """The same sweep, computed in this process."""
     sweep = load(tmp_path_factory.mktemp("undisturbed"))
     run_in_process(sweep, QUIET)
     return sweep
 
 
-def kill_once_there_are_rounds(run, found):
+def kill_after_two_rounds(run, killed):
     """SIGKILL the process of ``run``, the only one that runs, after its second round."""
 
     earlier = trial_processes(os.getpid()).keys()  # of the test before, about to end
@@ -121,16 +121,16 @@ def kill_once_there_are_rounds(run, found):
         (process,) = wait_until(lambda: trial_processes(os.getpid()).keys() - earlier)
         wait_until(lambda: has_rounds(run))
         os.kill(process, signal.SIGKILL)
-        found.append(process)
+        killed.append(process)
 
     thread = threading.Thread(target=kill)
     thread.start()
     return thread
 
 
-def test_a_run_whose_process_is_killed_goes_on_from_its_last_round(tmp_path, undisturbed, ray_session):
+def test_run_resumes_after_its_process_is_killed(tmp_path, undisturbed, ray_session):
     sweep, out, killed = load(tmp_path, "strategy=margin"), io.StringIO(), []
-    thread = kill_once_there_are_rounds(sweep.runs[0], killed)
+    thread = kill_after_two_rounds(sweep.runs[0], killed)
     recorder = run_on_ray(sweep, Console(file=out, soft_wrap=True))
     thread.join()
     assert killed
@@ -142,9 +142,9 @@ def test_a_run_whose_process_is_killed_goes_on_from_its_last_round(tmp_path, und
     assert recorder.done == recorder.total == 31
 
 
-def test_a_run_that_is_lost_too_often_fails_and_says_why(tmp_path, ray_session):
+def test_run_that_is_lost_too_often_fails_with_the_reason(tmp_path, ray_session):
     sweep = load(tmp_path, "strategy=margin", "resources.restarts=0")
-    thread = kill_once_there_are_rounds(sweep.runs[0], killed := [])
+    thread = kill_after_two_rounds(sweep.runs[0], killed := [])
     recorder = run_on_ray(sweep, QUIET)
     thread.join()
     assert killed
@@ -153,7 +153,7 @@ def test_a_run_that_is_lost_too_often_fails_and_says_why(tmp_path, ray_session):
     assert len(runner.unfinished_runs(sweep)) == 1
 
 
-def test_the_same_command_finishes_what_a_killed_driver_left(tmp_path, undisturbed):
+def test_resume_after_driver_kill_gives_identical_rounds(tmp_path, undisturbed):
     sweep = load(tmp_path)
     driver = command(tmp_path)
     wait_until(lambda: driver.poll() is not None or any(has_rounds(run) for run in sweep.runs))
@@ -167,7 +167,7 @@ def test_the_same_command_finishes_what_a_killed_driver_left(tmp_path, undisturb
     pd.testing.assert_frame_equal(table(sweep), table(undisturbed))
 
 
-def test_a_run_whose_node_is_lost_goes_on_on_another(tmp_path, undisturbed):
+def test_run_resumes_on_another_node_after_its_node_is_lost(tmp_path, undisturbed):
     """The driver joins a cluster with a head that holds no run and two other nodes."""
     options = {"num_cpus": 0, "include_dashboard": False, "_system_config": FAST}
     cluster = Cluster(initialize_head=True, head_node_args=options)
@@ -182,7 +182,7 @@ def test_a_run_whose_node_is_lost_goes_on_on_another(tmp_path, undisturbed):
         driver = command(tmp_path, "strategy=margin", RAY_ADDRESS=cluster.address)
         wait_until(lambda: driver.poll() is not None or has_rounds(sweep.runs[0]))
         ((process, raylet),) = trial_processes(os.getpid()).items()
-        os.kill(process, signal.SIGSTOP)  # the node takes a moment to go, in which nothing shall be finished
+        os.kill(process, signal.SIGSTOP)  # no round may finish while the node shuts down
         cluster.remove_node(nodes[raylet], allow_graceful=False)
         os.kill(process, signal.SIGKILL)
         out, err = driver.communicate(timeout=120)

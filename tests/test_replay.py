@@ -44,9 +44,9 @@ def pictures(per_class: int, channels: int, seed: int) -> tuple[torch.Tensor, li
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Channels -> Parquet files of the two splits, whose ids follow the order of ``pictures``."""
-    folder, found = tmp_path_factory.mktemp("pictures"), {}
+    folder, data = tmp_path_factory.mktemp("pictures"), {}
     for channels in (1, 3):
-        found[channels] = {"name": "parquet"}
+        data[channels] = {"name": "parquet"}
         for split, count, seed in (("train", TRAIN, 0), ("test", TEST, 1)):
             structs, (images, labels) = [], pictures(count, channels, seed)
             for i, image in enumerate(images):
@@ -56,8 +56,8 @@ def files(tmp_path_factory):
                 structs.append({"bytes": buffer.getvalue(), "path": f"{i:04}"})
             path = folder / f"{split}{channels}.parquet"
             pq.write_table(pa.table({"image": structs, "label": labels}), path)
-            found[channels][split] = str(path)
-    return found
+            data[channels][split] = str(path)
+    return data
 
 
 TRAINING = {"learning_rate": 0.01, "batch_size": 16, "target_accuracy": 1.0, "max_epochs": 3, "clip": 0.1}
@@ -77,7 +77,7 @@ def prepared(files, channels=3, *, training=None, data=None, strategy="random", 
 
 
 class Observer:
-    """A query strategy that queries at random and keeps what it sees in each round."""
+    """A query strategy that queries at random and records its inputs in each round."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
@@ -87,7 +87,7 @@ class Observer:
         seen = {"model": copy.deepcopy(pool.model), "labeled": pool.labeled.tolist(), "labels": pool.labels.tolist()}
         shard = pool.shards.shards[0]
         seen |= {"sample": pool.sample(5).tolist(), "engine": pool.engine}
-        seen |= {"statistics": shard.statistics, "shard model": shard.model, "candidates": pool.candidates.tolist()}
+        seen |= {"statistics": shard.preprocess, "shard model": shard.model, "candidates": pool.candidates.tolist()}
         layout = pool.plan_gradients()
         pool.store_embeddings(last_layer_mask(layout))
         shard.start_selection(KCenterScorer(torch.empty(37, 0)), pool.candidates, 0, pool.scores_type)
@@ -98,7 +98,7 @@ class Observer:
 
 
 def observed(setup: RunInputs, **options) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The results of all rounds, and what the observer saw in those with a query."""
+    """Return the results of all rounds, and the observations of the rounds with a query."""
     observer = Observer()
     results = [r.as_dict() for r in run(dataclasses.replace(setup, strategy=observer), LocalShards, **options)]
     return results, observer.seen
@@ -107,11 +107,11 @@ def observed(setup: RunInputs, **options) -> tuple[list[dict[str, Any]], list[di
 def replayed(
     channels=3, *, training=None, rule=None, seed=0, augment, strategy="random", dropout=0.0
 ) -> list[dict[str, Any]]:
-    """What the documents promise for each round."""
+    """Return the rounds that the documentation promises."""
     images, labels = pictures(TRAIN, channels, 0)
     test_images, test_labels = pictures(TEST, channels, 1)
-    kept = oracle.kept_images(labels, rule or {"kind": "balanced"}, seed)
-    images, labels, names = images[kept], torch.tensor(labels)[kept], [f"{row:04}" for row in kept]
+    rows = oracle.kept_images(labels, rule or {"kind": "balanced"}, seed)
+    images, labels, names = images[rows], torch.tensor(labels)[rows], [f"{row:04}" for row in rows]
     statistics = oracle.pool_statistics(images)
     permutation = torch.randperm(len(images), generator=oracle.stream(seed, "initial")).tolist()
     labeled, rounds = sorted(permutation[: BUDGET["initial"]]), []
@@ -150,7 +150,7 @@ def replayed(
 
 
 def assert_replayed(setup: RunInputs, expected: list[dict[str, Any]]) -> None:
-    """That a run's rounds, and the models in them, are the ``expected`` ones."""
+    """Assert that the rounds of a run and their models equal ``expected``."""
     results, seen = observed(setup)
     assert [r["batch"] for r in results] == [e["ids"] for e in expected]
     for result, promised in zip(results, expected, strict=True):
@@ -159,12 +159,12 @@ def assert_replayed(setup: RunInputs, expected: list[dict[str, Any]]) -> None:
         assert result["accuracy"] == pytest.approx(promised["accuracy"])
         assert list(result["recall"].values()) == pytest.approx(promised["recall"])
         assert result["balanced_accuracy"] == pytest.approx(np.mean(promised["recall"]))
-    for found, promised in zip(seen, expected, strict=False):
-        assert (found["labeled"], found["labels"]) == (promised["labeled"], promised["labels"])
-        assert found["sample"] == promised["sample"]
-        states = found["model"].state_dict(), promised["model"].state_dict()
+    for observation, promised in zip(seen, expected, strict=False):
+        assert (observation["labeled"], observation["labels"]) == (promised["labeled"], promised["labels"])
+        assert observation["sample"] == promised["sample"]
+        states = observation["model"].state_dict(), promised["model"].state_dict()
         torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
-        assert set(found["labeled"]).isdisjoint(found["candidates"])
+        assert set(observation["labeled"]).isdisjoint(observation["candidates"])
 
 
 CASES = {
@@ -183,7 +183,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_run_is_what_its_replay_predicts(files, case):
+def test_run_equals_the_prediction_of_the_oracle(files, case):
     settings = {key: value for key, value in case.items() if key != "rule"}
     if "rule" in case:
         settings["imbalance"] = case["rule"]
@@ -193,7 +193,7 @@ def test_a_run_is_what_its_replay_predicts(files, case):
     assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn from it, nor is it seeded anew
 
 
-def test_each_of_these_settings_changes_the_trained_model():
+def test_each_setting_changes_the_trained_model():
     """Without this, the test above would not notice a setting that is ignored."""
     models = [replayed(**case, augment=True)[0]["model"] for name, case in CASES.items() if name != "another strategy"]
     heads = [model[-1].weight for model in models]
@@ -203,15 +203,15 @@ def test_each_of_these_settings_changes_the_trained_model():
 
 
 @pytest.mark.parametrize(("channels", "augment"), [(3, None), (3, False), (1, None), (1, True)])
-def test_images_are_augmented_where_they_have_color_or_the_settings_say_so(files, channels, augment):
+def test_augmentation_applies_to_color_images_or_as_set(files, channels, augment):
     expected = replayed(channels, augment=channels == 3 if augment is None else augment)
     assert_replayed(prepared(files, channels, data={"augment": augment}), expected)
     other = replayed(channels, augment=not (channels == 3 if augment is None else augment))
     assert (other[0]["model"][-1].weight - expected[0]["model"][-1].weight).abs().max() > 0.01
 
 
-def test_each_round_and_seed_has_streams_of_its_own_and_strategies_share_all_but_theirs(files):
-    """By what is seen, whatever the oracle says."""
+def test_rounds_and_seeds_have_separate_streams_and_strategies_share_all_but_one(files):
+    """Compare observations only, independently of the oracle."""
     runs = {
         (name, seed): observed(prepared(files, strategy=name, seed=seed))
         for name, seed in (("random", 0), ("margin", 0), ("random", 1))
@@ -219,8 +219,8 @@ def test_each_round_and_seed_has_streams_of_its_own_and_strategies_share_all_but
     (results, seen), (other_results, other_seen), (_, another_seed) = runs.values()
     assert [r["labels"] for r in results] == [20, 28, 36, 42]
 
-    def weights(found):
-        return [torch.cat([p.flatten() for p in one["model"].parameters()]) for one in found]
+    def weights(observations):
+        return [torch.cat([p.flatten() for p in one["model"].parameters()]) for one in observations]
 
     assert torch.equal(weights(seen)[0], weights(other_seen)[0])  # the same labels, weights and order
     assert seen[0]["labeled"] == other_seen[0]["labeled"] != another_seed[0]["labeled"]
@@ -230,7 +230,7 @@ def test_each_round_and_seed_has_streams_of_its_own_and_strategies_share_all_but
     assert len(set(samples)) == len(samples)
 
 
-def test_a_round_trains_other_initial_weights_in_another_order_than_the_round_before(files):
+def test_each_round_has_other_initial_weights(files):
     """With a learning rate of next to nothing the weights stay as they were made."""
     _, seen = observed(prepared(files, training={"learning_rate": 1e-12, "max_epochs": 1}))
     made = [one["model"][0].weight for one in seen]
@@ -248,15 +248,15 @@ STRATEGIES = [
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-def test_a_resumed_run_gives_the_rounds_of_an_uninterrupted_one(files, strategy):
+def test_resumed_run_gives_identical_rounds(files, strategy):
     def rounds(history):
         setup = prepared(files, strategy=strategy, dropout=0.2, training={"max_epochs": 2})
         return [r.as_dict() | {"seconds": None} for r in run(setup, LocalShards, history)]
 
-    whole = rounds(())
-    assert len(whole) == 4
+    uninterrupted = rounds(())
+    assert len(uninterrupted) == 4
     for finished in (1, 3):
-        assert rounds(whole[:finished]) == whole[finished:]
+        assert rounds(uninterrupted[:finished]) == uninterrupted[finished:]
 
 
 RULES = [
@@ -272,8 +272,8 @@ RULES = [
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_the_seed_decides_which_images_an_imbalance_keeps_and_which_are_labeled_first(files, rule):
-    kept, initial = [], []
+def test_seed_decides_the_images_of_an_imbalance_and_the_initial_labels(files, rule):
+    pools, initial = [], []
     for seed in range(4):
         setup = prepared(files, imbalance=rule, seed=seed, budget={"initial": 9, "query": 1, "total": 10})
         _, labels = pictures(TRAIN, 3, 0)
@@ -283,15 +283,15 @@ def test_the_seed_decides_which_images_an_imbalance_keeps_and_which_are_labeled_
         permutation = torch.randperm(len(rows), generator=oracle.stream(seed, "initial")).tolist()
         assert setup.initial.tolist() == sorted(permutation[:9])
         assert len(setup.data.test.labels) == CLASSES * TEST
-        kept.append(tuple(rows))
+        pools.append(tuple(rows))
         initial.append(tuple(rows[i] for i in setup.initial))
-    assert len(set(kept)) == len(set(initial)) == 4
+    assert len(set(pools)) == len(set(initial)) == 4
     if not {"rare_classes", "order", "counts"} & rule.keys() and rule["kind"] != "balanced" or rule.get("permute"):
-        sizes = {tuple(sum(row % CLASSES == c for row in rows) for c in range(CLASSES)) for rows in kept}
+        sizes = {tuple(sum(row % CLASSES == c for row in rows) for c in range(CLASSES)) for rows in pools}
         assert len(sizes) > 1  # which classes are rare is drawn too
 
 
-def test_channel_statistics_are_the_published_ones_or_those_of_the_pool(files):
+def test_channel_statistics_are_published_or_computed_from_the_pool(files):
     rule = {"kind": "step", "ratio": 4}
     _, labels = pictures(TRAIN, 3, 0)
     images = pictures(TRAIN, 3, 0)[0][oracle.kept_images(labels, rule, 0)]
@@ -309,10 +309,13 @@ def test_channel_statistics_are_the_published_ones_or_those_of_the_pool(files):
         return prepare_inputs(parse(ExperimentConfig, settings))
 
     assert bundled("auto").statistics == bundled("published").statistics == ((0.2860,), (0.3530,))
-    own = bundled("pool")
-    expected = oracle.pool_statistics(own.data.train.images[:])
-    assert (own.statistics.mean, own.statistics.std) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
-    assert own.statistics != bundled("auto").statistics
+    computed = bundled("pool")
+    expected = oracle.pool_statistics(computed.data.train.images[:])
+    assert (computed.statistics.mean, computed.statistics.std) == (
+        pytest.approx(expected[0]),
+        pytest.approx(expected[1]),
+    )
+    assert computed.statistics != bundled("auto").statistics
 
 
 ENGINE = [
@@ -328,33 +331,33 @@ ENGINE = [
 
 @pytest.mark.parametrize("engine", ENGINE, ids=str)
 def test_engine_settings_reach_the_shards(files, engine):
-    found = observed(prepared(files, engine=engine))[1][0]
-    assert found["hidden"].dtype == getattr(torch, engine.get("storage", "float32"))
-    assert found["scores"].dtype == getattr(torch, engine.get("scores", "float32"))
-    numbers = found["hidden"].float()
+    observation = observed(prepared(files, engine=engine))[1][0]
+    assert observation["hidden"].dtype == getattr(torch, engine.get("storage", "float32"))
+    assert observation["scores"].dtype == getattr(torch, engine.get("scores", "float32"))
+    numbers = observation["hidden"].float()
     has_few_bits = torch.equal(numbers, numbers.bfloat16().float())
     assert has_few_bits == ("bfloat16" in (engine.get("storage"), engine.get("gradients")))
-    weight = found["shard model"][0].weight
+    weight = observation["shard model"][0].weight
     assert weight.is_contiguous(memory_format=torch.channels_last) == engine.get("channels_last", False)
-    assert found["engine"].drift == engine.get("drift", 1e-3)
+    assert observation["engine"].drift == engine.get("drift", 1e-3)
 
 
-def test_a_plan_decides_how_many_images_are_differentiated_at_once(files):
+def test_plan_decides_the_number_of_images_per_gradient_chunk(files):
     plan = QueryPlan(1, 32, 5, Estimate({}, "embed the pool"), None, 1.0, 0.0)
     engine = observed(prepared(files), plan=plan)[1][0]["engine"]
     assert (engine.chunk, engine.diagonal_batch) == (32, 5)
 
 
 def test_shards_differentiate_in_evaluation_mode(files):
-    found = observed(prepared(files))[1][0]
-    assert not any(module.training for module in found["shard model"].modules())
+    observation = observed(prepared(files))[1][0]
+    assert not any(module.training for module in observation["shard model"].modules())
     images, statistics = pictures(TRAIN, 3, 0)[0], oracle.pool_statistics(pictures(TRAIN, 3, 0)[0])
     with torch.no_grad():
-        hidden = found["model"].eval()[:-1](oracle.standardized(images, statistics))
-    torch.testing.assert_close(found["hidden"][:-1, : len(images)].mT, hidden, rtol=1e-4, atol=1e-5)
+        hidden = observation["model"].eval()[:-1](oracle.standardized(images, statistics))
+    torch.testing.assert_close(observation["hidden"][:-1, : len(images)].mT, hidden, rtol=1e-4, atol=1e-5)
 
 
-def test_the_settings_of_training_are_the_papers_unless_given():
+def test_training_defaults_are_those_of_the_paper():
     """Adam with 1e-3, batches of 64, gradients clamped to +-0.1, until a training accuracy of 0.99."""
     training = parse(ExperimentConfig, {}).training.model_dump()
     paper = {"learning_rate": 1e-3, "batch_size": 64, "target_accuracy": 0.99, "clip": 0.1}

@@ -1,12 +1,11 @@
-"""The estimated memory of training and of a query against the measured peak, beyond what the process held before.
+"""The estimated memory of training and of a query against the measured peak, beyond the memory of the process before.
 
     python benchmarks/memory.py              # all cases
-    python benchmarks/memory.py badge bait   # those whose strategy's name is given
+    python benchmarks/memory.py badge 3      # the cases of a strategy, or with a number
     python benchmarks/memory.py --stages     # also the measured peak of each stage
 
-Each case runs a strategy as a run of a sweep does, in a process of its own, on random images. The peak is the kernel's
-(VmHWM), so this needs Linux. Seconds are those of the query alone, on one thread; they are estimated for cores that do
-nothing else.
+Each case runs a strategy as a run of a sweep does, in a new process, on random images. The peak is the kernel's
+(VmHWM), so this needs Linux. Seconds are those of the query alone, on one thread of an idle core.
 """
 
 import argparse
@@ -22,11 +21,12 @@ from fishermask import query_strategies
 from fishermask.config import StrategyConfig
 from fishermask.learning import models
 from fishermask.learning.training import fit, predict
-from fishermask.planning.measurement import measure
-from fishermask.planning.memory import Task, format_bytes
-from fishermask.planning.query_plan import plan_query
+from fishermask.planning.estimates import Estimate, QueryRequest, format_bytes
+from fishermask.planning.query_plan import QueryPlan, plan_query
+from fishermask.planning.workload import Measurement, measure
 from fishermask.pool.pool import Engine, Pool
 from fishermask.pool.shards import LocalShards
+from fishermask.query_strategies import Strategy
 from fishermask.tensors.images import Statistics, normalize
 from fishermask.tensors.precision import Precision
 from fishermask.tensors.runtime import return_memory
@@ -34,6 +34,7 @@ from fishermask.tensors.slow_gradients import copy_model
 
 GRAY, COLOR, LARGE = (1, 28, 28), (3, 32, 32), (3, 96, 96)
 LABELED, BUDGET = 20, 10
+STATISTICS = {channels: Statistics((0.5,) * channels, (0.25,) * channels) for channels in (1, 3)}
 
 
 class Case(NamedTuple):
@@ -77,8 +78,8 @@ CASES = [
 ]
 
 
-class Copies:
-    """Images that are copied wherever they are read, as those of a data set are whose imbalance leaves images out."""
+class CopiedImages:
+    """Images that are copied wherever they are read, as from a data set whose imbalance leaves images out."""
 
     def __init__(self, images: torch.Tensor) -> None:
         self.images, self.shape = images, tuple(images.shape)
@@ -87,70 +88,89 @@ class Copies:
         return len(self.images)
 
     def __getitem__(self, selection: slice | torch.Tensor) -> torch.Tensor:
-        found = self.images[selection]
-        return found.clone() if isinstance(selection, slice) else found
+        images = self.images[selection]
+        return images.clone() if isinstance(selection, slice) else images
 
-    def narrow(self, dim: int, start: int, length: int) -> "Copies":
-        return Copies(self.images.narrow(dim, start, length))
+    def narrow(self, dim: int, start: int, length: int) -> "CopiedImages":
+        return CopiedImages(self.images.narrow(dim, start, length))
 
 
-def status(field: str) -> float:
-    """A line of this process's memory report, in bytes."""
+def process_bytes(field: str) -> float:
+    """Return a field of this process's memory report, in bytes."""
     return 1024.0 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 
-class Stages:
-    """The peak of memory in each stage of a query, told its progress."""
+class StagePeaks:
+    """Progress callback that records the peak memory of each stage of a query."""
 
     def __init__(self) -> None:
-        self.before, self.peaks, self.stage = status("VmRSS"), dict[str, float](), "start"
+        self.before, self.peaks, self.stage = process_bytes("VmRSS"), dict[str, float](), "start"
         Path("/proc/self/clear_refs").write_text("5")
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage != self.stage:
-            peak = status("VmHWM") - self.before
+            peak = process_bytes("VmHWM") - self.before
             self.peaks[self.stage] = max(peak, self.peaks.get(self.stage, 0.0))
             self.stage = stage
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def query(case: Case, results: Any) -> None:
-    """Estimate one query, run it, and put both peaks on the queue."""
+class Result(NamedTuple):
+    """The estimates and measurements of one case."""
+
+    columns: int | None
+    chunk: int
+    estimate: Estimate
+    estimated_seconds: float
+    peaks: dict[str, float] = {}  # noqa: RUF012  never changed
+    """Stage -> measured peak, in bytes."""
+    seconds: float = 0.0
+
+
+def estimate_case(case: Case) -> tuple[torch.nn.Module, Strategy, Measurement, QueryPlan]:
+    """Return a case's model and strategy, their measurement, and the plan of the query."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = models.build(case.model, case.model_params, case.shape, case.classes, seed=0).eval()
-    images = torch.randint(0, 256, (case.images, *case.shape), dtype=torch.uint8)
-    channels = case.shape[0]
-    statistics = Statistics((0.5,) * channels, (0.25,) * channels)
-    with torch.no_grad():  # let batch norm see data once
-        model.train()(normalize(images[:64], statistics))
+    model = models.build(case.model, case.model_params, case.shape, case.classes, seed=0)
+    with torch.no_grad():  # gives batch norm its statistics
+        model.train()(normalize(random_images(64, case.shape), STATISTICS[case.shape[0]]))
     model.eval()
     strategy = query_strategies.load(StrategyConfig(name=case.strategy, params=case.params))
-    example, precision = normalize(images[:2], statistics), Precision(storage=case.storage)
-    work = strategy.check(model, example)
-    measured = measure(model, example[:1], work, training=bool(case.training_batch))
-    task = Task(case.images, BUDGET, case.labeled, precision, case.training_batch)
-    plan = plan_query(measured, task, case.shards)
-    engine = Engine(precision, chunk=plan.chunk, diagonal_batch=plan.diagonal_batch)
-    if case.training_batch:  # what the first training of a process loads belongs to the process
+    example = normalize(random_images(2, case.shape), STATISTICS[case.shape[0]])
+    measured = measure(model, example[:1], strategy.check(model, example), training=bool(case.training_batch))
+    precision = Precision(storage=case.storage)
+    request = QueryRequest(case.images, BUDGET, case.labeled, precision, case.training_batch)
+    return model, strategy, measured, plan_query(measured, request, case.shards)
+
+
+def random_images(count: int, shape: tuple[int, int, int]) -> torch.Tensor:
+    return torch.randint(0, 256, (count, *shape), dtype=torch.uint8)
+
+
+def run_case(case: Case, results: Any) -> None:
+    """Estimate one query, run it, and put the result on the queue."""
+    model, strategy, measured, plan = estimate_case(case)
+    images, statistics = random_images(case.images, case.shape), STATISTICS[case.shape[0]]
+    engine = Engine(Precision(storage=case.storage), chunk=plan.chunk, diagonal_batch=plan.diagonal_batch)
+    if case.training_batch:  # the first training of a process loads libraries, which belong to the process
         train(
             case._replace(training_batch=2, labeled=4), models.build("mlp", {}, case.shape, 10, 0), images, statistics
         )
     return_memory()
-    stages = Stages()
+    peaks = StagePeaks()
     started = time.perf_counter()
     if case.training_batch:
         train(case, copy_model(model), images, statistics)
-        stages("query", 0, 1)
-    shards = LocalShards(Copies(images), statistics, case.shards)
+        peaks("query", 0, 1)
+    shards = LocalShards(CopiedImages(images), statistics, case.shards)
     labeled, generators = torch.arange(case.labeled), (torch.Generator(), torch.Generator())
     labels = torch.zeros_like(labeled)
-    pool = Pool(shards, len(images), labeled, labels, model, *generators, progress=stages, engine=engine)
+    pool = Pool(shards, len(images), labeled, labels, model, *generators, progress=peaks, engine=engine)
     strategy.query(pool, BUDGET)
     seconds = time.perf_counter() - started
-    stages("", 0, 1)
-    size = work.columns if work is not None and work.layout is not None else None
-    results.put((size, plan.chunk, plan.coordinator, max(stages.peaks.values()), plan.seconds, seconds, stages.peaks))
+    peaks("", 0, 1)
+    columns = None if measured.work.gradient_plan is None else measured.columns
+    results.put(Result(columns, plan.chunk, plan.coordinator, plan.seconds, peaks.peaks, seconds))
 
 
 def train(case: Case, model: torch.nn.Module, images: torch.Tensor, statistics: Statistics) -> None:
@@ -162,38 +182,43 @@ def train(case: Case, model: torch.nn.Module, images: torch.Tensor, statistics: 
     predict(model, images[:2000], statistics)
 
 
+def describe_case(number: int, case: Case, result: Result) -> list[object]:
+    """Return the cells of the table's row."""
+    shape = "x".join(map(str, case.shape[1:])) + (f"x{case.shape[0]}" if case.shape[0] > 1 else "")
+    options = [f"{key} {value}" for key, value in case.params.items()]
+    options += [f"{case.shards} shards"] * (case.shards > 1)
+    options += [f"storage {str(case.storage).removeprefix('torch.')}"] * (case.storage != torch.float32)
+    options += [f"training batch {case.training_batch}"] * (case.training_batch > 0)
+    options += [f"{case.labeled:,} labeled"] * (case.labeled != LABELED)
+    options += [f"{key} {value:,}" for key, value in case.model_params.items()]
+    cells = [number, case.strategy, ", ".join(options), case.model, shape, f"{case.images:,}", case.classes]
+    cells += ["" if result.columns is None else f"{result.columns:,}", result.chunk, result.estimate.stage]
+    estimated, peak = result.estimate.total, max(result.peaks.values())
+    cells += [format_bytes(estimated), format_bytes(peak), f"{estimated / peak:.2f}"]
+    return [*cells, f"{result.estimated_seconds:.2g}", f"{result.seconds:.2g}"]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("strategies", nargs="*")
-    parser.add_argument("--stages", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="names of strategies, or numbers of cases")
+    parser.add_argument("--stages", action="store_true", help="also print the peak of each stage")
     arguments = parser.parse_args()
     rows: list[list[object]] = []
     context = multiprocessing.get_context("spawn")
     for number, case in enumerate(CASES, start=1):
-        if arguments.strategies and not {case.strategy, str(number)} & set(arguments.strategies):
+        if arguments.cases and not {case.strategy, str(number)} & set(arguments.cases):
             continue
         results = context.Queue()
-        process = context.Process(target=query, args=(case, results))
+        process = context.Process(target=run_case, args=(case, results))
         process.start()
         process.join()
         if process.exitcode:
             raise SystemExit(f"{case} failed")
-        size, chunk, estimate, measured, seconds_estimated, seconds, stages = results.get()
+        result = results.get()
         if arguments.stages:
-            print(
-                number, case.strategy, case.model, {name: format_bytes(peak) for name, peak in stages.items()}, estimate
-            )
-        shape = "x".join(map(str, case.shape[1:])) + (f"x{case.shape[0]}" if case.shape[0] > 1 else "")
-        options = [f"{key} {value}" for key, value in case.params.items()]
-        options += [f"{case.shards} shards"] * (case.shards > 1)
-        options += [f"storage {str(case.storage).removeprefix('torch.')}"] * (case.storage != torch.float32)
-        options += [f"training batch {case.training_batch}"] * (case.training_batch > 0)
-        options += [f"{case.labeled:,} labeled"] * (case.labeled != LABELED)
-        options += [f"{key} {value:,}" for key, value in case.model_params.items()]
-        cells = [number, case.strategy, ", ".join(options), case.model, shape, f"{case.images:,}", case.classes]
-        cells += ["" if size is None else f"{size:,}", chunk, estimate.stage]
-        cells += [format_bytes(estimate.total), format_bytes(measured), f"{estimate.total / measured:.2f}"]
-        rows.append([*cells, f"{seconds_estimated:.2g}", f"{seconds:.2g}"])
+            peaks = ", ".join(f"{stage} {format_bytes(peak)}" for stage, peak in result.peaks.items())
+            print(f"{number} {case.strategy} {case.model}: {peaks}; estimated {result.estimate}")
+        rows.append(describe_case(number, case, result))
     header = ["", "strategy", "options", "model", "image", "images", "C", "k - E", "chunk", "worst stage"]
     header += ["estimated", "measured", "estimated/measured", "estimated s", "measured s"]
     show(f"Memory of a query. {machine()}", header, rows)

@@ -20,7 +20,7 @@ from pools import GREY, blank, fill, local_pool, pool_on, random_embedding
 from table import machine, seconds, show
 
 import fishermask.sweeps.cluster  # noqa: F401  what Ray reads when it is imported
-from fishermask.planning import duration
+from fishermask.planning.estimates import core_flops
 from fishermask.pool.ray_shards import RayShards
 from fishermask.pool.selection import TraceCriterion, greedy, initial_objective
 from fishermask.pool.shard import Shard
@@ -124,7 +124,7 @@ def overhead(base):
 
 
 def fit():
-    """The constants of ``tensors/duration.py``, by least squares of relative errors, on one core."""
+    """Fit the constants of ``planning.estimates`` by least squares of relative errors, on one core."""
     torch.set_num_threads(1)
     shapes = [(5, 128, 150), (10, 128, 150), (20, 128, 150), (10, 512, 0), (10, 128, 1200)]
     n, features, times = 8_192, [], []
@@ -135,15 +135,14 @@ def fit():
         _, update = criterion.add(best)
         times.append(seconds(lambda p=pool, u=update: p.shards.call(Shard.apply_pick, u, 0, True), repeats=15))
         rows = num_classes - 1
-        unit = 4.0 * n * rows**2 / duration.core_flops()
-        features.append([unit * width, unit * k_body, n * rows**2])
+        features.append([4.0 * n * rows**2 * (width + k_body) / core_flops(), n * rows**2])
         pool.shards.close()
     a, t = np.array(features), np.array(times)
     constants = np.linalg.lstsq(a / t[:, None], np.ones(len(t)), rcond=None)[0]
     rows = [[*s, m * 1e3, e * 1e3, e / m] for s, m, e in zip(shapes, times, a @ constants, strict=True)]
-    head, body, pair = constants
+    structured, pair = constants
     show(
-        f"HEAD = {head:.2g}, BODY = {body:.2g}, PAIR_SECONDS = {pair:.2g}; {duration.core_flops() / 1e9:.0f} Gflop/s",
+        f"STRUCTURED = {structured:.2g}, PAIR_SECONDS = {pair:.2g}; {core_flops() / 1e9:.0f} Gflop/s",
         ["C", "E", "k_body", "measured ms", "model ms", "model/measured"],
         rows,
     )

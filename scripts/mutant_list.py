@@ -293,11 +293,11 @@ MUTANTS = [
         "learning",
     ),
     Mutant(
-        "planning/duration.py",
-        "query = round(query * work.oversample)",
-        "query = round(query)",
+        "planning/estimates.py",
+        "round(work.oversample * request.batch_size)",
+        "round(request.batch_size)",
         "the estimated time ignores oversample",
-        "numbers",
+        "planning",
     ),
     Mutant(
         "tensors/verification.py",
@@ -467,11 +467,11 @@ MUTANTS = [
         "lost_shards",
     ),
     Mutant(
-        "planning/execution_plan.py",
-        "0.0 if self.shard is None else self.shard.total",
-        "0.0",
+        "planning/query_plan.py",
+        "(self.coordinator, self.shard, self.gpu)",
+        "(self.coordinator,)",
         "the largest process is always the coordinator",
-        "engine loop",
+        "planning",
     ),
     Mutant(
         "pool/selection.py",
@@ -855,8 +855,8 @@ MUTANTS = [
     ),
     Mutant(
         "planning/placement.py",
-        "math.ceil((PROCESS",
-        "math.floor((PROCESS",
+        "math.ceil(memory / STEP_BYTES - 1e-9)",
+        "math.floor(memory / STEP_BYTES)",
         "runs reserve too little memory",
         "placement",
     ),

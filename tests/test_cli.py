@@ -120,16 +120,19 @@ def test_a_model_file_is_found_beside_the_sweep_file_and_on_the_command_line_in_
 
 def test_an_estimate_of_memory_and_time_is_shown_before_anything_starts(sweep, capsys):
     assert cli.main(["sweep", "tiny.yaml", "--dry-run", "strategy=[bait,margin,random]"]) == 0
-    bait, margin = (line for line in capsys.readouterr().out.splitlines() if re.match("(bait|margin): ", line))
+    bait, margin, uniform = (x for x in capsys.readouterr().out.splitlines() if re.match("(bait|margin|random): ", x))
     for line in (bait, margin):
-        assert re.search(r": about [\d.e-]+ s per query, 1 shard, peak memory \d+ MB \(", line)
+        assert re.search(r": about [\d.e-]+ s per query, peak memory \d+ MB \(.*, libraries \d+\), 1 shard$", line)
+    assert uniform.startswith("random: no computation per query, peak memory ")
 
 
 def test_a_query_that_cannot_fit_is_refused_before_anything_is_trained(sweep, capsys):
-    arguments = ["sweep", "tiny.yaml", "strategy=bait", "resources.memory=0.01"]
-    assert cli.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert re.fullmatch(r"fishermask: resources.memory: .* needs \d+ MB .* than the \d+ MB .*\n", error)
+    for memory, message in [
+        ("0.01", "a process takes 500 MB before it computes, and only 10 MB are available; set resources.memory .*"),
+        ("0.51", r"a process needs \d+ MB \(.*\) to .*, and only 10 MB are available besides Python .*"),
+    ]:
+        assert cli.main(["sweep", "tiny.yaml", "strategy=bait", f"resources.memory={memory}"]) == 2
+        assert re.fullmatch(rf"fishermask: resources.memory: {message}\n", capsys.readouterr().err)
     assert [path.name for path in sweep.iterdir()] == ["tiny.yaml"]
 
 

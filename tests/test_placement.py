@@ -1,4 +1,4 @@
-"""What a run reserves of a cluster, and that it is not started where it does not fit."""
+"""Resources that runs reserve on a cluster, and refusals of runs that do not fit."""
 
 import itertools
 import subprocess
@@ -16,29 +16,32 @@ from fishermask.config import ResourcesConfig
 from fishermask.errors import InputError
 from fishermask.experiment.run_plan import plan_run
 from fishermask.planning import placement
-from fishermask.planning.memory import Estimate
-from fishermask.planning.placement import Cluster
-from fishermask.planning.query_plan import PROCESS_BYTES, QueryPlan
+from fishermask.planning.estimates import Estimate
+from fishermask.planning.placement import PROCESS_BYTES, UNKNOWN_NODE, Cluster
+from fishermask.planning.query_plan import QueryPlan
 from fishermask.sweeps import cluster, runner, sweep_file, tune_runner
 
 QUIET = Console(quiet=True)
 GB = 1e9
 
 
-def planned(process=0.0, shard=0.0, num_shards=1):
-    """A plan whose process and shards need so many GB."""
-    estimate = Estimate({"embeddings": process * GB}, "embed the pool")
-    return QueryPlan(num_shards, 128, 32, estimate, None, 1.0, process * GB, shard * GB)
+def make_plan(coordinator=0.0, shard=None, num_shards=1):
+    """Return a plan whose coordinator and Ray shards need ``coordinator`` and ``shard`` GB."""
+
+    def estimate(size):
+        return None if size is None else Estimate({"embeddings": size * GB}, "embed the pool")
+
+    return QueryPlan(num_shards, 128, 32, 1.0, estimate(coordinator), estimate(shard))
 
 
-def placeable(request, nodes):
-    """The oracle: every way to put every bundle on a node."""
+def has_placement(request, nodes):
+    """Return whether a placement exists, by trying each bundle on each node."""
     for places in itertools.product(range(len(nodes)), repeat=len(request)):
-        left = [dict(node) for node in nodes]
+        free = [dict(node) for node in nodes]
         for bundle, place in zip(request, places, strict=True):
             for kind, amount in bundle.items():
-                left[place][kind] = left[place].get(kind, 0) - amount
-        if all(amount >= 0 for node in left for amount in node.values()):
+                free[place][kind] = free[place].get(kind, 0) - amount
+        if all(amount >= 0 for node in free for amount in node.values()):
             return True
     return False
 
@@ -52,57 +55,57 @@ def test_a_run_is_refused_exactly_when_no_placement_of_its_processes_exists():
         resources = ResourcesConfig(
             cpus=cpus, gpus=gpus, workers="ray", cpus_per_shard=cpus_per_shard, gpus_per_shard=gpus_per_shard
         )
-        request = placement.bundles(resources, planned(*need, shards))
+        request = placement.bundles(resources, make_plan(*need, shards))
         assert len(request) == 1 + shards
         fits = placement.fits(request, nodes)
-        assert fits == placeable(request, nodes), request
+        assert fits == has_placement(request, nodes), request
         if fits:
             assert placement.check_placement(request, Cluster(nodes)) is None
         else:
-            with pytest.raises(InputError, match="do not fit on 3 nodes"):
+            with pytest.raises(InputError, match="but the cluster has 3 nodes"):
                 placement.check_placement(request, Cluster(nodes))
         outcomes.add(fits)
     assert outcomes == {True, False}
 
 
-def test_what_a_run_needs_and_what_the_nodes_have_is_said():
-    request = placement.bundles(ResourcesConfig(gpus=1, workers="ray", cpus_per_shard=0.5), planned(1.5, 0.5, 2))
+def test_a_refusal_names_the_request_and_the_nodes():
+    request = placement.bundles(ResourcesConfig(gpus=1, workers="ray", cpus_per_shard=0.5), make_plan(1.5, 0.5, 2))
     with pytest.raises(InputError) as caught:
         placement.check_placement(request, Cluster(({"CPU": 2, "memory": 4 * GB},) * 3))
     assert str(caught.value) == (
-        "resources: a run needs 1 CPU, 1 GPU, 2.00 GB for its own process and 0.5 CPUs, 1.00 GB for each of 2 shards, "
-        "which do not fit on 3 nodes of 2 CPUs, 4.00 GB; lower resources.cpus, gpus, shards or memory, or the mask's "
+        "resources: a run needs 1 CPU, 1 GPU, 2.00 GB for the trial and 0.5 CPUs, 1.00 GB for each of 2 shards, but "
+        "the cluster has 3 nodes of 2 CPUs, 4.00 GB; lower resources.cpus, gpus, shards or memory, or the mask's "
         "size, or add nodes"
     )
 
 
 def test_a_run_waits_for_nodes_that_an_autoscaler_can_start_and_is_refused_where_it_cannot():
-    request = placement.bundles(ResourcesConfig(gpus=1), planned())
+    request = placement.bundles(ResourcesConfig(gpus=1), make_plan())
     nodes = ({"CPU": 2, "memory": 4 * GB},)
     able, unable = {"CPU": 4, "GPU": 1, "memory": 8 * GB}, {"CPU": 4, "memory": 8 * GB}
-    for cluster_ in (Cluster(nodes, (able,), autoscaled=True), Cluster(nodes, autoscaled=True)):
-        assert "which do not fit on 1 nodes" in placement.check_placement(request, cluster_)
-    with pytest.raises(InputError, match="do not fit"):
-        placement.check_placement(request, Cluster(nodes, (unable,), autoscaled=True))
+    for cluster_ in (Cluster(nodes, (able,)), Cluster(nodes, (UNKNOWN_NODE,))):
+        assert "but the cluster has 1 nodes" in placement.check_placement(request, cluster_)
+    with pytest.raises(InputError, match="but the cluster has"):
+        placement.check_placement(request, Cluster(nodes, (unable,)))
 
 
-def test_each_process_reserves_its_own_need_and_what_a_process_takes_by_itself():
+def test_each_process_reserves_its_estimate_and_the_memory_of_an_idle_process():
     ray_shards = ResourcesConfig(workers="ray", cpus_per_shard=0.5)
-    run, *shards = placement.bundles(ray_shards, planned(2.0, 1.0, 3))
+    run, *shards = placement.bundles(ray_shards, make_plan(2.0, 1.0, 3))
     assert run == {"CPU": 1, "GPU": 0, "memory": 2 * GB + PROCESS_BYTES}
     assert shards == [{"CPU": 0.5, "GPU": 0, "memory": GB + PROCESS_BYTES}] * 3
-    assert placement.bundles(ResourcesConfig(gpus=1), planned()) == [{"CPU": 1, "GPU": 1, "memory": PROCESS_BYTES}]
+    assert placement.bundles(ResourcesConfig(gpus=1), make_plan()) == [{"CPU": 1, "GPU": 1, "memory": PROCESS_BYTES}]
 
 
-def test_the_users_memory_replaces_the_estimate():
+def test_resources_memory_replaces_the_estimates():
     resources = ResourcesConfig(workers="ray", memory=3)
-    for plan in (planned(0.1, 0.1), planned(20, 30)):
+    for plan in (make_plan(0.1, 0.1), make_plan(20, 30)):
         assert [bundle["memory"] for bundle in placement.bundles(resources, plan)] == [3 * GB, 3 * GB]
 
 
-def test_all_runs_of_a_sweep_reserve_the_same_where_that_fits():
+def test_all_runs_of_a_sweep_reserve_the_same_memory_where_it_fits():
     resources = ResourcesConfig(cpus=2)
-    sweep = {name: placement.bundles(resources, planned(need)) for name, need in (("a", 0.0), ("b", 1.5))}
+    sweep = {name: placement.bundles(resources, make_plan(need)) for name, need in (("a", 0.0), ("b", 1.5))}
     nodes = ({"CPU": 4, "memory": 4 * GB},)
     assert placement.equal_reservations(sweep, Cluster(nodes)) == {"a": sweep["b"], "b": sweep["b"]}
     assert placement.equal_reservations({}, Cluster(nodes)) == {}
@@ -118,8 +121,8 @@ def sweep_of(folder, **base):
         "model": {"name": "mlp", "params": {"width": 8, "depth": 1}},
         "budget": {"initial": 10, "query": 10, "total": 20},
         "training": {"max_epochs": 3},
-        # What is free on the machine that runs this test shall not count.
-        "resources": {"memory": 0.5},
+        # The free memory of the machine that runs this test must not matter.
+        "resources": {"memory": 0.6},
         **base,
     }
     file = folder / "s.yaml"
@@ -130,7 +133,7 @@ def sweep_of(folder, **base):
 
 @pytest.fixture(scope="module")
 def small_node():
-    """A node with room for one process of 0.5 GB, which takes four by their CPUs."""
+    """A node with CPUs for four processes, and memory for one of 0.6 GB."""
     sizes = {"num_cpus": 4, "_memory": 0.8 * GB, "object_store_memory": 200 * 10**6}
     ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="error", **sizes)
     yield
@@ -162,36 +165,39 @@ LARGE = {"strategy": "bait", "model": {"name": "mlp", "params": {"width": 600, "
 
 def test_a_run_that_no_node_has_the_memory_for_is_refused_before_any_starts(tmp_path, small_node):
     sweep, nodes = sweep_of(tmp_path, **LARGE), cluster.connected_cluster()
-    with pytest.raises(InputError, match=r"needs 1 CPU, 3.00 GB for its own process, .* 4 CPUs, 800 MB; lower"):
+    with pytest.raises(InputError, match=r"needs 1 CPU, 3.00 GB for the trial, .* 4 CPUs, 800 MB; lower"):
         runner.plan_sweep(sweep, nodes, QUIET)
     plans = runner.plan_sweep(sweep, Cluster(({"CPU": 1, "memory": 4 * GB},)), QUIET)
-    with pytest.raises(InputError, match="do not fit on 1 nodes of 4 CPUs, 800 MB"):
+    with pytest.raises(InputError, match="the cluster has 1 nodes of 4 CPUs, 800 MB"):
         tune_runner.run_on_ray(sweep, plans, nodes, QUIET)
     assert not sweep.folder.exists()
 
 
 def test_shards_that_no_node_has_the_memory_for_are_refused_where_the_run_is_in_this_process_too(tmp_path, small_node):
     sweep = sweep_of(tmp_path, **LARGE | {"resources": {"memory": 3, "workers": "ray", "shards": 3}})
-    with pytest.raises(InputError, match=r"needs 1 CPU, 3.00 GB for each of 3 shards, which do not fit .* 800 MB"):
+    with pytest.raises(InputError, match=r"needs 1 CPU, 3.00 GB for each of 3 shards, but .* 800 MB"):
         runner.plan_sweep(sweep, cluster.connected_cluster(), QUIET, in_process=True)
     assert not sweep.folder.exists()
 
 
-def test_a_query_is_planned_with_the_memory_of_the_nodes_not_of_this_machine(tmp_path):
+def test_a_query_is_planned_with_the_memory_of_the_nodes(tmp_path):
     run = sweep_of(tmp_path, **LARGE | {"resources": {}}).runs[0]
-    with pytest.raises(InputError, match=r"^resources.memory: .* more than the 500 MB available; "):
+    with pytest.raises(InputError, match=r"^resources.memory: .* only 500 MB are available "):
         plan_run(run.config, Cluster(({"CPU": 1, "memory": 1 * GB},)))
     assert plan_run(run.config, Cluster(({"CPU": 1, "memory": 10 * GB},))).query.coordinator.total > GB
 
 
-def test_the_nodes_of_an_autoscaler_are_those_of_its_configuration(tmp_path):
+def test_autoscaler_nodes_come_from_its_configuration_and_its_limit_counts(tmp_path):
     workers = {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 3, "min_workers": 0}
     types = {"head": {"resources": {"CPU": 2}}, "gpu": workers, "cpu": {"resources": {"CPU": 16}}}
     file = tmp_path / "autoscaling.yaml"
     file.write_text(yaml.safe_dump({"head_node_type": "head", "max_workers": 5, "available_node_types": types}))
-    assert cluster.startable_nodes() == ()
+    assert cluster.autoscaler_nodes() == ((), 0)
     process = subprocess.Popen([sys.executable, "-c", "input()", f"--autoscaling-config={file}"], stdin=subprocess.PIPE)
     try:
-        assert cluster.startable_nodes() == ({"CPU": 8, "GPU": 1},) * 3 + ({"CPU": 16},) * 5
+        nodes, max_workers = cluster.autoscaler_nodes()
     finally:
-        process.communicate(b"")
+        process.communicate(b"\n")
+    assert nodes == ({"CPU": 16},) * 5 + ({"CPU": 8, "GPU": 1},) * 3
+    scaled = Cluster(({"CPU": 2},), nodes, max_workers)
+    assert (scaled.total("CPU"), scaled.total("GPU"), scaled.largest("CPU")) == (2 + 5 * 16, 3, 16)

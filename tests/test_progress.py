@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from fishermask.config import ExperimentConfig, parse
+from fishermask.planning.workload import Cost
 from fishermask.results.files import RunFolder
 from fishermask.sweeps.eta import RoundSeconds, TimeEstimator, planned_rounds
 from fishermask.sweeps.recorder import Recorder, describe_stage, quiet_seconds
@@ -18,7 +19,7 @@ CONFIG = parse(
 )
 # 0.01 s per image and epoch, and 8 s per query: rounds of 3 + 8, 9 + 8 and 12 s where half of the epochs are needed.
 PLAN = SimpleNamespace(
-    config=CONFIG, measurement=SimpleNamespace(training_seconds=0.01), query=SimpleNamespace(seconds=8.0)
+    config=CONFIG, measurement=SimpleNamespace(training=Cost(image_seconds=0.01)), query=SimpleNamespace(seconds=8.0)
 )
 
 

@@ -22,7 +22,7 @@ from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
 from fishermask.experiment.inputs import RunInputs, prepare_inputs
 from fishermask.experiment.loop import run
-from fishermask.planning.memory import Estimate
+from fishermask.planning.estimates import Estimate
 from fishermask.planning.query_plan import QueryPlan
 from fishermask.pool.shards import LocalShards
 from fishermask.tensors.distances import KCenterScorer
@@ -343,7 +343,7 @@ def test_engine_settings_reach_the_shards(files, engine):
 
 
 def test_plan_decides_the_number_of_images_per_gradient_chunk(files):
-    plan = QueryPlan(1, 32, 5, Estimate({}, "embed the pool"), None, 1.0, 0.0)
+    plan = QueryPlan(1, 32, 5, 1.0, Estimate({}, "embed the pool"))
     engine = observed(prepared(files), plan=plan)[1][0]["engine"]
     assert (engine.chunk, engine.diagonal_batch) == (32, 5)
 

@@ -302,13 +302,13 @@ def _planned_nodes(stack: ExitStack, connect: bool) -> "Cluster":
     Args:
         connect: whether to connect to the cluster; otherwise its resources are unknown.
     """
-    from fishermask.planning.placement import Cluster, this_machine
+    from fishermask.planning.placement import UNKNOWN_NODE, Cluster, this_machine
     from fishermask.sweeps import runner
 
     if not runner.joins_cluster():
         return this_machine()
     if not connect:
-        return Cluster((), autoscaled=True)
+        return Cluster((), (UNKNOWN_NODE,))
     from fishermask.sweeps import cluster
 
     _connect(stack, None)

@@ -21,9 +21,10 @@ from fishermask.experiment.loop import StageClock, validate_batch
 from fishermask.experiment.run_plan import precision
 from fishermask.experiment.streams import stream
 from fishermask.guard import guarded, short
-from fishermask.planning.measurement import measure
-from fishermask.planning.memory import Task
-from fishermask.planning.query_plan import MEMORY_SHARE, QueryPlan, free_memory, plan_query
+from fishermask.planning.estimates import QueryRequest
+from fishermask.planning.placement import MEMORY_SHARE, free_gpu_memory, free_memory
+from fishermask.planning.query_plan import QueryPlan, plan_query
+from fishermask.planning.workload import measure
 from fishermask.pool.pool import Engine, Pool
 from fishermask.pool.shards import LocalShards
 from fishermask.query_strategies import Query, Strategy
@@ -98,7 +99,7 @@ def select(
         chosen, name = _strategy(strategy, params)
         with guarded("model", "cannot be copied"):
             trained = copy_model(model).cpu().eval()
-        request = Task(len(samples), budget, len(positions), precision(types))
+        request = QueryRequest(len(samples), budget, len(positions), precision(types))
         clock = StageClock(report)
         local = LocalShards(samples, inputs, shards, str(device))
         try:
@@ -215,7 +216,7 @@ def _plan(
     samples: Images,
     inputs: ModelInputs,
     strategy: Strategy,
-    request: Task,
+    request: QueryRequest,
     shards: int,
     memory: float | None,
     device: torch.device,
@@ -238,10 +239,10 @@ def _plan(
         except InputError as error:
             text = str(error)
             raise InputError(text if text.startswith(("model", "strategy")) else f"params.{text}") from error
-        measured = measure(model, examples, work)
-    gpu = device.type == "cuda"
-    limit = MEMORY_SHARE * free_memory(gpu) if memory is None else 1e9 * memory
-    return plan_query(measured, request, shards, gpu=gpu, limit=limit)
+        measured = measure(model, examples, work, stored_bytes=stored[0].nbytes, training=False)
+    limit = MEMORY_SHARE * free_memory() if memory is None else 1e9 * memory
+    gpu_limit = MEMORY_SHARE * free_gpu_memory() if device.type == "cuda" else None
+    return plan_query(measured, request, shards, limit=limit, gpu_limit=gpu_limit)
 
 
 @contextmanager

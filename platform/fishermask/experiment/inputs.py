@@ -15,9 +15,8 @@ from fishermask.errors import InputError
 from fishermask.experiment.streams import stream, stream_seed
 from fishermask.guard import guarded, short
 from fishermask.learning import models
-from fishermask.planning.measurement import Measurement, measure
-from fishermask.planning.query_plan import free_memory
-from fishermask.planning.workload import Workload
+from fishermask.planning.placement import free_memory
+from fishermask.planning.workload import Measurement, Workload, measure
 from fishermask.query_strategies import Strategy
 from fishermask.tensors.gradient_plan import VERIFICATION_SIZES
 from fishermask.tensors.images import Statistics, channel_statistics, normalize
@@ -120,7 +119,7 @@ def _check_model(inputs: RunInputs) -> Workload | None:
     model_config, data = inputs.config.model, inputs.data
     name = model_config.name
     needed = models.parameter_bytes(name, model_config.params, data.image_shape, len(data.classes))
-    if needed > (free := free_memory(gpu=False)):  # building such a model would end the process
+    if needed > (free := free_memory()):  # building such a model would end the process
         raise InputError(
             f"model.params: the parameters of {name} take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} "
             "GB of memory are free; choose a smaller model"
@@ -148,7 +147,7 @@ def measure_model(
     """Measure training and queries of a model that takes images of ``shape``."""
     network = models.build(model.name, model.params, shape, num_classes, seed=0)
     with guarded("model.name", f"training and queries of {model.name} cannot be measured"):
-        return measure(network, torch.zeros(1, *shape), work, training=True)
+        return measure(network, torch.zeros(1, *shape), work)
 
 
 @lru_cache(maxsize=CACHED_POOLS)

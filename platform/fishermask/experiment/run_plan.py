@@ -1,6 +1,5 @@
 """The plan of a run: made once, on the driver; the display, the reserved memory and the trial follow it."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -8,17 +7,10 @@ import torch
 from fishermask.config import EngineConfig, ExperimentConfig
 from fishermask.errors import InputError
 from fishermask.experiment.inputs import RunInputs, load_inputs, measure_model, prepare_inputs, query_workload
-from fishermask.planning.measurement import Measurement
-from fishermask.planning.memory import Task
-from fishermask.planning.placement import Cluster, num_shards
-from fishermask.planning.query_plan import (
-    MEMORY_SHARE,
-    PROCESS_BYTES,
-    QueryPlan,
-    free_memory,
-    plan_query,
-    wanted_shards,
-)
+from fishermask.planning.estimates import QueryRequest, format_bytes
+from fishermask.planning.placement import MEMORY_SHARE, PROCESS_BYTES, Cluster, free_gpu_memory, num_shards
+from fishermask.planning.query_plan import QueryPlan, plan_query, useful_shards
+from fishermask.planning.workload import Measurement
 from fishermask.tensors.images import Statistics
 from fishermask.tensors.precision import Precision
 
@@ -34,7 +26,7 @@ class RunPlan:
     """The size of the pool, and what the imbalance leaves out of the data set, in one line."""
     statistics: Statistics
     measurement: Measurement
-    task: Task
+    request: QueryRequest
     query: QueryPlan
 
     def load_inputs(self) -> RunInputs:
@@ -44,10 +36,10 @@ class RunPlan:
             InputError: the data on this machine differ from the driver's.
         """
         inputs = load_inputs(self.config, self.statistics)
-        if (size := len(inputs.data.train.labels)) != self.task.pool_size:
+        if (size := len(inputs.data.train.labels)) != self.request.pool_size:
             raise InputError(
-                f"data: the pool has {size} images on this machine and {self.task.pool_size} on the driver's; copy the "
-                "same files to every machine"
+                f"data: the pool has {size} images on this machine and {self.request.pool_size} on the driver's; copy "
+                "the same files to every machine"
             )
         return inputs
 
@@ -62,24 +54,29 @@ def plan_run(config: ExperimentConfig, cluster: Cluster) -> RunPlan:
     data = inputs.data
     measurement = measure_model(config.model, data.image_shape, len(data.classes), query_workload(inputs))
     resources, in_process = config.resources, config.resources.workers == "in_process"
-    batch = min(config.budget.query, config.budget.total - config.budget.initial)
-    task = Task(
+    batch_size = min(config.budget.query, config.budget.total - config.budget.initial)
+    request = QueryRequest(
         pool_size=len(data.train.labels),
-        query_size=batch,
-        num_labeled=config.budget.total - batch,  # before the last query
+        batch_size=batch_size,
+        num_labeled=config.budget.total - batch_size,  # before the last query
         precision=precision(config.engine),
-        training_batch=config.training.batch_size if in_process or not resources.gpus else 0,
+        training_batch_size=config.training.batch_size if in_process or not resources.gpus else 0,
     )
     memory = cluster.largest("memory") if resources.memory is None else 1e9 * resources.memory
-    limit = shard_limit = max(0.0, memory - PROCESS_BYTES)
-    gpu = (resources.gpus if in_process else resources.gpus_per_shard) > 0
-    if gpu and resources.memory is None:
-        gpu_limit = MEMORY_SHARE * free_memory(gpu=True) if torch.cuda.is_available() else math.inf
-        limit, shard_limit = (gpu_limit, gpu_limit) if in_process else (limit, gpu_limit)
-    wanted = wanted_shards(measurement, task, in_process, shard_limit) if resources.shards == "auto" else 1
-    count = num_shards(resources, wanted, cluster)
-    query = plan_query(measurement, task, count, in_process=in_process, gpu=gpu, limit=limit, shard_limit=shard_limit)
-    return RunPlan(config, data.describe_pool(config.imbalance), inputs.statistics, measurement, task, query)
+    if memory <= PROCESS_BYTES:
+        raise InputError(
+            f"resources.memory: a process takes {format_bytes(PROCESS_BYTES)} before it computes, and only "
+            f"{format_bytes(memory)} are available; set resources.memory to more, or use nodes with more memory"
+        )
+    limit, gpu_limit = memory - PROCESS_BYTES, None
+    if resources.gpus if in_process else resources.gpus_per_shard:
+        gpu_limit = MEMORY_SHARE * free_gpu_memory()
+    count = 1
+    if resources.shards == "auto":
+        count = useful_shards(measurement, request, in_process=in_process, limit=limit, gpu_limit=gpu_limit)
+    count = num_shards(resources, count, cluster)
+    query = plan_query(measurement, request, count, in_process=in_process, limit=limit, gpu_limit=gpu_limit)
+    return RunPlan(config, data.describe_pool(config.imbalance), inputs.statistics, measurement, request, query)
 
 
 def precision(engine: EngineConfig) -> Precision:

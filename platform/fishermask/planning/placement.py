@@ -1,90 +1,109 @@
-"""What a run reserves on a cluster's nodes: CPUs, GPUs and main memory; and whether the nodes have it."""
+"""The resources of nodes, the resources that a run reserves, and whether they fit."""
 
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 
 from fishermask.config import ResourcesConfig
 from fishermask.errors import InputError
-from fishermask.planning.memory import format_bytes
-from fishermask.planning.query_plan import MEMORY_SHARE, PROCESS_BYTES, QueryPlan, free_memory
+from fishermask.planning.estimates import Estimate, format_bytes
+from fishermask.planning.query_plan import QueryPlan
 
 Bundle = dict[str, float]
-"""CPUs, GPUs and bytes of main memory: what a process requests, and what a node has."""
+"""CPUs, GPUs and bytes of main memory: of a node, or requested by a process."""
 
 KINDS = ("CPU", "GPU", "memory")
+UNKNOWN_NODE: Bundle = dict.fromkeys(KINDS, 1e15)
+"""Stands for all nodes that an autoscaler can start, if their resources are unknown."""
+MEMORY_SHARE = 0.9
+"""Share of a machine's free memory that runs may use."""
+PROCESS_BYTES = 0.5e9
+"""Bytes of a process before it computes: Python, PyTorch and Ray. Measured: 480 MB for a trial that trains ``mlp``,
+400 MB for a Ray shard without a model; torch 2.14 built for CUDA, no GPU."""
 STEP_BYTES = 0.1e9
-"""Requests are whole multiples of this many bytes."""
+"""Requested memory is a multiple of this many bytes."""
+UNITS = 10_000
+"""Ray counts resources in units of 1 / 10,000."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The nodes that a sweep runs on, and those that an autoscaler may add."""
+    """The nodes that a sweep runs on."""
 
     nodes: tuple[Bundle, ...]
-    startable: tuple[Bundle, ...] = ()
-    autoscaled: bool = False
-    """Whether nodes may be added: those of ``startable``, or others where that is empty."""
-
-    @property
-    def unlimited(self) -> bool:
-        """Whether it is not known what the cluster may have."""
-        return self.autoscaled and not self.startable
+    addable_nodes: tuple[Bundle, ...] = ()
+    """Nodes that an autoscaler can start."""
+    max_added: int | None = None
+    """Largest number of nodes that the autoscaler adds; None for all of them."""
 
     def total(self, kind: str) -> float:
-        """Return how much of a resource all nodes have."""
-        return math.inf if self.unlimited else sum(node.get(kind, 0) for node in (*self.nodes, *self.startable))
+        """Return the largest amount of a resource that all nodes together can have."""
+        added = sorted((node.get(kind, 0) for node in self.addable_nodes), reverse=True)[: self.max_added]
+        return sum(added) + sum(node.get(kind, 0) for node in self.nodes)
 
     def largest(self, kind: str) -> float:
-        """Return how much of a resource the node with the most of it has."""
-        nodes = (*self.nodes, *self.startable)
-        return math.inf if self.unlimited else max((node.get(kind, 0) for node in nodes), default=0)
+        """Return the largest amount of a resource of one node."""
+        return max((node.get(kind, 0) for node in (*self.nodes, *self.addable_nodes)), default=0)
 
 
 def this_machine() -> Cluster:
-    """Return this machine as a cluster: what a sweep without one runs on."""
-    memory = MEMORY_SHARE * free_memory(gpu=False)
-    return Cluster(({"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": memory},))
+    """Return this machine as a cluster, for a sweep without one."""
+    cpus, gpus = float(os.cpu_count() or 1), float(torch.cuda.device_count())
+    return Cluster(({"CPU": cpus, "GPU": gpus, "memory": MEMORY_SHARE * free_memory()},))
 
 
-def num_shards(resources: ResourcesConfig, wanted: int, cluster: Cluster) -> int:
-    """Return how many shards a run has; ``auto`` is resolved here and nowhere else.
+def free_memory() -> float:
+    """Return the bytes of main memory that this process can use, including page cache that can be reclaimed."""
+    return min(float(psutil.virtual_memory().available), container_memory(Path("/sys/fs/cgroup")))
 
-    Args:
-        wanted: as many as memory and work require.
-    """
+
+def free_gpu_memory() -> float:
+    """Return the free bytes of this machine's GPU; infinity without a GPU."""
+    return float(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else math.inf
+
+
+def container_memory(cgroup: Path) -> float:
+    """Return the free bytes of the container whose control group is at ``cgroup``; infinity without a limit."""
+    limit, used, statistics = (cgroup / name for name in ("memory.max", "memory.current", "memory.stat"))
+    if not limit.exists() or (text := limit.read_text().strip()) == "max":
+        return math.inf
+    lines = dict(line.split() for line in statistics.read_text().splitlines())
+    return float(text) - float(used.read_text()) + float(lines.get("inactive_file", 0))
+
+
+def num_shards(resources: ResourcesConfig, useful: int, cluster: Cluster) -> int:
+    """Return the number of shards of a run: with ``auto``, as many as are ``useful`` and fit on ``cluster``."""
     if resources.shards != "auto":
         return resources.shards
     if resources.workers == "in_process":
-        return max(1, min(wanted, int(resources.cpus)))
+        return max(1, min(useful, int(resources.cpus)))
     count = (cluster.total("CPU") - resources.cpus) / resources.cpus_per_shard
     if resources.gpus_per_shard:
         count = min(count, (cluster.total("GPU") - resources.gpus) / resources.gpus_per_shard)
-    return max(1, int(min(count + 1e-9, wanted)))
+    return max(1, int(min(count + 1 / UNITS, useful)))
 
 
 def bundles(resources: ResourcesConfig, plan: QueryPlan) -> list[Bundle]:
-    """Return what a run reserves: its own process first, then one bundle for each Ray shard.
+    """Return the resources that a run reserves: those of the trial's process, then those of each Ray shard."""
 
-    ``resources.memory`` replaces the estimate.
-    """
+    def bundle(cpus: float, gpus: float, estimate: Estimate) -> Bundle:
+        memory = PROCESS_BYTES + estimate.total if resources.memory is None else 1e9 * resources.memory
+        return {"CPU": cpus, "GPU": gpus, "memory": STEP_BYTES * math.ceil(memory / STEP_BYTES - 1e-9)}
 
-    def bundle(cpus: float, gpus: float, estimate: float) -> Bundle:
-        needed = PROCESS_BYTES + estimate if resources.memory is None else 1e9 * resources.memory
-        return {"CPU": cpus, "GPU": gpus, "memory": STEP_BYTES * math.ceil(needed / STEP_BYTES - 1e-9)}
-
-    run = bundle(resources.cpus, resources.gpus, plan.main_bytes)
-    if resources.workers == "in_process":
+    run = bundle(resources.cpus, resources.gpus, plan.coordinator)
+    if plan.shard is None:
         return [run]
-    return [run] + [bundle(resources.cpus_per_shard, resources.gpus_per_shard, plan.shard_main_bytes)] * plan.num_shards
+    return [run] + [bundle(resources.cpus_per_shard, resources.gpus_per_shard, plan.shard)] * plan.num_shards
 
 
 def equal_reservations(requests: dict[str, list[Bundle]], cluster: Cluster) -> dict[str, list[Bundle]]:
-    """Return ``requests``, the bundles of each run, all with the memory of the largest, where that fits.
+    """Return the bundles of each run, all with the memory of the largest run and shard where these fit.
 
-    Ray Tune gives a process only to a run that requests the same, and would start others out of order.
+    Ray Tune reuses a process only for a run that requests the same, and would start other runs out of order.
     """
     run = max((request[0]["memory"] for request in requests.values()), default=0.0)
     shard = max((bundle["memory"] for request in requests.values() for bundle in request[1:]), default=0.0)
@@ -96,23 +115,21 @@ def equal_reservations(requests: dict[str, list[Bundle]], cluster: Cluster) -> d
 
 
 def check_placement(request: list[Bundle], cluster: Cluster) -> str | None:
-    """Return why ``request`` must wait for an autoscaler; None if the cluster's nodes have all of it, when idle.
+    """Return why ``request`` must wait for an autoscaler; None if it fits on the nodes of an idle cluster.
 
     Args:
-        request: the bundle of a run's own process, which may be empty, and those of its shards, which are all the same.
+        request: the bundle of the trial's process, which may be empty, and those of its shards, which are equal.
 
     Raises:
-        InputError: the nodes lack it, and no autoscaler can add it: the run would wait forever.
+        InputError: it does not fit, and no autoscaler can add the nodes: the run would wait forever.
     """
     if fits(request, cluster.nodes):
         return None
-    needed = [f"{_describe(request[0])} for its own process"] if request[0] else []
-    needed += [f"{_describe(request[1])} for each of {len(request) - 1} shards"] if request[1:] else []
+    parts = [f"{_describe(request[0])} for the trial"] if request[0] else []
+    parts += [f"{_describe(request[1])} for each of {len(request) - 1} shards"] if request[1:] else []
     nodes = "; ".join(sorted({_describe(node) for node in cluster.nodes}))
-    problem = (
-        f"resources: a run needs {' and '.join(needed)}, which do not fit on {len(cluster.nodes)} nodes of {nodes}"
-    )
-    if cluster.unlimited or fits(request, (*cluster.nodes, *cluster.startable)):
+    problem = f"resources: a run needs {' and '.join(parts)}, but the cluster has {len(cluster.nodes)} nodes of {nodes}"
+    if fits(request, (*cluster.nodes, *cluster.addable_nodes)):
         return problem
     raise InputError(f"{problem}; lower resources.cpus, gpus, shards or memory, or the mask's size, or add nodes")
 
@@ -123,17 +140,16 @@ def _describe(bundle: Bundle) -> str:
 
 
 def fits(request: list[Bundle], nodes: tuple[Bundle, ...]) -> bool:
-    """Return whether the first bundle fits on some node, and the others, all the same, on what that leaves."""
-    unit = 10_000  # Ray counts in these parts; fractions would not add up
-    run, *shards = [[round(unit * bundle.get(kind, 0)) for kind in KINDS] for bundle in request]
-    free = [[round(unit * node.get(kind, 0)) for kind in KINDS] for node in nodes]
+    """Return whether a node has room for the first bundle, and the nodes for all others, which are equal."""
+    run, *shards = [[round(UNITS * bundle.get(kind, 0)) for kind in KINDS] for bundle in request]
+    free = [[round(UNITS * node.get(kind, 0)) for kind in KINDS] for node in nodes]
 
-    def copies(node: list[int]) -> int:
-        return min((has // need for has, need in zip(node, shards[0], strict=True) if need), default=len(shards))
+    def capacity(node: list[int]) -> int:
+        return min((amount // need for amount, need in zip(node, shards[0], strict=True) if need), default=len(shards))
 
     for index, node in enumerate(free):
-        rest = [has - need for has, need in zip(node, run, strict=True)]
+        rest = [amount - need for amount, need in zip(node, run, strict=True)]
         others = [*free[:index], rest, *free[index + 1 :]]
-        if min(rest) >= 0 and (not shards or sum(map(copies, others)) >= len(shards)):
+        if min(rest) >= 0 and (not shards or sum(map(capacity, others)) >= len(shards)):
             return True
     return False

@@ -1,199 +1,160 @@
-"""The execution plan of a run's queries: chunks that fit into memory, or a refusal that says what to change."""
+"""The execution plan of a run's queries: chunks of images that fit in memory, or an error that names a remedy."""
 
-import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
+from typing import Any
 
-import psutil
 import torch
 
 from fishermask.errors import InputError
-from fishermask.planning.duration import query_seconds
-from fishermask.planning.measurement import Measurement
-from fishermask.planning.memory import Estimate, Task, estimate_memory, format_bytes
+from fishermask.planning.estimates import Estimate, QueryRequest, estimate_memory, estimate_seconds, format_bytes
+from fishermask.planning.workload import Measurement
 from fishermask.pool.blocks import BLOCK, CHUNKS, shard_slices
 
-MEMORY_SHARE = 0.9
-"""Share of a machine's free memory that runs may use."""
-PROCESS_BYTES = 0.5e9
-"""What a process takes by itself: Python, PyTorch and Ray. Private memory of a trial that trains ``mlp``: 480 MB; of a
-Ray shard before it gets a model: 400 MB; torch 2.14 built for CUDA, no GPU."""
-SECONDS_PER_SHARD = 10.0
-"""Work of a query on one core that is worth a shard of its own ..."""
-IMAGES_PER_SHARD = 20_000
-"""... and as many images, where a query computes nothing."""
+SHARD_SECONDS, SHARD_IMAGES = 10.0, 20_000
+"""Work for which one more shard is useful: seconds of a query on one core, or images if a query computes nothing."""
+
+Process = Callable[[Measurement, QueryRequest, int], Estimate]
+"""Estimates the memory of a process, for a number of images whose gradients are computed at once."""
 
 
 @dataclass(frozen=True)
 class QueryPlan:
-    """The execution plan of a run's queries, and what the run's processes need."""
+    """The execution plan of a run's queries, and the memory of the run's processes."""
 
     num_shards: int
     chunk: int
-    """Images differentiated at once."""
+    """Images whose gradients are computed at once."""
     diagonal_batch: int
     """Images whose Fisher diagonal is computed at once."""
-    coordinator: Estimate
-    """Of the process that trains and leads the selection, including in-process shards."""
-    shard: Estimate | None
-    """Of each shard that has a process of its own."""
     seconds: float
-    """About how long a query takes, if each shard has a core such as this one, and no GPU."""
-    main_bytes: float
-    """Main memory of the coordinator: all of its estimate, or where shards are on GPUs what is not on them."""
-    shard_main_bytes: float = 0.0
-    """Main memory of each shard that has a process of its own."""
-    gpu: bool = False
-    """Whether shards are on GPUs."""
+    """Time of a query, if each shard has a core like those of this machine, and no GPU."""
+    coordinator: Estimate
+    """Main memory of the process that leads the query, including its shards."""
+    shard: Estimate | None = None
+    """Main memory of each Ray shard."""
+    gpu: Estimate | None = None
+    """GPU memory of each process that holds shards."""
 
     @property
     def largest_bytes(self) -> float:
-        """Bytes of the largest process."""
-        return max(self.coordinator.total, 0.0 if self.shard is None else self.shard.total)
+        """Memory of the largest process."""
+        return max(estimate.total for estimate in (self.coordinator, self.shard, self.gpu) if estimate)
 
     def __str__(self) -> str:
-        shards = "1 shard" if self.num_shards == 1 else f"{self.num_shards} shards"
         time = f"about {format_seconds(self.seconds)} per query" if self.seconds else "no computation per query"
-        memory = f"peak memory {self.coordinator}"
-        memory += "" if self.shard is None else f", and {self.shard} in each shard"
-        return f"{time}{' (without GPUs)' if self.gpu else ''}, {shards}, {memory}"
+        shards = "1 shard" if self.num_shards == 1 else f"{self.num_shards} shards"
+        text = f"{time}{' without GPUs' if self.gpu else ''}, peak memory {self.coordinator}, {shards}"
+        text += f" of {self.shard}" if self.shard else ""
+        return f"{text}, GPU memory {self.gpu}" if self.gpu else text
 
 
 def format_seconds(seconds: float) -> str:
-    """Return ``0.05 s``, ``7 s`` or ``3 min``."""
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
+    """Return ``0.05 s``, ``7 s``, ``3 min`` or ``2.5 h``."""
     if seconds >= 90:
-        return f"{seconds / 60:.0f} min"
+        return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
     return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1g} s"
-
-
-def free_memory(gpu: bool) -> float:
-    """Return the bytes that this process could still use: of the GPU, else of the machine or its container.
-
-    Page cache that the system can reclaim counts as free.
-    """
-    if gpu and torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0])
-    return min(float(psutil.virtual_memory().available), container_memory(Path("/sys/fs/cgroup")))
-
-
-def container_memory(cgroup: Path) -> float:
-    """Return the free bytes of the container whose control group is at ``cgroup``; infinity without a limit."""
-    limit, used, statistics = (cgroup / name for name in ("memory.max", "memory.current", "memory.stat"))
-    if not limit.exists() or (text := limit.read_text().strip()) == "max":
-        return math.inf
-    lines = dict(line.split() for line in statistics.read_text().splitlines())
-    return float(text) - float(used.read_text()) + float(lines.get("inactive_file", 0))
 
 
 def plan_query(
     measured: Measurement,
-    task: Task,
+    request: QueryRequest,
     num_shards: int = 1,
     *,
     in_process: bool = True,
-    gpu: bool = False,
     limit: float = math.inf,
-    shard_limit: float = math.inf,
+    gpu_limit: float | None = None,
 ) -> QueryPlan:
-    """Plan the queries of ``task``.
+    """Plan the queries of a run.
 
     Args:
-        in_process: whether the shards are in the coordinator's process.
-        gpu: whether the shards are on GPUs.
-        limit: bytes that the coordinator may use.
-        shard_limit: bytes that each shard with a process of its own may use.
+        in_process: whether the process that leads the query holds the shards; otherwise each has its own process.
+        limit: bytes of main memory that each process may use.
+        gpu_limit: bytes of GPU memory that each process with shards may use; None without GPUs.
 
     Raises:
-        InputError: the task cannot fit; the message names what takes the most, and the largest setting that fits.
+        InputError: a process does not fit; the message names a setting and the largest value that fits.
     """
-    sizes = [end - start for start, end in shard_slices(task.pool_size, num_shards)]
-    images, occupied = max(sizes), sum(size > 0 for size in sizes)
-    seconds = query_seconds(measured, images, task.pool_size, task.query_size, task.num_labeled)
+    sizes = [end - start for start, end in shard_slices(request.pool_size, num_shards)]
+    occupied = sum(size > 0 for size in sizes)
+    holder = partial(estimate_memory, num_images=max(sizes), coordinates=False)
     if in_process:
-        even = -(-task.pool_size // occupied)
-        chunk, whole = _fit(measured, task, limit, images=even, shards=occupied)
-        main = _fit(measured, replace(task, training_batch=0), limit, images=0, shards=0)[1] if gpu else whole
-        return QueryPlan(num_shards, chunk, measured.diagonal_batch, whole, None, seconds, main.total, gpu=gpu)
-    chunk, shard = _fit(measured, task, shard_limit, images=images, coordinates=False)
-    _, coordinator = _fit(measured, task, limit, (chunk,), images=0, shards=0)
-    shard_main = estimate_memory(measured, task, chunk, images=0, coordinates=False) if gpu else shard
-    return QueryPlan(
-        num_shards,
-        chunk,
-        measured.diagonal_batch,
-        coordinator,
-        shard,
-        seconds,
-        coordinator.total,
-        shard_main.total,
-        gpu,
-    )
+        holder = partial(estimate_memory, num_images=-(-request.pool_size // occupied), num_shards=occupied)
+    chunk, memory = _fit(holder, measured, request, limit if gpu_limit is None else gpu_limit)
+    seconds = estimate_seconds(measured, request, max(sizes))
+    plan = QueryPlan(num_shards, chunk, measured.diagonal_batch, seconds, memory)
+    if in_process and gpu_limit is None:
+        return plan
+    # The coordinator's main memory holds no shard, and no training where that is on the same GPU.
+    led = replace(request, training_batch_size=0) if in_process else request
+    coordinator = _fit(partial(estimate_memory, num_images=0, num_shards=0), measured, led, limit)[1]
+    if gpu_limit is None:
+        return replace(plan, coordinator=coordinator, shard=memory)
+    shard = None if in_process else holder(measured, request, chunk, num_images=0)
+    return replace(plan, coordinator=coordinator, shard=shard, gpu=memory)
 
 
-def wanted_shards(measured: Measurement, task: Task, in_process: bool, shard_limit: float = math.inf) -> int:
-    """Return as many shards as give each some seconds of work and fit, each, into its memory."""
-    if measured.work is None:
-        return math.ceil(task.pool_size / IMAGES_PER_SHARD)
-    blocks = math.ceil(task.pool_size / BLOCK)  # more shards would be empty
-    count = min(math.ceil(plan_query(measured, task).seconds / SECONDS_PER_SHARD), blocks)
-
-    def largest_bytes(count: int) -> float:
-        return plan_query(measured, task, count, in_process=False).largest_bytes
-
-    while not in_process and count < blocks and largest_bytes(count) > shard_limit:
-        count = min(blocks, 2 * count)
+def useful_shards(
+    measured: Measurement, request: QueryRequest, *, in_process: bool, limit: float, gpu_limit: float | None = None
+) -> int:
+    """Return the number of shards for which each has some seconds of work, and all processes fit in their memory."""
+    if not measured.work.uses_model:
+        return math.ceil(request.pool_size / SHARD_IMAGES)
+    blocks = math.ceil(request.pool_size / BLOCK)  # more shards would be empty
+    count = min(blocks, math.ceil(estimate_seconds(measured, request, request.pool_size) / SHARD_SECONDS))
+    while count < blocks if not in_process else count > 1:
+        try:
+            plan_query(measured, request, count, in_process=in_process, limit=limit, gpu_limit=gpu_limit)
+            break
+        except InputError:
+            # Shards in one process share its memory; others divide the pool among their processes.
+            count = count // 2 if in_process else min(blocks, 2 * count)
     return max(1, count)
 
 
-def _fit(
-    measured: Measurement,
-    task: Task,
-    limit: float,
-    chunks: tuple[int, ...] = CHUNKS,
-    *,
-    images: int,
-    shards: int = 1,
-    coordinates: bool = True,
-) -> tuple[int, Estimate]:
-    """Return the largest chunk with which the process needs no more than ``limit`` bytes, and its estimate."""
-
-    def needed(chunk: int, measured: Measurement = measured, task: Task = task) -> Estimate:
-        return estimate_memory(measured, task, chunk, images, shards, coordinates)
-
-    for chunk in chunks:
-        if (found := needed(chunk)).total <= limit:
-            return chunk, found
-
-    def largest(upper: int, total: Callable[[int], float]) -> int:
-        """Return the largest value below ``upper`` whose total fits; -1 if not even 0 does."""
-        value = bisect.bisect_right(range(upper), limit, key=total) - 1
-        while value >= 0 and total(value) > limit:  # totals fall where parts become narrower
-            value = value * 9 // 10 if value else -1
-        return value
-
-    smallest, work = needed(chunks[-1]), measured.work
-    remedy = {
-        "evaluate": "choose a smaller model or smaller images",
-        "predict": "choose a smaller model, or fewer resources.shards in one process",
-    }.get(smallest.stage, "set engine.storage to bfloat16, use fewer classes (top_classes), or choose a smaller model")
-    if smallest.stage == "train":
-        batch = largest(
-            task.training_batch, lambda size: needed(chunks[-1], task=replace(task, training_batch=size)).total
-        )
-        remedy = f"lower training.batch_size to {batch}" if batch > 0 else "choose a smaller model"
-    elif work is not None and work.body_size:
-        body = largest(work.body_size, lambda size: needed(chunks[-1], measured.with_body_size(size)).total)
-        if body >= 0:
-            remedy = (
-                f"lower strategy.params.num_body_parameters to {body:,}"
-                if body
-                else "set strategy.params.mask to last_layer"
-            )
+def _fit(process: Process, measured: Measurement, request: QueryRequest, limit: float) -> tuple[int, Estimate]:
+    """Return the largest chunk for which ``process`` needs at most ``limit`` bytes, and its memory."""
+    for chunk in CHUNKS:
+        estimate = process(measured, request, chunk)
+        if estimate.total <= limit:
+            return chunk, estimate
     raise InputError(
-        f"resources.memory: the process that is to {smallest.stage} needs {smallest}, more than the "
-        f"{format_bytes(limit)} available; {remedy}"
+        f"resources.memory: a process needs {estimate} to {estimate.stage}, and only {format_bytes(limit)} are "
+        f"available besides Python and its libraries; {_remedy(process, measured, request, limit)}"
     )
+
+
+def _remedy(process: Process, measured: Measurement, request: QueryRequest, limit: float) -> str:
+    """Return the change of one setting after which ``process`` needs at most ``limit`` bytes."""
+
+    def fits(**changes: Any) -> bool:
+        return process(measured, replace(request, **changes), CHUNKS[-1]).total <= limit
+
+    def fits_body(size: int) -> bool:
+        return process(replace(measured, work=replace(work, body_size=size)), request, CHUNKS[-1]).total <= limit
+
+    work, precision = measured.work, replace(request.precision, storage=torch.bfloat16)
+    if size := _largest(lambda size: fits(training_batch_size=size), request.training_batch_size):
+        return f"lower training.batch_size to {size}"
+    if size := _largest(fits_body, work.body_size):
+        if work.fraction is None:
+            return f"lower strategy.params.num_body_parameters to {size}"
+        head_size = measured.num_classes * measured.width
+        fraction = (size + head_size) / (measured.num_body_parameters + head_size)
+        return f"lower strategy.params.fraction to {math.floor(fraction * 1e8) / 1e8:.8g}"
+    if work.body_size and fits_body(0):
+        return "set strategy.params.mask to last_layer"
+    if fits(precision=precision):
+        return "set engine.storage to bfloat16"
+    return "choose a smaller model, smaller images, fewer classes, or fewer shards in one process"
+
+
+def _largest(fits: Callable[[int], bool], upper: int) -> int:
+    """Return a value from 1 to ``upper`` - 1 that fits, and whose successor does not; 0 if there is none."""
+    low = 0
+    while upper - low > 1:
+        middle = (low + upper) // 2
+        low, upper = (middle, upper) if fits(middle) else (low, middle)
+    return low

@@ -1,87 +1,238 @@
-"""What a query computes: all that its memory and time depend on, except for the size of the pool."""
+"""The computation of a query, and the cost of its operations: bytes and seconds, measured on a few images.
 
-from dataclasses import dataclass
+The peak memory of an operation does not follow from shapes (activations, tensors that autograd saves, loops that
+``torch.func`` unrolls), so it is measured.
+"""
+
+import timeit
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fishermask.errors import InputError
+from fishermask.pool.blocks import ALIGNMENT, DIAGONAL_BATCH
 from fishermask.tensors import contrasts
-from fishermask.tensors.approximation import sample_size
 from fishermask.tensors.contrasts import Weighting
-from fishermask.tensors.gradient_plan import GradientPlan
+from fishermask.tensors.embedding import embed
+from fishermask.tensors.gradient_plan import GradientPlan, plan_gradients
+from fishermask.tensors.mask import body_parameters, fisher_diagonal, head_size, random_mask
+from fishermask.tensors.slow_gradients import copy_model
+
+BATCH_BYTES = 2e9
+"""Largest memory of a batch for the Fisher diagonal: a constant, because sums over a batch round with its size."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The computation of one query. Without a ``layout``, the query only predicts the pool."""
+    """The computation of one query: predictions of the pool, or with a ``gradient_plan`` embeddings of the pool."""
 
-    num_classes: int
-    layout: GradientPlan | None = None
-    """How the model's parameters are differentiated, where images are embedded."""
+    gradient_plan: GradientPlan | None = None
     body_size: int = 0
     """Masked parameters outside the last layer."""
-    top_classes: int = 0
-    """Classes that an embedding keeps for each image."""
-    width: int = 0
-    """E, inputs of the last layer with its bias."""
-    trace: bool = False
+    trace: bool = True
     """Whether candidates are scored by the trace objective, with k x k matrices; otherwise by distances."""
     fisher_samples: int = 0
-    """Images whose Fisher information ranks the parameters first; 0 if none does."""
+    """Images whose Fisher information ranks the parameters; 0 without a ranking."""
+    top_classes: int | None = None
+    """Classes of each image that its embedding represents, if not all."""
     oversample: float = 1.0
-    """Picks, as a multiple of the batch."""
+    """Number of picks divided by the size of the batch."""
     weighting: Weighting = "sqrt"
+    fraction: float | None = None
+    """Masked share of all parameters, if the user sets the size of the mask in this way."""
+    uses_model: bool = True
+
+
+class Cost(NamedTuple):
+    """Cost of an operation on a batch of images, on one thread."""
+
+    image_bytes: float = 0.0
+    """Peak bytes for each image of the batch."""
+    fixed_bytes: float = 0.0
+    """Peak bytes that do not depend on the size of the batch, such as those of a sum of gradients."""
+    image_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The sizes of a workload with a model, and the costs of its operations and of training."""
+
+    work: Workload
+    num_classes: int
+    width: int
+    """E, the number of inputs of the last layer, including its bias; 0 without a linear last layer."""
+    dtype: torch.dtype
+    input_bytes: int
+    """Bytes of one input of the model."""
+    stored_bytes: int
+    """Bytes of one image of the pool."""
+    model_bytes: int
+    prediction: Cost
+    training: Cost = Cost()
+    num_body_parameters: int = 0
+    """Parameters outside the last layer that can be in a mask."""
+    verification_bytes: int = 0
+    """Peak bytes while the gradients of the trained model are verified."""
+    embedding: Cost = Cost()
+    """Cost of an embedding, without the bytes of its ``numbers``."""
+    diagonal: Cost = Cost()
+    """Cost of the Fisher diagonal."""
+
+    @property
+    def classes(self) -> int:
+        """Classes of each image that its embedding represents."""
+        return self.work.top_classes or self.num_classes
 
     @property
     def rows(self) -> int:
         """Rows of an embedding."""
-        return contrasts.num_rows(self.top_classes, self.weighting)
-
-    @property
-    def exact_rows(self) -> int:
-        """Rows of an embedding with all classes."""
-        return contrasts.num_rows(self.num_classes, self.weighting)
+        return contrasts.num_rows(self.classes, self.work.weighting)
 
     @property
     def columns(self) -> int:
         """k - E, columns of an embedding."""
-        return self.body_size + (self.num_classes - 1) * self.width
+        return self.work.body_size + (self.num_classes - 1) * self.width
 
     @property
-    def error_samples(self) -> int:
-        """Images on which the error of keeping few classes is measured; 0 if all are kept."""
-        return sample_size(self.exact_rows) if self.top_classes < self.num_classes else 0
+    def numbers(self) -> int:
+        """Numbers of an embedding, which is stored by structure."""
+        return self.rows * self.work.body_size + self.width + self.classes
+
+    @property
+    def diagonal_batch(self) -> int:
+        """Images whose Fisher diagonal is computed at once."""
+        return max(1, min(DIAGONAL_BATCH, int(BATCH_BYTES // max(self.diagonal.image_bytes, 1.0))))
 
 
-def prediction_workload(model: nn.Module, images: Tensor) -> Workload:
-    """Return the workload of a query that only predicts with ``model``, which takes ``images`` [n, ...]."""
-    with torch.no_grad():
-        return Workload(model(images).shape[1])
+def measure(
+    model: nn.Module, images: Tensor, work: Workload | None, stored_bytes: int | None = None, training: bool = True
+) -> Measurement:
+    """Measure the query ``work`` with ``model``; None is a query that does not use the model.
 
-
-def embedding_workload(
-    model: nn.Module,
-    images: Tensor,
-    layout: GradientPlan,
-    body_size: int = 0,
-    *,
-    trace: bool = True,
-    fisher_samples: int = 0,
-    top_classes: int | None = None,
-    oversample: float = 1.0,
-    weighting: Weighting = "sqrt",
-) -> Workload:
-    """Return the workload of a query that embeds the pool with ``model``, which takes ``images`` [n, ...].
+    Args:
+        images: at least one input of the model, [n, ...].
+        stored_bytes: bytes of one image of the pool; by default one byte for each number, as for uint8 images.
+        training: whether to measure training.
 
     Raises:
-        InputError: ``top_classes`` would keep all classes.
+        InputError: ``top_classes`` is not smaller than the number of classes.
     """
-    num_classes = prediction_workload(model, images).num_classes
-    if top_classes is not None and top_classes >= num_classes:
-        raise InputError(f"top_classes: {top_classes} keeps all {num_classes} classes; lower it, or leave it out")
-    head = None if layout.head is None else model.get_submodule(layout.head)
-    assert head is None or isinstance(head, nn.Linear)
-    width = 0 if head is None else head.in_features + (head.bias is not None)
-    kept = top_classes or num_classes
-    return Workload(num_classes, layout, body_size, kept, width, trace, fisher_samples, oversample, weighting)
+    frozen = copy_model(model).eval().requires_grad_(False)  # as in a shard
+    work = work or Workload(uses_model=False)
+    with torch.no_grad():
+        prediction, num_classes = measure_cost(frozen, images), frozen(images).shape[1]
+    if (work.top_classes or 0) >= num_classes:
+        raise InputError(
+            f"strategy.params.top_classes: {work.top_classes} is not smaller than the number of classes, "
+            f"{num_classes}; lower it, or leave it out"
+        )
+    measured = Measurement(
+        work,
+        num_classes,
+        width=head_size(model, work.gradient_plan) // num_classes if work.gradient_plan else 0,
+        dtype=images.dtype,
+        input_bytes=images[0].nbytes,
+        stored_bytes=images[0].numel() if stored_bytes is None else stored_bytes,
+        model_bytes=sum(value.nbytes for value in [*model.parameters(), *model.buffers()]),
+        prediction=prediction,
+        training=_training_cost(model, images) if training else Cost(),
+    )
+    if (plan := work.gradient_plan) is None:
+        return measured
+    body = body_parameters(frozen, plan)
+    # A mask that is spread over all layers needs the most memory.
+    mask = random_mask(body, plan, work.body_size, torch.Generator().manual_seed(0))
+    embedding = measure_cost(lambda batch: embed(frozen, batch, mask, work.weighting, work.top_classes), images)
+    gradient_bytes = max(0.0, embedding.image_bytes - measured.numbers * images.element_size())
+    diagonal = Cost()
+    if work.fisher_samples:
+        diagonal = measure_cost(lambda batch: fisher_diagonal(frozen, batch, plan), images)
+    return replace(
+        measured,
+        num_body_parameters=sum(parameter.numel() for parameter in body.values()),
+        verification_bytes=peak_bytes(lambda: plan_gradients(model, images)),
+        embedding=embedding._replace(image_bytes=gradient_bytes),
+        diagonal=diagonal,
+    )
+
+
+def _training_cost(model: nn.Module, images: Tensor) -> Cost:
+    """Measure a training step with Adam. The fixed bytes include the gradients and Adam's state."""
+    trained = copy_model(model).train()
+
+    def train(batch: Tensor) -> None:
+        optimizer = torch.optim.Adam(trained.parameters())
+        for _ in range(2):  # the first step creates Adam's state
+            loss = F.cross_entropy(trained(batch), batch.new_zeros(len(batch), dtype=torch.long))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    with torch.random.fork_rng([]):
+        cost = measure_cost(train, images)
+    return cost._replace(image_seconds=cost.image_seconds / 2)
+
+
+def measure_cost(operation: Callable[[Tensor], object], images: Tensor) -> Cost:
+    """Measure ``operation`` on batches that repeat the first of ``images``."""
+
+    def batch(count: int) -> Tensor:
+        return images[:1].expand(count, *images.shape[1:]).contiguous()
+
+    operation(batch(2))  # the first call creates tensors that later calls share
+    small, large = (peak_bytes(partial(operation, batch(count))) for count in (2, 6))
+    image_bytes = (large - small) / 4
+    inputs = batch(max(1, min(ALIGNMENT, int(BATCH_BYTES // max(image_bytes, 1.0)))))
+    seconds = shortest_seconds(partial(operation, inputs))
+    return Cost(image_bytes, max(0.0, small - 2 * image_bytes), seconds / len(inputs))
+
+
+def shortest_seconds(operation: Callable[[], object]) -> float:
+    """Return the shortest of three times of ``operation`` on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return min(timeit.repeat(operation, number=1, repeat=3))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def peak_bytes(operation: Callable[[], object]) -> int:
+    """Return the largest number of bytes of tensors created by ``operation`` that are alive at the same time."""
+    with _LiveBytes() as counter:
+        operation()
+    return counter.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Context that counts the bytes of the tensors that are created in it and are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = self.peak = 0
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if (key := storage._cdata) not in self.storages and key not in arguments:
+                    self.storages.add(key)
+                    self.current += storage.nbytes()
+                    self.peak = max(self.peak, self.current)
+                    weakref.finalize(storage, self._subtract, key, storage.nbytes())
+        return result
+
+    def _subtract(self, key: int, size: int) -> None:
+        self.storages.discard(key)
+        self.current -= size

@@ -7,9 +7,9 @@ A strategy is a module with
   the order of choice, as a tensor, a NumPy array or a list of integers;
 * ``class Params(StrategyParams)``, if the strategy has parameters;
 * ``check(params, model, images)``, if a query does more than predict the pool, or if some parameters do not suit some
-  models. It raises ``InputError``, and returns the workload that memory and time are estimated from: the
-  ``embedding_workload`` of a query that embeds the pool, the ``prediction_workload`` of a query that only predicts it
-  (as without ``check``), or None if the query reads no sample.
+  models. It raises ``InputError``, and returns the workload that memory and time are estimated from:
+  ``Workload(gradient_plan, ...)`` of a query that embeds the pool, ``Workload()`` of a query that only predicts it (as
+  without ``check``), or None if the query reads no sample.
 
 Settings name a strategy in one of three ways:
 
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from fishermask.config import Config, StrategyConfig, StrategyParams, parse
 from fishermask.errors import InputError
 from fishermask.guard import guarded, short
-from fishermask.planning.workload import Workload, prediction_workload
+from fishermask.planning.workload import Workload
 from fishermask.pool.pool import Pool
 from fishermask.user_modules import attribute_of, import_file, split_file_name
 
@@ -78,7 +78,7 @@ class Strategy:
             InputError: the parameters do not suit the model.
         """
         if self.check_function is None:
-            return prediction_workload(model, images)
+            return Workload()
         workload = self.check_function(self.params, model, images)
         if not isinstance(workload, Workload | None):
             raise InputError(f"strategy.name: {self.file} check returns {short(workload)}; expected a Workload or None")

@@ -4,7 +4,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fishermask.config import Config
-from fishermask.planning.workload import Workload, embedding_workload
+from fishermask.planning.workload import Workload
 from fishermask.pool.pool import Pool
 from fishermask.pool.selection import TraceOptions, minimize_trace
 from fishermask.tensors.gradient_plan import plan_gradients
@@ -23,7 +23,7 @@ class Params(Config):
 def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
     """The model must end in a linear layer."""
     mask = last_layer_mask(plan_gradients(model, images))
-    return embedding_workload(model, images, mask.plan, top_classes=params.top_classes, oversample=params.oversample)
+    return Workload(mask.plan, top_classes=params.top_classes, oversample=params.oversample)
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:

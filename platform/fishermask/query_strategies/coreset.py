@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fishermask.config import Config
-from fishermask.planning.workload import Workload, embedding_workload
+from fishermask.planning.workload import Workload
 from fishermask.pool.pool import Pool
 from fishermask.pool.selection import DistanceCriterion, greedy, record_picks
 from fishermask.tensors.distances import KCenterScorer
@@ -14,8 +14,7 @@ from fishermask.tensors.mask import last_layer_mask
 
 def check(params: Config, model: nn.Module, images: Tensor) -> Workload:
     """The model must end in a linear layer."""
-    mask = last_layer_mask(plan_gradients(model, images))
-    return embedding_workload(model, images, mask.plan, trace=False)
+    return Workload(last_layer_mask(plan_gradients(model, images)).plan, trace=False)
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:

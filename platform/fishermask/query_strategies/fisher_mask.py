@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fishermask.config import Config
 from fishermask.errors import InputError
-from fishermask.planning.workload import Workload, embedding_workload
+from fishermask.planning.workload import Workload
 from fishermask.pool.pool import Pool
 from fishermask.pool.selection import TraceOptions, minimize_trace
 from fishermask.tensors import mask as masks
@@ -77,15 +77,14 @@ def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
     plan = plan_gradients(model, images)
     warn_about_slow_parameters(plan.slow)
     body_size = choose_body_size(params, model, plan)
-    return embedding_workload(
-        model,
-        images,
+    return Workload(
         plan,
         body_size,
         fisher_samples=params.fisher_samples if params.mask in RANKED and body_size else 0,
         top_classes=params.top_classes,
         oversample=params.oversample,
         weighting=params.class_weighting,
+        fraction=params.fraction,
     )
 
 

@@ -20,7 +20,7 @@ import yaml
 
 from fishermask import stopping
 from fishermask.errors import InputError
-from fishermask.planning.placement import Bundle, Cluster
+from fishermask.planning.placement import UNKNOWN_NODE, Bundle, Cluster
 
 # Ray reads these when it is imported. They switch off telemetry, Ray's own TensorBoard files, progress display and
 # printed tracebacks, keep the working folder of trials, so that relative paths stay valid, and leave Ctrl-C to us.
@@ -203,30 +203,38 @@ def describe_refusal(address: str, message: str) -> str:
 def connected_cluster() -> Cluster:
     """Return the nodes of the connected cluster with all their resources, and those that an autoscaler may add."""
     nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
-    return Cluster(nodes, autoscaler_nodes(), is_autoscaled())
+    addable, max_workers = autoscaler_nodes()
+    if addable:
+        num_workers = len(nodes) - 1  # all but the head
+        return Cluster(nodes, addable, max(0, max_workers - num_workers))
+    return Cluster(nodes, (UNKNOWN_NODE,) if is_autoscaled() else ())
 
 
-def autoscaler_nodes() -> tuple[Bundle, ...]:
-    """Return the nodes that an autoscaler on this machine may start, as its configuration file says."""
+def autoscaler_nodes() -> tuple[tuple[Bundle, ...], int]:
+    """Return the nodes that an autoscaler on this machine may start, and the largest number of nodes at once.
+
+    Both come from the autoscaler's configuration file. Without an autoscaler, there are none.
+    """
     for process in psutil.process_iter(["cmdline"]):
         for argument in process.info["cmdline"] or ():
             name, _, value = argument.partition("=")
             if name == "--autoscaling-config" and value:
                 return _read_node_types(Path(value).expanduser())
-    return ()
+    return (), 0
 
 
-def _read_node_types(file: Path) -> tuple[Bundle, ...]:
+def _read_node_types(file: Path) -> tuple[tuple[Bundle, ...], int]:
     with suppress(OSError, yaml.YAMLError, AttributeError, TypeError):  # Ray owns the file and may delete it
         config = yaml.safe_load(file.read_text())
         head, max_workers = config.get("head_node_type"), config.get("max_workers", 0)
         types = {name: kind for name, kind in config["available_node_types"].items() if name != head}
-        return tuple(
+        nodes = (
             kind.get("resources", {})
             for kind in types.values()
             for _ in range(min(kind.get("max_workers", max_workers), max_workers))
         )
-    return ()
+        return tuple(nodes), max_workers
+    return (), 0
 
 
 def is_autoscaled() -> bool:

@@ -31,7 +31,7 @@ def planned_rounds(plan: RunPlan) -> list[RoundSeconds]:
     epochs = EPOCHS_SHARE * plan.config.training.max_epochs
     return [
         RoundSeconds(
-            plan.measurement.training_seconds * epochs * min(budget.initial + index * budget.query, budget.total),
+            plan.measurement.training.image_seconds * epochs * min(budget.initial + index * budget.query, budget.total),
             plan.query.seconds if index + 1 < num_rounds else 0.0,
         )
         for index in range(num_rounds)

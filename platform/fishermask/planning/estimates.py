@@ -1,0 +1,186 @@
+"""The memory and time of a query, from the shapes of its results and the measured costs of its operations."""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fishermask.learning.training import PREDICTION_BATCH
+from fishermask.planning.workload import Cost, Measurement, shortest_seconds
+from fishermask.pool.blocks import BLOCK, PREDICTED, images_per_part
+from fishermask.tensors.precision import Precision
+
+# Fitted to the peaks of benchmarks/memory.py.
+EMBEDDING_LIBRARIES, PREDICTION_LIBRARIES = 32e6, 5e6
+"""Bytes of kernels and thread pools: in a query that embeds the pool, and in any other."""
+SLACK = 0.1
+"""Share of the memory that the allocator cannot return."""
+GRADIENT_GAPS, PREDICTION_GAPS, TRAINING_GAPS = 0.28, 0.75, 1.5
+"""Unused bytes of the heap for each byte of live tensors: while gradients are computed, in predictions, in training."""
+MAX_GAPS = 300e6
+"""Largest number of such bytes: large tensors are not in the heap."""
+RANKING_BYTES = 40
+"""Bytes for each parameter while the parameters are ranked."""
+
+# Fitted to the times of benchmarks/scale.py.
+STRUCTURED = 2.5
+"""Time of structured products divided by the time of one large matrix product with equally many operations."""
+PAIR_SECONDS, DISTANCE_SECONDS = 1.4e-8, 4e-9
+"""Seconds of a pick for each pair of an image's rows, and of a distance for each number of an image."""
+
+
+@dataclass(frozen=True)
+class QueryRequest:
+    """A query of ``batch_size`` images from a pool."""
+
+    pool_size: int
+    batch_size: int
+    num_labeled: int = 0
+    precision: Precision = Precision()
+    training_batch_size: int = 0
+    """Images of a training step in the process that leads the query; 0 if it does not train."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory of a process, beyond the memory that it occupies before."""
+
+    parts: Mapping[str, float]
+    """Component -> bytes."""
+    stage: str
+    """The stage with the largest memory, as a verb phrase."""
+
+    @property
+    def total(self) -> float:
+        """Peak memory in bytes."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        """Return the total and its parts, in the same unit: ``270 MB (embeddings 64, matrices 24)``."""
+        unit, digits = (1e9, 2) if self.total >= 1e9 else (1e6, 0)
+        sizes = {name: f"{size / unit:.{digits}f}" for name, size in self.parts.items()}
+        parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if float(size))
+        return f"{format_bytes(self.total)} ({parts})"
+
+
+def format_bytes(size: float) -> str:
+    """Return ``1.23 GB`` or ``45 MB``."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def estimate_memory(
+    measured: Measurement,
+    request: QueryRequest,
+    chunk: int,
+    num_images: int,
+    num_shards: int = 1,
+    coordinates: bool = True,
+) -> Estimate:
+    """Estimate the peak memory of a process that holds ``num_shards`` shards of ``num_images`` images each.
+
+    Args:
+        chunk: images whose gradients are computed at once.
+        coordinates: whether the process also trains, evaluates and leads the query.
+    """
+    work, stored_bytes = measured.work, measured.stored_bytes
+    stages: dict[str, dict[str, float]] = {"start": {}}
+    if coordinates and request.training_batch_size:
+        stages["train"] = {
+            "labeled images": (request.num_labeled + request.batch_size) * stored_bytes,
+            "gradients": measured.training.fixed_bytes,
+            "activations": _batch_bytes(measured, measured.training, request.training_batch_size, TRAINING_GAPS),
+        }
+        activations = _batch_bytes(measured, measured.prediction, PREDICTION_BATCH, PREDICTION_GAPS)
+        stages["evaluate"] = {"images": PREDICTION_BATCH * stored_bytes, "activations": activations}
+    if work.gradient_plan is not None:
+        stages |= _embedding_stages(measured, request, chunk, num_images, num_shards, coordinates)
+    elif work.uses_model:
+        batch = min(PREDICTED, num_images)
+        stages["predict the pool"] = {
+            "images": num_shards * min(BLOCK, num_images) * stored_bytes,
+            "activations": num_shards * _batch_bytes(measured, measured.prediction, batch, PREDICTION_GAPS),
+            # Probabilities arrive in pieces, are concatenated, and those of the candidates are copied.
+            "probabilities": 3 * request.pool_size * measured.num_classes * measured.dtype.itemsize * coordinates,
+        }
+    stage = max(stages, key=lambda stage: sum(stages[stage].values()))
+    parts = {"model": max(num_shards, coordinates) * measured.model_bytes} | stages[stage]
+    libraries = EMBEDDING_LIBRARIES if work.gradient_plan else PREDICTION_LIBRARIES
+    return Estimate(parts | {"libraries": libraries + SLACK * sum(parts.values())}, stage)
+
+
+def _batch_bytes(measured: Measurement, cost: Cost, count: int, gaps: float) -> float:
+    """Return the bytes of the heap during an operation on ``count`` images, and of the images as inputs."""
+    return count * (cost.image_bytes + measured.input_bytes) + min(gaps * count * cost.image_bytes, MAX_GAPS)
+
+
+def _embedding_stages(
+    measured: Measurement, request: QueryRequest, chunk: int, num_images: int, num_shards: int, coordinates: bool
+) -> dict[str, dict[str, float]]:
+    """Return the bytes of each component in each stage of a query that embeds the pool."""
+    work, rows, numbers, dtype = measured.work, measured.rows, measured.numbers, measured.dtype
+    body, matrix = work.body_size, 8 * measured.columns**2 * work.trace
+    storage, scores = request.precision.storage or dtype, request.precision.scores or dtype
+    # A shard stores probabilities in the model's type, with the indices of their classes if these are not all.
+    embedding = (numbers - measured.classes) * storage.itemsize + measured.classes * dtype.itemsize
+    embedding += 8 * (work.top_classes or 0)
+    copied = math.ceil(work.oversample * request.batch_size) + (0 if work.trace else 3 * request.num_labeled)
+    embedded = {"embeddings": num_shards * num_images * embedding + copied * numbers * dtype.itemsize * coordinates}
+    # A shard embeds a chunk at a time, and multiplies a part of its embeddings at a time.
+    part = min(images_per_part(body), num_images)
+    chunk = min(chunk, part)
+    gradients = _batch_bytes(measured, measured.embedding, chunk, GRADIENT_GAPS)
+    gradients += (part + chunk) * numbers * dtype.itemsize + min(BLOCK, num_images) * measured.stored_bytes
+    products = (measured.num_classes - 1) * measured.width + 2 * rows * body if work.trace else 2 * numbers
+    diagonal = _batch_bytes(measured, measured.diagonal, measured.diagonal_batch, GRADIENT_GAPS)
+    stages: dict[str, dict[str, float]] = {
+        "verify the gradients": {"gradients": measured.verification_bytes * coordinates},
+        "embed the pool": embedded | {"gradients": num_shards * gradients},
+        "score the pool": {
+            **embedded,
+            "scores": num_shards * num_images * (2 * rows**2 if work.trace else 1) * scores.itemsize,
+            # Sums over the pool, over the labeled images and over a part, and the same of the body alone.
+            "matrices": num_shards * 3 * (matrix + 8 * body**2 * work.trace),
+            "products": num_shards * 8 * part * products,
+        },
+        # M, its factor, its inverse R, F, R F and H = R F R; some again for the picks that remain.
+        "invert the information": {
+            **embedded,
+            "matrices": (10 if work.oversample > 1 else 6) * matrix * coordinates,
+        },
+    }
+    if body:
+        stages["rank the parameters"] = {
+            "gradients": num_shards * (measured.diagonal.fixed_bytes + diagonal),
+            "parameters": RANKING_BYTES * measured.num_body_parameters * coordinates,
+            "images": 2 * work.fisher_samples * measured.stored_bytes * coordinates,
+        }
+    return stages
+
+
+def estimate_seconds(measured: Measurement, request: QueryRequest, num_images: int) -> float:
+    """Estimate the time of a query on one core for each shard, of which the largest has ``num_images`` images."""
+    work, rows, classes, width = measured.work, measured.rows, measured.num_classes, measured.width
+    if work.gradient_plan is None:
+        return measured.prediction.image_seconds * num_images * work.uses_model
+    sampled = min(1.0, work.fisher_samples / request.pool_size)
+    seconds = num_images * (measured.embedding.image_seconds + sampled * measured.diagonal.image_seconds)
+    picks, body = round(work.oversample * request.batch_size), work.body_size
+    if not work.trace:
+        comparisons = (picks + request.num_labeled) * num_images
+        return seconds + DISTANCE_SECONDS * comparisons * (classes + width)
+    # For each image: the sum of the information and the first scores, then each pick.
+    start = 6 * (measured.classes * classes / 2 * width**2 + 2 * classes * width * body + rows * body**2)
+    pick = 4 * rows * ((classes - 1) * width + rows * body)
+    # In the coordinator: an inverse and two products of k x k, then a product for each pick.
+    coordinator = 8 * measured.columns**3 + 8 * picks * rows * measured.columns**2
+    operations = STRUCTURED * num_images * (start + picks * pick) + coordinator
+    return seconds + operations / core_flops() + PAIR_SECONDS * picks * num_images * rows**2
+
+
+@functools.cache
+def core_flops() -> float:
+    """Return the operations per second of one core in a float32 matrix product, measured once."""
+    matrix = torch.ones(512, 512)
+    return 2 * 512**3 / shortest_seconds(lambda: matrix @ matrix)

@@ -148,7 +148,7 @@ def test_run_that_is_lost_too_often_fails_with_the_reason(tmp_path, ray_session)
     recorder = run_on_ray(sweep, QUIET)
     thread.join()
     assert killed
-    assert "its process was lost after 0 restarts; see resources.restarts" in recorder.failed["margin-seed=0"]
+    assert "its process was lost after 0 restarts; raise resources.restarts, " in recorder.failed["margin-seed=0"]
     assert "The actor died unexpectedly" in sweep.runs[0].folder.error.read_text()
     assert len(runner.unfinished_runs(sweep)) == 1
 

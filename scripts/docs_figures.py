@@ -58,7 +58,7 @@ def write_figures(sweep: Sweep, docs: Path) -> None:
 def find_mismatch(sweep: Sweep, docs: Path) -> str | None:
     """Return why the picture in ``docs`` does not belong to the page or to the sweep; None if it does."""
     picture, page = figure_paths(sweep, docs)
-    metadata = Image.open(picture).text  # type: ignore[attr-defined]
+    metadata = Image.open(picture).text
     if metadata.get(TABLE_KEY) != hashlib.sha256(page.read_bytes()).hexdigest():
         return f"{picture.name} does not show the results in {page.name}; run make docs-figures"
     if metadata.get(SETTINGS_KEY) != settings_hash(sweep):

@@ -848,7 +848,7 @@ MUTANTS = [
     ),
     Mutant(
         "sweeps/tensorboard.py",
-        "add_scalar(tag, value, labels)",
+        'add_scalar(tag, value, result["labels"])',
         'add_scalar(tag, value, result["round"])',
         "TensorBoard shows values by round",
         "records sweep",

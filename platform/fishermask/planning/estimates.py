@@ -131,7 +131,7 @@ def _embedding_stages(
     part = min(images_per_part(body), num_images)
     chunk = min(chunk, part)
     gradients = _batch_bytes(measured, measured.embedding, chunk, GRADIENT_GAPS)
-    gradients += (part + chunk) * numbers * dtype.itemsize + min(BLOCK, num_images) * measured.stored_bytes
+    gradients += part * numbers * dtype.itemsize + min(BLOCK, num_images) * measured.stored_bytes
     products = (measured.num_classes - 1) * measured.width + 2 * rows * body if work.trace else 2 * numbers
     diagonal = _batch_bytes(measured, measured.diagonal, measured.diagonal_batch, GRADIENT_GAPS)
     stages: dict[str, dict[str, float]] = {

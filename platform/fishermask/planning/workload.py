@@ -7,7 +7,7 @@ The peak memory of an operation does not follow from shapes (activations, tensor
 import timeit
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,20 +69,19 @@ class Measurement:
     num_classes: int
     width: int
     """E, the number of inputs of the last layer, including its bias; 0 without a linear last layer."""
+    num_body_parameters: int
+    """Parameters outside the last layer that can be in a mask."""
     dtype: torch.dtype
     input_bytes: int
     """Bytes of one input of the model."""
     stored_bytes: int
     """Bytes of one image of the pool."""
     model_bytes: int
-    prediction: Cost
-    training: Cost = Cost()
-    num_body_parameters: int = 0
-    """Parameters outside the last layer that can be in a mask."""
     verification_bytes: int = 0
     """Peak bytes while the gradients of the trained model are verified."""
+    prediction: Cost = Cost()
+    training: Cost = Cost()
     embedding: Cost = Cost()
-    """Cost of an embedding, without the bytes of its ``numbers``."""
     diagonal: Cost = Cost()
     """Cost of the Fisher diagonal."""
 
@@ -125,8 +124,8 @@ def measure(
     Raises:
         InputError: ``top_classes`` is not smaller than the number of classes.
     """
-    frozen = copy_model(model).eval().requires_grad_(False)  # as in a shard
     work = work or Workload(uses_model=False)
+    frozen = copy_model(model).eval().requires_grad_(False)  # as in a shard
     with torch.no_grad():
         prediction, num_classes = measure_cost(frozen, images), frozen(images).shape[1]
     if (work.top_classes or 0) >= num_classes:
@@ -134,32 +133,31 @@ def measure(
             f"strategy.params.top_classes: {work.top_classes} is not smaller than the number of classes, "
             f"{num_classes}; lower it, or leave it out"
         )
-    measured = Measurement(
+    width = num_body_parameters = verification_bytes = 0
+    embedding = diagonal = Cost()
+    if (plan := work.gradient_plan) is not None:
+        body = body_parameters(frozen, plan)
+        width = head_size(model, plan) // num_classes
+        num_body_parameters = sum(parameter.numel() for parameter in body.values())
+        verification_bytes = peak_bytes(lambda: plan_gradients(model, images))
+        # A mask that is spread over all layers needs the most memory.
+        mask = random_mask(body, plan, work.body_size, torch.Generator().manual_seed(0))
+        embedding = measure_cost(lambda batch: embed(frozen, batch, mask, work.weighting, work.top_classes), images)
+        if work.fisher_samples:
+            diagonal = measure_cost(lambda batch: fisher_diagonal(frozen, batch, plan), images)
+    return Measurement(
         work,
         num_classes,
-        width=head_size(model, work.gradient_plan) // num_classes if work.gradient_plan else 0,
-        dtype=images.dtype,
+        width,
+        num_body_parameters,
+        images.dtype,
         input_bytes=images[0].nbytes,
         stored_bytes=images[0].numel() if stored_bytes is None else stored_bytes,
         model_bytes=sum(value.nbytes for value in [*model.parameters(), *model.buffers()]),
+        verification_bytes=verification_bytes,
         prediction=prediction,
         training=_training_cost(model, images) if training else Cost(),
-    )
-    if (plan := work.gradient_plan) is None:
-        return measured
-    body = body_parameters(frozen, plan)
-    # A mask that is spread over all layers needs the most memory.
-    mask = random_mask(body, plan, work.body_size, torch.Generator().manual_seed(0))
-    embedding = measure_cost(lambda batch: embed(frozen, batch, mask, work.weighting, work.top_classes), images)
-    gradient_bytes = max(0.0, embedding.image_bytes - measured.numbers * images.element_size())
-    diagonal = Cost()
-    if work.fisher_samples:
-        diagonal = measure_cost(lambda batch: fisher_diagonal(frozen, batch, plan), images)
-    return replace(
-        measured,
-        num_body_parameters=sum(parameter.numel() for parameter in body.values()),
-        verification_bytes=peak_bytes(lambda: plan_gradients(model, images)),
-        embedding=embedding._replace(image_bytes=gradient_bytes),
+        embedding=embedding,
         diagonal=diagonal,
     )
 

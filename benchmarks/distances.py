@@ -1,10 +1,10 @@
-"""BADGE and k-center through the greedy loop, against scikit-activeml in the same run.
+"""Time and memory of BADGE and k-center, compared with scikit-activeml in the same process.
 
     pip install 'fishermask[benchmarks]'
     python benchmarks/distances.py
 
-20,000 candidates, 100 classes, 768 features. scikit-activeml forms the n x (C E) gradient embedding and is timed on a
-part of the candidates, which its time and memory grow with in proportion; both choose 10.
+20,000 candidates, 100 classes, 768 features, 10 picks. scikit-activeml forms the n x (C E) gradient embedding. Its time and
+memory are proportional to the number of candidates, so it is measured on a part of them and scaled.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from fishermask.tensors.distances import BadgeScorer, KCenterScorer
 PICKS = 10
 
 
-def ours(embedding, scorer, shards):
-    """Seconds for ``PICKS`` picks and bytes of state, on ``shards`` shards in process."""
+def measure_fishermask(embedding, scorer, shards):
+    """Return the seconds of ``PICKS`` picks and the bytes of state, on local shards."""
     pool = local_pool(embedding, shards)
     started = time.perf_counter()
     greedy(pool, DistanceCriterion(scorer, pool.scores_type), PICKS)
@@ -32,8 +32,8 @@ def ours(embedding, scorer, shards):
     return seconds, sum(field.numel() * field.element_size() for field in fields) + 4 * embedding.hidden.shape[1]
 
 
-def theirs(select):
-    """Seconds and peak bytes of numpy's allocations."""
+def measure_numpy(select):
+    """Return the seconds of ``select`` and the peak bytes of NumPy's allocations."""
     tracemalloc.start()
     started = time.perf_counter()
     select()
@@ -57,8 +57,8 @@ def main():
     features = embedding.hidden[:, :part].T.double().numpy()
     probabilities = embedding.probabilities[:, :part].T.double().numpy()
 
-    class Given(ClassifierMixin, BaseEstimator):
-        """A classifier whose predictions are given, in the order of the candidates."""
+    class FixedPredictions(ClassifierMixin, BaseEstimator):
+        """A classifier that returns stored predictions in the order of the candidates."""
 
         def fit(self, X, y):
             self.classes_ = np.arange(num_classes)
@@ -69,7 +69,7 @@ def main():
 
     labels = np.full(part, np.nan)
     labels[0] = 0
-    classifier = SklearnClassifier(Given(), classes=np.arange(num_classes)).fit(features, labels)
+    classifier = SklearnClassifier(FixedPredictions(), classes=np.arange(num_classes)).fit(features, labels)
     badge = Badge(random_state=0)
     coreset = CoreSet(random_state=0)
     rows = []
@@ -85,15 +85,15 @@ def main():
             KCenterScorer(embedding.hidden[:, :1]),
         ),
     ):
-        slow, peak = theirs(select)
-        fast, used = ours(embedding, scorer, threads)
+        slow, peak = measure_numpy(select)
+        fast, used = measure_fishermask(embedding, scorer, threads)
         share = n / part
         rows.append(
             [name, slow * share, fast, slow * share / fast, peak * share / 1e6, used / 1e6, peak * share / used]
         )
     show(
         f"{PICKS} picks of n = {n:,}, C = {num_classes}, E = {width}; scikit-activeml on {part:,}, scaled. {machine()}",
-        ["method", "scikit-activeml s", "ours s", "ratio", "scikit-activeml MB", "ours MB", "ratio"],
+        ["method", "scikit-activeml s", "fishermask s", "ratio", "scikit-activeml MB", "fishermask MB", "ratio"],
         rows,
     )
 

@@ -1,10 +1,10 @@
-"""Masked gradients and the Fisher diagonal on thin ResNet-18, against autograd by the definition and against the floor.
+"""Time of masked gradients and of the Fisher diagonal, compared with plain autograd and with a lower bound.
 
     python benchmarks/gradients.py
 
-The floor is what nobody can do without: one forward pass and C backward passes to activations, down to the earliest
-masked layer. "Naive" is autograd for each sample and class through the graph of the whole batch, as the paper's code
-does it; it is timed on a few samples of the batch and scaled.
+The model is thin ResNet-18. The lower bound is one forward pass, and C backward passes to activations down to the
+earliest masked layer. "Naive" is one autograd call for each sample and class through the graph of the whole batch, as
+in the paper's code; it is timed on a few samples of the batch and scaled.
 """
 
 import torch
@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def naive(model, images, columns, samples):
-    """w_c d log p_c / d theta of the first ``samples`` images, one autograd call for each sample and class."""
+    """Return sqrt(p_c) d log p_c / d theta of the first ``samples`` images, one autograd call per sample and class."""
     parameters = list(model.parameters())
     log_p = model(images).log_softmax(-1)
     rows = []
@@ -32,11 +32,11 @@ def naive(model, images, columns, samples):
     return torch.stack(rows).view(samples, log_p.shape[1], -1)
 
 
-def floor(model, images, head, layers):
-    """One forward pass and C backward passes to the outputs of ``layers``."""
-    run = forward(model, images, head, layers)
-    each = torch.eye(run.logits.shape[1], device=images.device)[:, None].repeat(1, len(images), 1)
-    for _ in output_gradients(run, each):
+def run_lower_bound(model, images, head, layers):
+    """Run one forward pass and C backward passes to the outputs of ``layers``."""
+    forward_pass = forward(model, images, head, layers)
+    cotangents = torch.eye(forward_pass.logits.shape[1], device=images.device)[:, None].repeat(1, len(images), 1)
+    for _ in output_gradients(forward_pass, cotangents):
         pass
 
 
@@ -44,15 +44,15 @@ def main():
     torch.manual_seed(0)
     model = models.build("thin_resnet18", {}, (3, 32, 32), 10, seed=0).eval().to(DEVICE)
     images = torch.randn(1024, 3, 32, 32, device=DEVICE)
-    with torch.no_grad():  # let batch norm see data once, or the logits mean nothing
+    with torch.no_grad():  # set the statistics of batch norm
         model.train()(images[:256])
         model.eval()
-    layout = plan_gradients(model, images[:2])
-    head = layout.head
+    plan = plan_gradients(model, images[:2])
+    head = plan.head
     model.requires_grad_(False)
-    diagonal = fisher_diagonal(model, images[:64], layout)
-    k = mask_size(model, layout, 0.00204)
-    mask = global_mask(diagonal, layout, k - head_size(model, layout))
+    diagonal = fisher_diagonal(model, images[:64], plan)
+    k = mask_size(model, plan, 0.00204)
+    mask = global_mask(diagonal, layout, k - head_size(model, plan))
     earliest = mask.layers
     columns, start = [], 0
     for name, parameter in model.named_parameters():
@@ -69,38 +69,42 @@ def main():
         expected = naive(model, images[:batch], columns, samples)
         slow = seconds(lambda b=batch, s=samples: naive(model, images[:b], columns, s), repeats=3) / samples
         model.requires_grad_(False)
-        found = every_column(embed(model, images[:batch], mask))[:samples]
-        found, expected = (v.square().sum(1) for v in (found, expected))  # which rows those are is a choice
-        error = float((found - expected).abs().max() / expected.abs().max())
-        for layout_name, memory in (("default", torch.contiguous_format), ("channels last", torch.channels_last)):
-            model.to(memory_format=memory)
-            part = images[:batch].contiguous(memory_format=memory)
+        actual = every_column(embed(model, images[:batch], mask))[:samples]
+        # V is unique up to an orthogonal matrix; the sums of squares of its columns are unique.
+        actual, expected = (v.square().sum(1) for v in (actual, expected))
+        error = float((actual - expected).abs().max() / expected.abs().max())
+        for format_name, memory_format in (
+            ("default", torch.contiguous_format),
+            ("channels last", torch.channels_last),
+        ):
+            model.to(memory_format=memory_format)
+            part = images[:batch].contiguous(memory_format=memory_format)
             fast = seconds(lambda p=part: embed(model, p, mask), repeats=9) / batch
-            least = seconds(lambda p=part: floor(model, p, head, earliest), repeats=9) / batch
-            rows.append([batch, layout_name, slow * 1e3, fast * 1e3, least * 1e3, slow / fast, fast / least, error])
+            bound = seconds(lambda p=part: run_lower_bound(model, p, head, earliest), repeats=9) / batch
+            rows.append([batch, format_name, slow * 1e3, fast * 1e3, bound * 1e3, slow / fast, fast / bound, error])
         model.to(memory_format=torch.contiguous_format)
     show(
         f"Masked gradients, thin ResNet-18, 32x32x3, C = 10, k = {k} ({mask.body_size} outside the head). {machine()}",
         [
             "batch",
-            "layout",
+            "memory format",
             "naive ms/image",
-            "ours ms/image",
-            "floor ms/image",
-            "naive/ours",
-            "ours/floor",
+            "fishermask ms/image",
+            "bound ms/image",
+            "naive/fishermask",
+            "fishermask/bound",
             "error of squares",
         ],
         rows,
     )
-    everything = list(dict.fromkeys(name.rpartition(".")[0] for name in diagonal))
+    all_layers = list(dict.fromkeys(name.rpartition(".")[0] for name in diagonal))
     batches = images.split(32)
-    ours = seconds(lambda: [fisher_diagonal(model, batch, layout) for batch in batches], repeats=3)
-    least = seconds(lambda: [floor(model, batch, head, everything) for batch in batches], repeats=3)
+    time = seconds(lambda: [fisher_diagonal(model, batch, plan) for batch in batches], repeats=3)
+    bound = seconds(lambda: [run_lower_bound(model, batch, head, all_layers) for batch in batches], repeats=3)
     show(
         f"Fisher diagonal of {start:,} parameters on 1,024 images. {machine()}",
-        ["ours s", "floor s", "ours/floor"],
-        [[ours, least, ours / least]],
+        ["fishermask s", "bound s", "fishermask/bound"],
+        [[time, bound, time / bound]],
     )
 
 

@@ -1,11 +1,11 @@
-"""One step of the greedy selection against dense rescoring, against its floor, and as everything grows.
+"""Time of a greedy step, compared with dense rescoring and with a lower bound, and its growth with each size.
 
     python benchmarks/greedy.py            # steps
     python benchmarks/greedy.py --large    # k = 7,014, 960 picks from 4,800: minutes
 
-The floor is one structured product with 2 C columns and one read and write of P and Q [C, C], on the same threads.
-Dense rescoring is the definition: V R V^T and V R F R V^T with V [C, k] for every image by k x k products, on random
-numbers for a few images, and scaled.
+The lower bound is one structured product with 2 C columns, and one read and write of P and Q [C, C], on the same threads.
+Dense rescoring follows the definition: V R V^T and V R F R V^T with V [C, k] by k x k products for every image. It is
+timed with random numbers for a few images and scaled.
 """
 
 import argparse
@@ -25,7 +25,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Selection:
-    """Shards in process, as ``minimize_trace`` drives them, with embeddings given."""
+    """A selection on local shards, as in ``minimize_trace``, from given embeddings."""
 
     def __init__(self, embedding, shards, budget=100):
         self.pool = local_pool(embedding, shards, DEVICE)
@@ -44,14 +44,14 @@ class Selection:
 
 
 def dense_step(v, inverse, sandwich):
-    """tr((I + V R V^T)^-1 V H V^T) for each image of ``v`` [n, C, k], by k x k products."""
+    """Return tr((I + V R V^T)^-1 V H V^T) for each image of ``v`` [n, C, k], by k x k products."""
     p, q = v @ inverse @ v.mT, v @ sandwich @ v.mT
     eye = torch.eye(v.shape[1], dtype=v.dtype, device=v.device)
     return torch.linalg.solve(eye + p, q).diagonal(dim1=1, dim2=2).sum(-1)
 
 
-def floor(embedding, threads):
-    """The structured product and a pass over P and Q, block by block on ``threads`` threads: a function to time."""
+def lower_bound(embedding, threads):
+    """Return a function to time: the structured product and a pass over P and Q, in blocks on ``threads`` threads."""
     n, num_classes = embedding.probabilities.shape[1], len(embedding.probabilities)
     blocks = [take(embedding, slice(i, i + BLOCK)).map(torch.Tensor.contiguous) for i in range(0, n, BLOCK)]
     scores = [torch.zeros(2, num_classes, num_classes, b.hidden.shape[1], device=DEVICE) for b in blocks]
@@ -71,14 +71,14 @@ def steps(threads):
     embedding = random_embedding(n, num_classes, width, k_body, device=DEVICE)
     selection = Selection(embedding, threads)
     step = seconds(selection.step, repeats=40, warmup=3)
-    least = seconds(floor(embedding, threads), repeats=40, warmup=3)
+    bound = seconds(lower_bound(embedding, threads), repeats=40, warmup=3)
     k = num_classes * width + k_body
-    some, (inverse, sandwich) = torch.rand(500, num_classes, k, device=DEVICE), torch.rand(2, k, k, device=DEVICE)
-    slow = seconds(lambda: dense_step(some, inverse, sandwich), repeats=3) * n / len(some)
+    sample, (inverse, sandwich) = torch.rand(500, num_classes, k, device=DEVICE), torch.rand(2, k, k, device=DEVICE)
+    slow = seconds(lambda: dense_step(sample, inverse, sandwich), repeats=3) * n / len(sample)
     show(
         f"Greedy step, n = 20,000, C = 10, E = 128, k_body = 150 (k = 1,430), {threads} shards. {machine()}",
-        ["dense s", "ours ms", "floor ms", "dense/ours", "ours/floor"],
-        [[slow, step * 1e3, least * 1e3, slow / step, step / least]],
+        ["dense s", "step ms", "bound ms", "dense/step", "step/bound"],
+        [[slow, step * 1e3, bound * 1e3, slow / step, step / bound]],
     )
 
 
@@ -104,7 +104,7 @@ def growth(threads):
     for first in (0, 50, 100, 150):
         step = sorted(times[first : first + 50])[25]
         rows.append(["picks so far", first + 25, step * 1e3, "", step / sorted(times[:50])[25]])
-    show(f"Growth of a step. {machine()}", ["what", "value", "ms", "times as much", "times as long"], rows)
+    show(f"Growth of a step. {machine()}", ["size", "value", "ms", "relative size", "relative time"], rows)
 
 
 def large(threads, picks=960):
@@ -120,15 +120,17 @@ def large(threads, picks=960):
     total = done - started
     show(
         f"k = {embedding.size + len(embedding.hidden):,} (k_body = 5,734), {picks} picks from 4,800. {machine()}",
-        ["information and start s", "picks s", "total s", "V100 record s", "record/ours"],
+        ["information and start s", "picks s", "total s", "V100 reference s", "reference/total"],
         [[prepared - started, done - prepared, total, 3961.0, 3961.0 / total]],
     )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", action="store_true", help="the paper's largest selection, in minutes")
-    parser.add_argument("--shards", type=int, default=torch.get_num_threads(), help="in-process shards (%(default)s)")
+    parser.add_argument("--large", action="store_true", help="largest selection of the paper; takes minutes")
+    parser.add_argument(
+        "--shards", type=int, default=torch.get_num_threads(), help="number of local shards (%(default)s)"
+    )
     arguments = parser.parse_args()
     if arguments.large:
         large(arguments.shards)

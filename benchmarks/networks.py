@@ -1,4 +1,4 @@
-"""A thin ResNet-18 that has learned something, and CIFAR-10 images for it; random ones where there is no data."""
+"""A briefly trained thin ResNet-18, and images of CIFAR-10, or random ones without the data."""
 
 import torch
 
@@ -11,7 +11,7 @@ CIFAR = Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
 def trained(parquet, count, epochs=3):
-    """The network, in eval mode, and ``count`` uint8 images; ``parquet`` is CIFAR-10's folder, or None."""
+    """Return the network in eval mode and ``count`` uint8 images; ``parquet`` is the folder of CIFAR-10, or None."""
     torch.manual_seed(0)
     model = models.build("thin_resnet18", {}, (3, 32, 32), 10, seed=0)
     if parquet:
@@ -22,10 +22,10 @@ def trained(parquet, count, epochs=3):
         images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
         labels = torch.randint(0, 10, (count,))
     inputs = normalize(images, CIFAR)
-    optimiser = torch.optim.Adam(model.parameters())
+    optimizer = torch.optim.Adam(model.parameters())
     for _ in range(epochs):
         for batch, label in zip(inputs.split(64), labels.split(64), strict=True):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(batch), label).backward()
-            optimiser.step()
+            optimizer.step()
     return model.eval(), images

@@ -1,4 +1,4 @@
-"""Pools whose embeddings are given, on shards in this process or on Ray, for benchmarks of what comes after them."""
+"""Pools with given embeddings, on local or Ray shards, for benchmarks of the selection alone."""
 
 import torch
 
@@ -9,11 +9,11 @@ from fishermask.pool.shards import LocalShards
 from fishermask.tensors.embedding import Embedding, take
 from fishermask.tensors.images import Statistics
 
-GREY = Statistics((0.5,), (0.5,))
+GRAY = Statistics((0.5,), (0.5,))
 
 
 def random_embedding(n, num_classes, width, k_body, seed=0, device="cpu"):
-    """An embedding of the shape of a trained network's: peaked predictions, rectified features, decaying gradients."""
+    """Return embeddings similar to those of a trained network: peaked predictions, rectified features."""
     generator = torch.Generator().manual_seed(seed)
     p = (3 * torch.randn(num_classes, n, generator=generator)).softmax(0)
     hidden = torch.randn(width, n, generator=generator).relu_()
@@ -22,7 +22,7 @@ def random_embedding(n, num_classes, width, k_body, seed=0, device="cpu"):
 
 
 def fill(shard: Shard, make) -> None:
-    """Give a shard its embeddings: ``make(first, last)`` returns those of pool positions ``first`` to ``last``."""
+    """Set the embeddings of a shard: ``make(first, last)`` returns those at positions ``first`` to ``last - 1``."""
     rows, n = None, len(shard.images)
     shard.parts, shard.embeddings = [], []
     start = 0
@@ -35,21 +35,21 @@ def fill(shard: Shard, make) -> None:
 
 
 def blank(n):
-    """``n`` images of one pixel, none of which takes memory."""
+    """Return ``n`` images of one pixel, which share their memory."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(n, 1, 1, 1)
 
 
 def pool_on(shards, n, engine=None):
-    """A pool of ``n`` images on ``shards``, with nothing labeled and a model that is of no use but for its type."""
+    """Return a pool of ``n`` images on ``shards``, without labeled images, and with a placeholder model."""
     none = torch.tensor([], dtype=torch.long)
     streams = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
     return Pool(shards, n, none, none, torch.nn.Linear(1, 1), *streams, engine=engine or Engine())
 
 
 def local_pool(embedding, count, device="cpu", engine=None):
-    """The pool with ``embedding`` on ``count`` shards in this process."""
+    """Return the pool of ``embedding`` on ``count`` local shards."""
     n = embedding.hidden.shape[1]
-    pool = pool_on(LocalShards(blank(n), GREY, count, device), n, engine)
+    pool = pool_on(LocalShards(blank(n), GRAY, count, device), n, engine)
     for shard in pool.shards.shards:
         fill(shard, lambda first, last: take(embedding, slice(first, last)))
     return pool

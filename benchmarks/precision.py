@@ -1,4 +1,4 @@
-"""What fewer bits and another memory layout save, and what they do to the chosen batch.
+"""Time and memory that lower precision and the memory format ``channels_last`` save, and their effect on the batch.
 
     python benchmarks/precision.py [--parquet FOLDER]
 
@@ -33,7 +33,7 @@ KINDS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parquet", help="folder of CIFAR-10 in Hugging Face's layout")
+    parser.add_argument("--parquet", help="folder of CIFAR-10 in Hugging Face's Parquet format")
     model, images = trained(parser.parse_args().parquet, 2048)
     mask, rows, reference, first = None, [], set(), None
     for name, precision in KINDS.items():
@@ -42,19 +42,19 @@ def main():
         engine = Engine(precision)
         pool = Pool(shards, len(images), labeled, torch.zeros_like(labeled), model, *generators, clock, engine)
         if mask is None:
-            layout = pool.plan_gradients()
-            mask = global_mask(pool.fisher_diagonal(layout, 1024), layout, 150)
+            plan = pool.plan_gradients()
+            mask = global_mask(pool.fisher_diagonal(plan, 1024), plan, 150)
         batch = set(minimize_trace(pool, mask, 100, TraceOptions()).tolist())
-        taken = clock.finish()
-        embedding, picking = taken["embed"], taken["pick"]
+        stages = clock.finish()
+        embedding, picking = stages["embed"], stages["pick"]
         reference, first = reference or batch, first or (embedding, picking)
-        drift, again = pool.notes["largest gain error"], pool.notes.get("rescores", 0)
+        error, rescores = pool.notes["largest gain error"], pool.notes.get("rescores", 0)
         size = (9 * 150 + 128) * (precision.storage or torch.float32).itemsize + 10 * 4
         common = f"{len(batch & reference)} of 100"
-        rows.append([name, embedding, first[0] / embedding, picking, size, drift, int(again), common])
+        rows.append([name, embedding, first[0] / embedding, picking, size, error, int(rescores), common])
         print(f"  {name}: {common}", flush=True)
         shards.close()
-    header = ["engine", "embed s", "faster", "picks s", "bytes an image", "largest drift", "times anew", "overlap"]
+    header = ["engine", "embed s", "speedup", "picks s", "bytes per image", "largest gain error", "rescores", "overlap"]
     show(f"2,048 images, k = 1,430, 100 picks. {machine()}", header, rows)
 
 

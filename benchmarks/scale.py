@@ -1,12 +1,12 @@
-"""A pool of a million points on Ray: time of a pick against n, two shards against one, memory by shard, cost model.
+"""Selection from a pool of a million points on Ray: time per pick by pool size and shards, memory, and cost model.
 
     python benchmarks/scale.py [--parquet FOLDER] [--largest 1000000] [--picks 100]
 
-C = 10, E = 128, k_body = 150. The points are embeddings of CIFAR-10 images (of random ones without ``--parquet``) by a
-thin ResNet-18, repeated with seeded perturbation: drawn by pool position, so they do not depend on the shards.
+C = 10, E = 128, k_body = 150. The points are embeddings of CIFAR-10 images (random images without ``--parquet``) by a
+thin ResNet-18, repeated with noise. The noise depends on the pool position, so points do not depend on the shards.
 """
 
-from fishermask.sweeps import cluster  # before anything that imports ray, which reads settings of ours
+from fishermask.sweeps import cluster  # first, because it sets variables that ray reads at import
 
 # isort: split
 import argparse
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from networks import CIFAR, trained
-from pools import GREY, blank, fill, local_pool, pool_on, random_embedding
+from pools import GRAY, blank, fill, local_pool, pool_on, random_embedding
 from table import machine, seconds, show
 
-import fishermask.sweeps.cluster  # noqa: F401  what Ray reads when it is imported
+import fishermask.sweeps.cluster  # noqa: F401
 from fishermask.planning.estimates import core_flops
 from fishermask.pool.ray_shards import RayShards
 from fishermask.pool.selection import TraceCriterion, greedy, initial_objective
@@ -35,29 +35,29 @@ BASE = 4096
 
 
 def base_embedding(parquet):
-    """Embeddings of ``BASE`` images by a thin ResNet-18, trained for an instant."""
+    """Return the embeddings of ``BASE`` images by a briefly trained thin ResNet-18."""
     model, images = trained(parquet, BASE)
     inputs = normalize(images, CIFAR)
-    layout = plan_gradients(model, inputs[:2])
-    mask = global_mask(fisher_diagonal(model, inputs[:64], layout), layout, 150)
+    plan = plan_gradients(model, inputs[:2])
+    mask = global_mask(fisher_diagonal(model, inputs[:64], plan), plan, 150)
     return concatenate([embed(model, batch, mask) for batch in inputs.split(128)])
 
 
 def points(base, first, last):
-    """The embeddings at pool positions ``first`` to ``last``: images of the base in turn, each number some 5 % off."""
+    """Return the embeddings at pool positions ``first`` to ``last - 1``: those of the base in turn, with 5 % noise."""
     generator = torch.Generator().manual_seed(first)
-    own = take(base, torch.arange(first, last) % BASE)
+    repeated = take(base, torch.arange(first, last) % BASE)
 
-    def shaken(part):
+    def add_noise(part):
         return part * (1 + 0.05 * torch.randn(part.shape, generator=generator))
 
-    p = shaken(own.probabilities).abs()
+    p = add_noise(repeated.probabilities).abs()
     p = p / p.sum(0)
-    return Embedding(p, shaken(own.hidden), shaken(own.body))
+    return Embedding(p, add_noise(repeated.hidden), add_noise(repeated.body))
 
 
 def select(shards, base, n, picks):
-    """Seconds to the first offer and by pick, and each shard's peak memory in bytes."""
+    """Return the seconds to the first pick, the seconds per pick, the peak bytes of each shard, and the batch."""
     pool = pool_on(shards, n)
     if isinstance(shards, RayShards):
         shared = cluster.ray.put(base)
@@ -74,53 +74,53 @@ def select(shards, base, n, picks):
     pool.progress = lambda stage, done, total: times.append(time.perf_counter()) if stage == "pick" else None
     started = time.perf_counter()
     criterion = TraceCriterion(initial_objective(pool, picks), torch.float32)
-    chosen = greedy(pool, criterion, picks)
+    batch = greedy(pool, criterion, picks)
     peaks = []
     if isinstance(shards, RayShards):
         peaks = cluster.ray.get([actor.__ray_call__.remote(lambda self: peak()) for actor in shards.actors])
     shards.close()
-    return times[0] - started, float(np.median(np.diff(times))), peaks, [offer.position for offer in chosen]
+    return times[0] - started, float(np.median(np.diff(times))), peaks, [pick.position for pick in batch]
 
 
 def peak():
-    """This process's peak of resident memory, bytes."""
+    """Return the peak resident memory of this process in bytes."""
     return 1024.0 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def scale(base, largest, picks):
-    sizes, rows, found = [n for n in (10_240, 32_768, 102_400, 327_680) if n < largest] + [largest], [], {}
+    sizes, rows, seconds_by_size = [n for n in (10_240, 32_768, 102_400, 327_680) if n < largest] + [largest], [], {}
     for n in sizes:
         by_count = {}
         for count in (1, 2):
-            many = picks if (n, count) == (largest, 2) else 12
-            by_count[count] = select(RayShards(blank(n), GREY, count, 1, 0), base, n, many)
+            num_picks = picks if (n, count) == (largest, 2) else 12
+            by_count[count] = select(RayShards(blank(n), GRAY, count, 1, 0), base, n, num_picks)
         (start1, pick1, _, chosen1), (start2, pick2, peaks, chosen2) = by_count[1], by_count[2]
         assert chosen1[:12] == chosen2[:12], "the shards changed the batch"
-        found[n] = pick2
+        seconds_by_size[n] = pick2
         rows.append([n, start1, pick1, start2, pick2, pick1 / (2 * pick2), max(peaks) / 1e9])
         print(f"  {n} points done", flush=True)
-    header = ["n", "start s, 1 shard", "pick s, 1 shard", "start s, 2", "pick s, 2", "efficiency of 2", "GB a shard"]
+    header = ["n", "start s, 1 shard", "pick s, 1 shard", "start s, 2", "pick s, 2", "efficiency of 2", "GB per shard"]
     show(f"Picks by pool size, Ray shards, {picks} picks of the largest. {machine()}", header, rows)
-    n, t = np.array(list(found)), np.array(list(found.values()))
-    weights = np.stack([1 / t, n / t], axis=1)  # by relative error
+    n, t = np.array(list(seconds_by_size)), np.array(list(seconds_by_size.values()))
+    weights = np.stack([1 / t, n / t], axis=1)  # minimize relative errors
     fixed, slope = np.linalg.lstsq(weights, np.ones(len(t)), rcond=None)[0]
     worst = float(np.abs((fixed + slope * n) / t - 1).max())
     show(
-        "A straight line through the picks of 2 shards",
-        ["fixed ms", "microseconds a point", "largest deviation"],
+        "Linear fit of the time per pick with 2 shards",
+        ["fixed ms", "microseconds per point", "largest deviation"],
         [[fixed * 1e3, slope * 1e6, f"{worst:.1%}"]],
     )
 
 
 def overhead(base):
-    """Ray's price for a pick: the same two shards in this process and as actors."""
+    """Compare two local shards with two Ray shards."""
     rows = []
     for n in (4_096, 20_480):
-        here = select(LocalShards(blank(n), GREY, 2), base, n, 200)
-        there = select(RayShards(blank(n), GREY, 2, 1, 0), base, n, 200)
-        assert here[3] == there[3], "Ray changed the batch"
-        rows.append([n, here[1] * 1e3, there[1] * 1e3, (there[1] - here[1]) * 1e3])
-    show("Ray's overhead, 2 shards", ["n", "in process ms", "Ray ms", "difference ms"], rows)
+        local = select(LocalShards(blank(n), GRAY, 2), base, n, 200)
+        remote = select(RayShards(blank(n), GRAY, 2, 1, 0), base, n, 200)
+        assert local[3] == remote[3], "Ray changed the batch"
+        rows.append([n, local[1] * 1e3, remote[1] * 1e3, (remote[1] - local[1]) * 1e3])
+    show("Overhead of Ray per pick, 2 shards", ["n", "local ms", "Ray ms", "difference ms"], rows)
 
 
 def fit():
@@ -150,7 +150,7 @@ def fit():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parquet", help="folder of CIFAR-10 in Hugging Face's layout")
+    parser.add_argument("--parquet", help="folder of CIFAR-10 in Hugging Face's Parquet format")
     parser.add_argument("--largest", type=int, default=1_000_000)
     parser.add_argument("--picks", type=int, default=100, help="from the largest pool (%(default)s)")
     parser.add_argument("--only", choices=["fit", "overhead", "scale"])

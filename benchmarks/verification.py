@@ -1,4 +1,4 @@
-"""Seconds to find and verify a model's layout, against a training step of 64 images.
+"""Time to verify the gradients of a model, compared with a training step of 64 images.
 
 python benchmarks/verification.py
 """
@@ -37,7 +37,7 @@ def main() -> None:
         cells = [name, "x".join(map(str, shape[1:])), f"{sum(p.numel() for p in model.parameters()):,}"]
         rows.append([*cells, verified, trained, verified / trained])
     header = ["model", "image", "parameters", "verification s", f"training step of {STEP} s", "ratio"]
-    show(f"Verification of a model's layout. {machine()}", header, rows)
+    show(f"Verification of gradients. {machine()}", header, rows)
 
 
 if __name__ == "__main__":

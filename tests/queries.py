@@ -1,4 +1,4 @@
-"""One query of a strategy, on the pool of the ``trained`` fixture."""
+"""A query of a strategy on the pool of the ``trained`` fixture."""
 
 from fishermask import query_strategies
 from fishermask.config import ExperimentConfig, parse
@@ -7,8 +7,8 @@ from fishermask.experiment.streams import stream
 from fishermask.pool.pool import Pool
 
 
-def choose(name, shards, setup, model, budget=15, engine=None, notes=lambda found: None, progress=None, close=True):
-    """The batch, as positions; ``notes`` gets the pool's."""
+def choose(name, shards, setup, model, budget=15, engine=None, notes=lambda notes: None, progress=None, close=True):
+    """Return the batch as a list of positions; call ``notes`` with the notes of the pool."""
     params = {"fraction": 0.03, "fisher_samples": 256} if name == "fisher_mask" else {}
     train = setup.data.train
     pool = Pool(

@@ -1,4 +1,4 @@
-"""The slow twins: every quantity by its definition, one image at a time, dense. Written to be obvious, in float64."""
+"""Reference implementations by definition: dense, one image at a time, in float64."""
 
 import torch
 from torch import Tensor, nn
@@ -7,10 +7,10 @@ from fishermask.tensors.embedding import dense
 
 
 def autograd_rows(model: nn.Module, images: Tensor) -> Tensor:
-    """sqrt(p_c) d log p_c / d theta for each image, [n, C, P], by plain autograd, for models that ``vmap`` refuses.
+    """Return sqrt(p_c) d log p_c / d theta for each image, [n, C, D], by plain autograd.
 
-    An image comes twice in its batch: alone, batch norm may differentiate wrongly in eval mode. Caches that a model
-    keeps in eval mode are emptied before each pass.
+    Each image is twice in its batch, because batch norm may have wrong gradients for a single image in eval mode.
+    Caches of the model are cleared before each pass.
     """
     parameters, rows = list(model.parameters()), []
     for image in images:
@@ -47,23 +47,23 @@ def parameter_vector_jacobian(model: nn.Module, image: Tensor) -> tuple[Tensor, 
 
 
 def information_rows(model: nn.Module, images: Tensor, top_classes: int | None = None) -> Tensor:
-    """sqrt(p_c) d log p_c / d theta for each image, [n, C, P].
+    """Return sqrt(p_c) d log p_c / d theta for each image, [n, C, D], by ``torch.func``.
 
-    With ``top_classes`` q, as if an image's q most probable classes were all there are: [n, q, P], by class number.
+    With ``top_classes`` q, for a softmax over the q most probable classes of each image: [n, q, D], ascending classes.
     """
     rows = []
     for image in images:
         log_p, jacobian = parameter_vector_jacobian(model, image)
         if top_classes is not None:
-            kept = log_p.topk(top_classes).indices.sort().values
-            log_p, jacobian = log_p[kept].log_softmax(-1), jacobian[kept]
+            top = log_p.topk(top_classes).indices.sort().values
+            log_p, jacobian = log_p[top].log_softmax(-1), jacobian[top]
             jacobian = jacobian - log_p.exp() @ jacobian
         rows.append(log_p.exp().sqrt()[:, None] * jacobian)
     return torch.stack(rows)
 
 
 def every_column(embedding) -> Tensor:
-    """V of ``embedding`` with the columns of the last class, [n, R, k]: minus the sum of the other classes'."""
+    """Return V with the columns of the last class, [n, r, k], which are minus the sum of the other classes' columns."""
     v, width = dense(embedding), len(embedding.hidden)
     head = v[..., : embedding.head_size]
     last = -sum(head.split(width, dim=2)) if width else head
@@ -71,20 +71,20 @@ def every_column(embedding) -> Tensor:
 
 
 def assert_same_information(embeddings: Tensor, expected: Tensor) -> None:
-    """That V^T V of ``embeddings`` [n, R, k] and of ``expected`` [n, C, k] are the same for each image.
+    """Assert that V^T V of ``embeddings`` [n, r, k] and ``expected`` [n, C, k] are equal for each image.
 
-    Entry by entry on the diagonal; off it by their images of random vectors, of which there are more than rows.
+    The diagonals are compared entry by entry, and the matrices by products with more random vectors than rows.
     """
     close = {"rtol": 1e-9, "atol": 1e-14}
     torch.testing.assert_close(embeddings.square().sum(1), expected.square().sum(1), **close)
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(expected.shape[2], expected.shape[1] + 2, generator=generator, dtype=expected.dtype)
-    found, wanted = embeddings @ vectors, expected @ vectors
-    torch.testing.assert_close(found.mT @ found, wanted.mT @ wanted, rtol=1e-9, atol=1e-12)
+    actual, reference = embeddings @ vectors, expected @ vectors
+    torch.testing.assert_close(actual.mT @ actual, reference.mT @ reference, rtol=1e-9, atol=1e-12)
 
 
 def head_entries(model: nn.Module, head: str) -> Tensor:
-    """Which of all parameters, flat, belong to the last layer, in the order (o, e) with a bias as the last e."""
+    """Return the flat indices of the parameters of the last layer, in the order (o, e) with a bias as the last e."""
     positions, start = {}, 0
     for name, parameter in model.named_parameters():
         positions[name] = torch.arange(start, start + parameter.numel()).view(parameter.shape)
@@ -96,17 +96,17 @@ def head_entries(model: nn.Module, head: str) -> Tensor:
 
 
 def trace(matrix: Tensor, target: Tensor) -> float:
-    """tr(M^-1 F)."""
+    """Return tr(M^-1 F)."""
     return float(torch.trace(torch.linalg.inv(matrix) @ target))
 
 
 def greedy(rows: Tensor, candidates: list[int], start: Tensor, target: Tensor, budget: int, scale: float) -> list[int]:
-    """Add, ``budget`` times, the candidate that leaves the smallest tr(M^-1 F); the first of equal ones."""
+    """Return ``budget`` candidates, each the one with the smallest tr(M^-1 F), the first of equal ones."""
     matrix, chosen = start.clone(), []
     for _ in range(budget):
-        left = [c for c in candidates if c not in chosen]
-        values = [trace(matrix + scale**2 * rows[c].mT @ rows[c], target) for c in left]
-        best = left[min(range(len(left)), key=lambda i: values[i])]
+        remaining = [c for c in candidates if c not in chosen]
+        values = [trace(matrix + scale**2 * rows[c].mT @ rows[c], target) for c in remaining]
+        best = remaining[min(range(len(remaining)), key=lambda i: values[i])]
         matrix += scale**2 * rows[best].mT @ rows[best]
         chosen.append(best)
     return chosen

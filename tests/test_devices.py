@@ -72,7 +72,7 @@ def test_the_pretended_device_refuses_what_cuda_refuses(name):
                 MIXED[name](there, here)
 
 
-def test_the_pretended_device_notes_what_the_host_reads():
+def test_the_pretended_device_records_reads_of_the_host():
     device = PretendedDevice()
     with device:
         there = torch.arange(3.0, device=THERE)
@@ -113,7 +113,7 @@ def test_gradients_and_embeddings_stay_on_the_device(name, top_classes):
 
 
 @pytest.mark.parametrize("body_size", [0, 25])
-def test_an_objective_can_be_led_on_the_device(body_size):
+def test_objective_on_the_device_equals_the_cpu(body_size):
     model, images = cases.model("mlp"), cases.images("mlp", 12)
     layout = plan_gradients(model, images[:2])
     here = embed(model, images, global_mask(fisher_diagonal(model, images, layout), layout, body_size))
@@ -168,7 +168,7 @@ FISHER = {"fraction": 0.1, "fisher_samples": 64}
     ],
     ids=str,
 )
-def test_a_query_on_the_device_chooses_the_batch_of_the_cpu_and_reads_nothing_but_offers(name, params):
+def test_query_on_the_device_gives_the_batch_of_the_cpu_and_reads_only_candidates(name, params):
     images, model = pixels(BLOCK + 100), cases.model("small_cnn").float()
     here = query(name, LocalShards(images, GRAY, 2), images, model, **params)
     shards = PretendedShards(images, GRAY, 2)
@@ -193,7 +193,7 @@ def test_a_query_on_the_device_chooses_the_batch_of_the_cpu_and_reads_nothing_bu
     ids=["types", "layout", "rescored", "journal"],
 )
 @pytest.mark.parametrize("name", ["fisher_mask", "coreset", "badge"])
-def test_whatever_the_engine_the_device_chooses_the_batch_of_the_cpu(name, engine, monkeypatch):
+def test_device_gives_the_batch_of_the_cpu_for_every_engine_setting(name, engine, monkeypatch):
     monkeypatch.setattr(selection, "MIN_RESCORE_INTERVAL", 2)
     images, model = pixels(200), cases.model("small_cnn").float()
     params = FISHER if name == "fisher_mask" else {}
@@ -203,7 +203,7 @@ def test_whatever_the_engine_the_device_chooses_the_batch_of_the_cpu(name, engin
 
 
 @pytest.mark.parametrize("name", ["fisher_mask", "coreset"])
-def test_a_run_on_the_device_gives_the_rounds_of_the_cpu(name, monkeypatch):
+def test_run_on_the_device_gives_the_rounds_of_the_cpu(name, monkeypatch):
     settings = {
         "data": {"augment": True},
         "imbalance": {"kind": "balanced", "per_class": 30},

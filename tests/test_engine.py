@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from queries import choose
-from test_fisher import flat_mask, made
+from test_fisher import flat_mask, masked_case
 from test_selection import GRAY, pixels
 
 from fishermask.experiment.streams import stream
@@ -26,8 +26,8 @@ from fishermask.tensors.precision import Precision
 
 @pytest.mark.parametrize("name", ["mlp", "convolutions", "raw", "pooled"])
 @pytest.mark.parametrize("q", [2, 3])
-def test_the_most_probable_classes_are_embedded_as_if_there_were_no_others(name, q):
-    model, images, mask = made(name)
+def test_top_classes_embeddings_equal_those_of_a_softmax_over_these_classes(name, q):
+    model, images, mask = masked_case(name)
     expected = reference.information_rows(model, images, q)[:, :, flat_mask(model, mask)]
     embedding = embed(model, images, mask, top_classes=q)
     reference.assert_same_information(reference.every_column(embedding), expected)
@@ -51,7 +51,7 @@ def pool_with(engine, images, model, labeled=(3, 4, 11, 20), shards=2):
 
 
 def small():
-    """A network of four classes, 24 images and their mask."""
+    """Return a network of four classes, 24 images, their inputs and a mask."""
     model, images = cases.model("mlp"), pixels(24)
     inputs = normalize(images, GRAY, torch.float64)
     layout = plan_gradients(model, inputs[:2])
@@ -59,7 +59,7 @@ def small():
 
 
 def greedy_batch(rows, labeled, budget, damping):
-    """What dense greedy selection chooses of embeddings ``rows`` [n, C, k] by the default objective."""
+    """Return the batch of dense greedy selection from embeddings ``rows`` [n, C, k] with default options."""
     every = torch.einsum("nck,ncl->nkl", rows, rows)
     total = len(labeled) + budget
     matrix = damping * torch.eye(rows.shape[2], dtype=torch.float64) + every[labeled].sum(0) / total
@@ -67,7 +67,7 @@ def greedy_batch(rows, labeled, budget, damping):
     return reference.greedy(rows, candidates, matrix, every.mean(0), budget, math.sqrt(budget / total))
 
 
-def test_the_batch_by_few_classes_is_that_of_their_dense_embeddings_and_its_error_is_told():
+def test_top_classes_batch_equals_dense_greedy_and_its_error_is_recorded():
     model, images, inputs, mask = small()
     pool = pool_with(Engine(), images, model)
     options = TraceOptions(damping=0.5, top_classes=2)
@@ -89,7 +89,7 @@ def test_the_batch_by_few_classes_is_that_of_their_dense_embeddings_and_its_erro
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float16])
-def test_embeddings_kept_in_fewer_bits_give_the_batch_of_the_rounded_embeddings(storage):
+def test_low_precision_storage_gives_the_batch_of_rounded_embeddings(storage):
     model, images, inputs, mask = small()
     engine = Engine(Precision(storage=storage, scores=torch.float64))
     found = minimize_trace(pool_with(engine, images, model), mask, 6, TraceOptions(damping=0.5)).tolist()
@@ -109,7 +109,7 @@ def test_embeddings_too_large_for_float16_are_refused():
 
 @pytest.mark.parametrize("precision", [Precision(channels_last=True), Precision(autocast=torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("name", ["thin_resnet18", "norms", "convnext_tiny"])
-def test_other_ways_to_compute_gradients_give_nearly_the_same_embeddings(name, precision):
+def test_channels_last_and_autocast_give_nearly_the_same_embeddings(name, precision):
     model, images = cases.model(name).float(), torch.randint(0, 256, (6, cases.CHANNELS.get(name, 1), 8, 8)).byte()
     layout = plan_gradients(model, normalize(images[:2], GRAY))
     mask = global_mask(fisher_diagonal(model, normalize(images, GRAY), layout), layout, 40)
@@ -124,8 +124,8 @@ def test_other_ways_to_compute_gradients_give_nearly_the_same_embeddings(name, p
     assert precision.autocast is None or error > 1e-6
 
 
-def test_the_chunk_in_which_images_are_differentiated_changes_nothing(trained):
-    """Not a bit, on trained float32 networks: a chunk may be as small as memory wants it."""
+def test_embeddings_do_not_depend_on_the_chunk_size(trained):
+    """To the last bit, on trained float32 networks."""
     setup, model = trained
     images = setup.data.train.images[:150]
     mask, found = None, []
@@ -140,7 +140,7 @@ def test_the_chunk_in_which_images_are_differentiated_changes_nothing(trained):
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-def test_scores_are_computed_anew_when_they_have_drifted(trained, monkeypatch):
+def test_scores_are_recomputed_when_the_gain_error_exceeds_drift(trained, monkeypatch):
     setup, model = trained
     monkeypatch.setattr(selection.TraceCriterion, "use_float64", lambda self: False)
 
@@ -159,7 +159,7 @@ def test_scores_are_computed_anew_when_they_have_drifted(trained, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["bait", "coreset", "badge"])
-def test_a_journal_is_gone_on_from_as_if_the_selection_had_never_stopped(name, trained, monkeypatch):
+def test_replay_of_journal_gives_the_uninterrupted_batch(name, trained, monkeypatch):
     setup, model = trained
     monkeypatch.setattr(selection, "MAX_RESCORE_INTERVAL", 8)
 
@@ -177,8 +177,8 @@ def test_a_journal_is_gone_on_from_as_if_the_selection_had_never_stopped(name, t
 
 
 @pytest.mark.parametrize("position", [0, 300, 899])
-def test_an_image_without_finite_outputs_is_an_error_wherever_it_is(position, monkeypatch):
-    """In any part of any shard: a maximum of numbers must not pass over what is none."""
+def test_non_finite_outputs_of_any_image_raise(position, monkeypatch):
+    """In every part of every shard: a maximum must not ignore NaN."""
     monkeypatch.setattr("fishermask.pool.shard.BLOCK", 256)
     model, images, _, mask = small()
     images = pixels(900)
@@ -193,8 +193,8 @@ def test_an_image_without_finite_outputs_is_an_error_wherever_it_is(position, mo
 
 
 @pytest.mark.parametrize("left", [1, 2, 3])
-def test_the_last_images_of_a_pool_are_embedded_as_they_are_among_others(left):
-    """Kernels for few images round otherwise, and a pool's last chunk may have few."""
+def test_embeddings_of_the_last_images_do_not_depend_on_the_size_of_their_chunk(left):
+    """Kernels may round differently for few images, and the last chunk of a pool may be small."""
     model, images = cases.models.build("mlp", {}, (1, 8, 8), 4, seed=0), pixels(128 + left)
     found = []
     for shift in (0, left):

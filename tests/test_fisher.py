@@ -27,7 +27,7 @@ from fishermask.tensors.trace import Objective, gains, initial_scores, update_sc
 
 
 def flat_mask(model, mask: Mask) -> torch.Tensor:
-    """The mask's entries as indices into all parameters, head first, as an embedding's columns are ordered."""
+    """Return the masked entries as indices into all parameters, in the order of an embedding's columns."""
     head = mask.plan.head
     found, start = [] if head is None else [reference.head_entries(model, head)], 0
     for name, parameter in model.named_parameters():
@@ -37,16 +37,16 @@ def flat_mask(model, mask: Mask) -> torch.Tensor:
     return torch.cat(found)
 
 
-def made(name: str, body_size: int = 40):
-    """Model, images and a mask of the largest Fisher information."""
+def masked_case(name: str, body_size: int = 40):
+    """Return a model, images and a mask of the largest Fisher information."""
     model, images = cases.model(name), cases.images(name, 2 if name == "resnet18" else 6)
     layout = plan_gradients(model, images[:2])
     return model, images, global_mask(fisher_diagonal(model, images, layout), layout, body_size)
 
 
 @pytest.mark.parametrize("name", cases.NAMES)
-def test_the_models_to_test_with_are_alive(name):
-    """Zeros equal zeros: a network without gradients would pass every test here."""
+def test_all_test_models_have_nonzero_gradients(name):
+    """A network without gradients would pass every test here."""
     model, images = cases.model(name), cases.images(name, 2)
     diagonal = torch.cat(list(fisher_diagonal(model, images, plan_gradients(model, images)).values()))
     # Where 3 x 3 kernels meet images of one pixel, eight of nine weights see nothing but padding.
@@ -54,7 +54,7 @@ def test_the_models_to_test_with_are_alive(name):
 
 
 @pytest.mark.parametrize("name", cases.NAMES)
-def test_the_fisher_diagonal_is_the_mean_squared_score_under_the_models_own_prediction(name):
+def test_fisher_diagonal_equals_the_expected_squared_score_by_autograd(name):
     model, images = cases.model(name), cases.images(name, 2 if name == "resnet18" else 5)
     layout = plan_gradients(model, images[:2])
     expected = reference.information_rows(model, images).square().sum((0, 1))
@@ -66,15 +66,15 @@ def test_the_fisher_diagonal_is_the_mean_squared_score_under_the_models_own_pred
 
 
 @pytest.mark.parametrize("name", cases.NAMES)
-def test_embeddings_are_the_masked_columns_of_the_dense_ones(name):
-    model, images, mask = made(name)
+def test_embeddings_equal_the_masked_columns_of_autograd(name):
+    model, images, mask = masked_case(name)
     expected = reference.information_rows(model, images)[:, :, flat_mask(model, mask)]
     reference.assert_same_information(reference.every_column(embed(model, images, mask)), expected)
 
 
 @pytest.mark.parametrize("name", cases.NAMES)
-def test_a_mask_of_all_parameters_gives_all_columns(name):
-    """Every entry of every layer once, by the dense and by the gathered path."""
+def test_full_and_sparse_masks_of_every_layer_equal_autograd(name):
+    """Cover every entry of every layer, by the dense and by the gathered computation."""
     model, images = cases.model(name), cases.images(name, 2)
     layout = plan_gradients(model, images[:2])
     body = body_parameters(model, layout)
@@ -86,7 +86,7 @@ def test_a_mask_of_all_parameters_gives_all_columns(name):
         reference.assert_same_information(reference.every_column(embed(model, images, mask)), expected)
 
 
-def test_the_global_mask_holds_the_largest_entries_and_breaks_ties_to_the_lowest_index():
+def test_global_mask_takes_the_largest_entries_and_breaks_ties_by_index():
     diagonal = {"a.weight": torch.tensor([1.0, 5.0, 5.0, 0.0]), "b.weight": torch.tensor([5.0, 7.0, 5.0])}
     mask = global_mask(diagonal, GradientPlan("head", (), ()), 4)
     assert {name: entries.tolist() for name, entries in mask.entries.items()} == {
@@ -102,34 +102,34 @@ DIAGONAL = {
     "a.bias": torch.tensor([9.0, 3.0]),
     "b.weight": torch.tensor([0.1, 0.9, 0.1, 0.1]),
 }
-LAYOUT = GradientPlan("head", ("a", "b"), ())
+PLAN = GradientPlan("head", ("a", "b"), ())
 
 
 def listed(mask):
     return {name: entries.tolist() for name, entries in mask.entries.items()}
 
 
-def test_a_layerwise_mask_takes_the_same_share_of_every_layer():
+def test_layerwise_mask_takes_the_same_share_of_every_layer():
     # 6 of 12: 4 of layer a's 8 parameters, 2 of layer b's 4.
-    assert listed(layerwise_mask(DIAGONAL, LAYOUT, 6)) == {"a.weight": [0, 1], "a.bias": [0, 1], "b.weight": [0, 1]}
+    assert listed(layerwise_mask(DIAGONAL, PLAN, 6)) == {"a.weight": [0, 1], "a.bias": [0, 1], "b.weight": [0, 1]}
     # 7 of 12 is 4.67 and 2.33: the left one goes to the larger remainder.
-    assert listed(layerwise_mask(DIAGONAL, LAYOUT, 7)) == {"a.weight": [0, 1, 2], "a.bias": [0, 1], "b.weight": [0, 1]}
+    assert listed(layerwise_mask(DIAGONAL, PLAN, 7)) == {"a.weight": [0, 1, 2], "a.bias": [0, 1], "b.weight": [0, 1]}
     for size in range(13):
-        assert layerwise_mask(DIAGONAL, LAYOUT, size).body_size == size
+        assert layerwise_mask(DIAGONAL, PLAN, size).body_size == size
 
 
-def test_a_relative_mask_takes_what_is_above_twice_its_own_layers_mean():
+def test_relative_mask_takes_entries_above_twice_the_mean_of_their_layer():
     # Layer a has mean 3, so above 6: 8 and 9; layer b has mean 0.3, so above 0.6: 0.9, the furthest above its mean.
-    assert listed(relative_mask(DIAGONAL, LAYOUT, 6)) == {"a.weight": [0], "a.bias": [0], "b.weight": [1]}
-    assert listed(relative_mask(DIAGONAL, LAYOUT, 2)) == {"a.bias": [0], "b.weight": [1]}
+    assert listed(relative_mask(DIAGONAL, PLAN, 6)) == {"a.weight": [0], "a.bias": [0], "b.weight": [1]}
+    assert listed(relative_mask(DIAGONAL, PLAN, 2)) == {"a.bias": [0], "b.weight": [1]}
     dead = DIAGONAL | {"b.weight": torch.zeros(4)}
-    assert listed(relative_mask(dead, LAYOUT, 6)) == {"a.weight": [0], "a.bias": [0]}
+    assert listed(relative_mask(dead, PLAN, 6)) == {"a.weight": [0], "a.bias": [0]}
 
 
-def test_a_random_mask_has_the_size_asked_for_and_every_parameter_alike():
+def test_random_mask_has_the_requested_size_and_is_uniform():
     counts = torch.zeros(12)
     for seed in range(600):
-        mask = random_mask(DIAGONAL, LAYOUT, 4, torch.Generator().manual_seed(seed))
+        mask = random_mask(DIAGONAL, PLAN, 4, torch.Generator().manual_seed(seed))
         assert mask.body_size == 4
         flat = torch.cat([mask.entries.get(name, torch.tensor([], dtype=torch.long)) + start
                           for name, start in (("a.weight", 0), ("a.bias", 6), ("b.weight", 8))])  # fmt: skip
@@ -137,7 +137,7 @@ def test_a_random_mask_has_the_size_asked_for_and_every_parameter_alike():
     assert (counts / 600 - 1 / 3).abs().max() < 0.08
 
 
-def test_a_fraction_too_small_for_the_last_layer_is_refused_with_one_that_works():
+def test_too_small_fraction_is_refused_with_the_smallest_that_works():
     model = cases.model("mlp")
     layout = plan_gradients(model, cases.images("mlp", 2))
     with pytest.raises(InputError, match="the smallest that works is (.*)") as caught:
@@ -151,8 +151,8 @@ def test_a_fraction_too_small_for_the_last_layer_is_refused_with_one_that_works(
 
 
 @pytest.mark.parametrize("name", ["mlp", "convolutions"])
-def test_products_by_structure_equal_dense_products(name):
-    model, images, mask = made(name)
+def test_structured_products_equal_dense_products(name):
+    model, images, mask = masked_case(name)
     embedding = embed(model, images, mask)
     v = dense(embedding)
     generator = torch.Generator().manual_seed(0)
@@ -165,8 +165,8 @@ def test_products_by_structure_equal_dense_products(name):
 
 
 @pytest.mark.parametrize("body_size", [0, 30])
-def test_scores_are_the_fall_of_the_trace_before_and_after_picks(body_size):
-    model, images, mask = made("small_cnn", body_size)
+def test_gains_equal_the_decrease_of_the_dense_trace(body_size):
+    model, images, mask = masked_case("small_cnn", body_size)
     embedding = embed(model, images, mask)
     v, scale = reference.every_column(embedding), 0.6
     target = torch.einsum("nck,ncl->kl", v, v) / len(v)
@@ -187,14 +187,14 @@ def test_scores_are_the_fall_of_the_trace_before_and_after_picks(body_size):
         matrix = matrix + scale**2 * v[pick].mT @ v[pick]
 
 
-def test_embeddings_do_not_depend_on_the_batch_they_are_computed_in():
-    model, images, mask = made("thin_resnet18")
+def test_embeddings_do_not_depend_on_the_batch():
+    model, images, mask = masked_case("thin_resnet18")
     whole = embed(model, images, mask)
     parts = concatenate([embed(model, part, mask) for part in images.split(4)])
     torch.testing.assert_close(dense(whole), dense(parts))
 
 
-def test_the_last_layer_alone_needs_no_gradients():
+def test_last_layer_mask_computes_no_gradients():
     model, images = cases.model("mlp"), cases.images("mlp", 3)
     layout = plan_gradients(model, images[:2])
     mask = last_layer_mask(layout)
@@ -216,7 +216,7 @@ def test_the_last_layer_alone_needs_no_gradients():
         ("pooled", None, []),
     ],
 )  # fmt: skip
-def test_what_has_no_rule_is_known_by_name(name, head, slow):
+def test_parameters_without_a_gradient_rule_are_listed(name, head, slow):
     model = cases.model(name)
     layout = plan_gradients(model, cases.images(name, 2))
     assert layout.head == head
@@ -230,7 +230,7 @@ def test_what_has_no_rule_is_known_by_name(name, head, slow):
     assert not fast & set(layout.slow)
 
 
-def test_the_slow_way_is_announced_once(caplog):
+def test_warning_about_slow_parameters_appears_once(caplog):
     warn_about_slow_parameters.cache_clear()
     for _ in range(2):
         warn_about_slow_parameters(("a", "b", "c", "d", "e"))
@@ -241,7 +241,7 @@ def test_the_slow_way_is_announced_once(caplog):
     ]
 
 
-def test_models_that_cannot_be_differentiated_image_by_image_are_refused():
+def test_models_without_per_image_gradients_are_refused():
     with pytest.raises(InputError, match="normalizes by the batch itself"):
         plan_gradients(nn.Sequential(nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 2)), torch.zeros(2, 8))
     with pytest.raises(InputError, match="must return logits"):
@@ -251,8 +251,8 @@ def test_models_that_cannot_be_differentiated_image_by_image_are_refused():
         last_layer_mask(no_head)
 
 
-def test_large_bodies_are_summed_strip_by_strip(monkeypatch):
-    model, images, mask = made("small_cnn")
+def test_information_of_a_large_body_does_not_depend_on_the_strip_size(monkeypatch):
+    model, images, mask = masked_case("small_cnn")
     embedding = embed(model, images, mask)
     monkeypatch.setattr("fishermask.tensors.embedding.STRIP", 16)
     v = dense(embedding)

@@ -16,7 +16,7 @@ from fishermask.tensors.precision import Precision
 
 
 def kill(shards, index):
-    """SIGKILL to the process of a shard, as the kernel does when memory runs out."""
+    """Send SIGKILL to the process of a shard, as the kernel does when memory runs out."""
     pid = ray.get(shards.actors[index].__ray_call__.remote(lambda self: os.getpid()))
     os.kill(pid, signal.SIGKILL)
 
@@ -40,7 +40,7 @@ def undisturbed(trained):
         ("badge", "pick", 7),
     ],
 )
-def test_a_shard_killed_at_any_stage_changes_nothing(
+def test_shard_killed_at_any_stage_gives_the_same_batch(
     name,
     stage,
     at,
@@ -58,11 +58,11 @@ def test_a_shard_killed_at_any_stage_changes_nothing(
 
     assert choose(name, shards, setup, model, progress=progress, close=False) == undisturbed[name]
     assert shards.num_rebuilt == 1
-    assert shards.actors[0] is others[0]  # only the lost one is made again
+    assert shards.actors[0] is others[0]  # only the lost shard is rebuilt
     shards.close()
 
 
-def test_a_shard_killed_while_it_starts_is_made_again(trained, undisturbed, ray_session, monkeypatch):
+def test_shard_killed_while_it_starts_is_rebuilt(trained, undisturbed, ray_session, monkeypatch):
     setup, model = trained
     wait, killed = RayShards._wait_until_started, []
 
@@ -79,7 +79,7 @@ def test_a_shard_killed_while_it_starts_is_made_again(trained, undisturbed, ray_
     shards.close()
 
 
-def test_both_shards_killed_one_after_the_other_change_nothing(trained, undisturbed, ray_session):
+def test_two_killed_shards_give_the_same_batch(trained, undisturbed, ray_session):
     setup, model = trained
     shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0)
 
@@ -92,7 +92,7 @@ def test_both_shards_killed_one_after_the_other_change_nothing(trained, undistur
     shards.close()
 
 
-def test_a_shard_that_is_lost_again_and_again_ends_the_run_with_its_own_message(
+def test_too_many_lost_shards_raise(
     trained,
     ray_session,
     caplog,
@@ -113,7 +113,7 @@ def test_a_shard_that_is_lost_again_and_again_ends_the_run_with_its_own_message(
     shards.close()
 
 
-def test_an_error_of_the_shards_own_is_not_tried_again(trained, ray_session):
+def test_exception_of_a_shard_is_not_retried(trained, ray_session):
     setup, model = trained
     large = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, 10), torch.nn.Linear(10, 10))
     with torch.no_grad():

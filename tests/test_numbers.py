@@ -9,7 +9,7 @@ from fishermask.learning.metrics import evaluate
 from fishermask.tensors.images import channel_statistics, normalize
 
 
-def test_metrics_leave_out_the_classes_that_the_test_set_does_not_hold():
+def test_metrics_ignore_classes_without_test_images():
     """Classes 0, 1 and 3 have 4, 2 and 2 images; class 2 has none but is predicted once."""
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 3, 3])
     predictions = torch.tensor([0, 0, 0, 1, 1, 2, 0, 0])
@@ -23,7 +23,7 @@ def test_metrics_leave_out_the_classes_that_the_test_set_does_not_hold():
     assert found.recall[3] == 0
 
 
-def test_a_constant_channel_is_normalized_to_zero():
+def test_constant_channel_is_normalized_to_zero():
     images = torch.full((5, 2, 4, 4), 9, dtype=torch.uint8)
     images[:, 1, ::2] = 11
     statistics = channel_statistics(images)

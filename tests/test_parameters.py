@@ -28,7 +28,7 @@ STRATEGY_SEED, SAMPLE_SEED = 5, 6
 
 @functools.cache
 def network() -> nn.Module:
-    """A convolution, a linear layer and a head: 30, 52 and 20 of 102 parameters, in float64."""
+    """Return a convolution, a linear layer and a last layer with 30, 52 and 20 parameters, in float64."""
     torch.manual_seed(3)
     layers = nn.Conv2d(1, 3, 3, stride=3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 4)
     model = nn.Sequential(*layers).double().eval()
@@ -40,7 +40,7 @@ def network() -> nn.Module:
 
 @functools.cache
 def images() -> torch.Tensor:
-    """Noise of different brightness and contrast, uint8 [n, 1, 8, 8]."""
+    """Return noise of varying brightness and contrast, uint8 [n, 1, 8, 8]."""
     generator = torch.Generator().manual_seed(8)
     center, contrast = (torch.rand(SIZE, 1, 1, 1, generator=generator) for _ in range(2))
     noise = torch.rand(SIZE, 1, 8, 8, generator=generator) - 0.5
@@ -69,7 +69,7 @@ def pool(strategy_seed=STRATEGY_SEED, sample_seed=SAMPLE_SEED, labeled=LABELED, 
     )
 
 
-def queried(name, params, **pool_settings) -> list[int]:
+def select_batch(name, params, **pool_settings) -> list[int]:
     strategy = query_strategies.load(StrategyConfig(name=name, params=params))
     return strategy.query(pool(**pool_settings), BUDGET).tolist()
 
@@ -78,7 +78,7 @@ BASE = {"fraction": 0.3, "fisher_samples": 12, "damping": 0.03}
 
 
 def expected_mask(params, strategy_seed=STRATEGY_SEED, sample_seed=SAMPLE_SEED) -> list[int]:
-    """The masked positions outside the last layer that the documents promise for ``params``."""
+    """Return the masked positions outside the last layer, as documented for ``params``."""
     count = params.get("fisher_samples", 1024)
     sample = torch.randperm(SIZE, generator=torch.Generator().manual_seed(sample_seed)).tolist()[:count]
     if params.get("fisher_sample") == "first":
@@ -92,7 +92,7 @@ OBJECTIVE = ("damping", "initial_information", "batch_weighting", "target", "ove
 
 
 def expected(params, body, labeled=LABELED) -> list[int]:
-    """The batch that the documents promise for ``params`` and the masked positions ``body``."""
+    """Return the batch, as documented for ``params`` and the masked positions ``body``."""
     columns = scores().last_layer + body
     weighting = params.get("class_weighting", "sqrt")
     each = oracle.information(scores(), columns, weighting, params.get("top_classes"))
@@ -131,8 +131,8 @@ OBJECTIVES = {
 }
 
 
-def named(mask) -> list[int]:
-    """The masked positions outside the last layer, counted over all parameters, of one of our masks."""
+def masked_positions(mask) -> list[int]:
+    """Return the masked positions outside the last layer as indices into all parameters."""
     found, start = [], 0
     for name, parameter in network().named_parameters():
         found += [start + i for i in mask.entries.get(name, torch.tensor([])).tolist()]
@@ -141,17 +141,17 @@ def named(mask) -> list[int]:
 
 
 @pytest.mark.parametrize("change", MASKS.values(), ids=MASKS)
-def test_fisher_mask_masks_the_promised_parameters_and_queries_the_promised_batch(change):
+def test_fisher_mask_gives_the_mask_and_batch_of_the_oracle(change):
     body = expected_mask(BASE | change)
     params = query_strategies.load(StrategyConfig(name="fisher_mask", params=BASE | change)).params
-    assert named(fisher_mask.choose_mask(pool(), params)) == body
-    assert queried("fisher_mask", BASE | change) == expected(BASE | change, body)
+    assert masked_positions(fisher_mask.choose_mask(pool(), params)) == body
+    assert select_batch("fisher_mask", BASE | change) == expected(BASE | change, body)
 
 
 @pytest.mark.parametrize("params", [{"num_body_parameters": 0}, {"mask": "last_layer"}], ids=str)
 def test_a_mask_of_the_last_layer_needs_no_fraction(params):
     chosen = query_strategies.load(StrategyConfig(name="fisher_mask", params=params)).params
-    assert named(fisher_mask.choose_mask(pool(), chosen)) == []
+    assert masked_positions(fisher_mask.choose_mask(pool(), chosen)) == []
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_frozen_parameters_are_never_masked_and_do_not_count(kind, size):
 
 
 def test_the_default_mask_of_resnet18_fits_in_memory():
-    """With 1 % of its parameters, as was the default once, the matrices alone took 654 GB."""
+    """A mask of 1 % of its parameters would need 654 GB."""
     model = torchvision.models.resnet18(num_classes=10).eval()
     strategy = query_strategies.load(StrategyConfig(name="fisher_mask"))
     work = strategy.check(model, torch.rand(2, 3, 32, 32))
@@ -196,12 +196,12 @@ def test_the_default_mask_of_resnet18_fits_in_memory():
 
 
 @pytest.mark.parametrize("change", OBJECTIVES.values(), ids=OBJECTIVES)
-def test_fisher_mask_queries_the_promised_batch_for_each_objective(change):
-    assert queried("fisher_mask", BASE | change) == expected(BASE | change, expected_mask(BASE))
+def test_fisher_mask_gives_the_batch_of_the_oracle_for_each_objective(change):
+    assert select_batch("fisher_mask", BASE | change) == expected(BASE | change, expected_mask(BASE))
 
 
-def test_all_these_masks_and_batches_differ():
-    """Without this, the tests above would not notice a parameter that is ignored."""
+def test_masks_and_batches_of_the_cases_differ():
+    """Otherwise the tests above would not detect a parameter that is ignored."""
     masks = {name: tuple(expected_mask(BASE | change)) for name, change in MASKS.items()}
     assert len(set(masks.values())) == len(MASKS)
     changes = MASKS | OBJECTIVES
@@ -218,21 +218,21 @@ def test_all_these_masks_and_batches_differ():
     ],
     ids=["preset", "weights given", "sample given"],
 )
-def test_a_preset_queries_the_batch_of_its_options(params):
+def test_preset_gives_the_batch_of_its_options(params):
     released = {"class_weighting": "none", "fisher_sample": "first"} | params
-    assert queried("fisher_mask", params) == expected(released, expected_mask(released))
-    assert queried("fisher_mask", params) != queried("fisher_mask", BASE)
+    assert select_batch("fisher_mask", params) == expected(released, expected_mask(released))
+    assert select_batch("fisher_mask", params) != select_batch("fisher_mask", BASE)
 
 
-def test_the_fisher_sample_and_the_random_mask_follow_their_own_stream():
+def test_fisher_sample_and_random_mask_use_their_streams():
     for seed in (6, 7, 8):
         params = query_strategies.load(StrategyConfig(name="fisher_mask", params=BASE | {"fisher_samples": 2})).params
         mask = fisher_mask.choose_mask(pool(sample_seed=seed), params)
-        assert named(mask) == expected_mask(params.model_dump(), sample_seed=seed)
+        assert masked_positions(mask) == expected_mask(params.model_dump(), sample_seed=seed)
     for seed in (5, 9, 10):
         params = query_strategies.load(StrategyConfig(name="fisher_mask", params=BASE | {"mask": "random"})).params
         mask = fisher_mask.choose_mask(pool(strategy_seed=seed, sample_seed=seed + 50), params)
-        assert named(mask) == expected_mask(params.model_dump(), strategy_seed=seed)
+        assert masked_positions(mask) == expected_mask(params.model_dump(), strategy_seed=seed)
     few = BASE | {"fisher_samples": 2}
     assert len({tuple(expected_mask(few, sample_seed=seed)) for seed in (6, 7, 8)}) == 3
     assert len({tuple(expected_mask(BASE | {"mask": "random"}, strategy_seed=seed)) for seed in (5, 9, 10)}) == 3
@@ -250,34 +250,34 @@ BAIT = {
 
 
 @pytest.mark.parametrize("params", BAIT.values(), ids=BAIT)
-def test_bait_queries_the_promised_batch(params):
-    assert queried("bait", params) == expected(params, [])
+def test_bait_gives_the_batch_of_the_oracle(params):
+    assert select_batch("bait", params) == expected(params, [])
 
 
-def test_all_batches_of_bait_differ():
+def test_batches_of_the_bait_cases_differ():
     assert len({tuple(expected(params, [])) for params in BAIT.values()}) == len(BAIT)
 
 
 @pytest.mark.parametrize("name", ["bait", "fisher_mask"])
-def test_the_objective_counts_the_images_that_are_labeled(name):
+def test_objective_includes_all_labeled_images(name):
     params, body = ({}, []) if name == "bait" else (BASE, expected_mask(BASE))
     for labeled in ([7], [0, 1, 2, 5, 6, 8, 9, 30, 31]):
-        assert queried(name, params, labeled=labeled) == expected(params, body, labeled)
+        assert select_batch(name, params, labeled=labeled) == expected(params, body, labeled)
 
 
-def test_images_are_taken_back_by_an_objective_that_is_computed_again_when_its_error_exceeds_drift():
+def test_pruning_recomputes_the_objective_when_its_error_exceeds_drift():
     params = BASE | {"damping": 0.001, "oversample": 2.0}
     counts = []
     for drift in (0.0, 1e9):
-        own = pool(engine=Engine(drift=drift))
-        batch = query_strategies.load(StrategyConfig(name="fisher_mask", params=params)).query(own, BUDGET).tolist()
+        view = pool(engine=Engine(drift=drift))
+        batch = query_strategies.load(StrategyConfig(name="fisher_mask", params=params)).query(view, BUDGET).tolist()
         assert batch == expected(params, expected_mask(params))
-        counts.append(own.notes.get("objective recomputations", 0))
-    assert counts == [BUDGET - 1, 0]  # six images are taken back, and the last one's objective is always exact
+        counts.append(view.notes.get("objective recomputations", 0))
+    assert counts == [BUDGET - 1, 0]  # six images are pruned; the objective after the last is always exact
 
 
-def test_every_parameter_is_varied_here():
-    """A parameter that is added must get a test."""
+def test_every_strategy_parameter_has_a_case():
+    """A new parameter needs a case here."""
     varied = {key for change in [BASE, *MASKS.values(), *OBJECTIVES.values()] for key in change}
     assert varied | {"preset"} == set(fisher_mask.Params.model_fields)
     assert {key for change in BAIT.values() for key in change} == set(query_strategies.describe("bait")[1].model_fields)
@@ -286,22 +286,22 @@ def test_every_parameter_is_varied_here():
 
 
 def hidden() -> torch.Tensor:
-    """The last hidden layer's output with a one for the bias, [n, 5]."""
+    """Return the inputs of the last layer with a one for the bias, [n, 5]."""
     with torch.no_grad():
         return torch.cat([network()[:-1](inputs()), torch.ones(SIZE, 1, dtype=torch.float64)], dim=1)
 
 
-def test_badge_draws_with_the_noise_of_its_stream_of_each_step_and_of_each_block(monkeypatch):
+def test_badge_noise_depends_on_stream_step_and_block(monkeypatch):
     monkeypatch.setattr("fishermask.pool.shard.BLOCK", 16)  # the pool has three blocks, in two shards
     batches = []
     for seed in (1, 2, 3):
         draws = torch.Generator().manual_seed(seed)
         batches.append(oracle.badge_batch(scores().p, hidden(), LABELED, BUDGET, draws, block=16))
-        assert queried("badge", {}, strategy_seed=seed) == batches[-1]
+        assert select_batch("badge", {}, strategy_seed=seed) == batches[-1]
     assert len(set(map(tuple, batches))) == 3
 
 
-def test_the_noise_of_different_seeds_steps_and_blocks_is_unrelated():
+def test_badge_noise_of_different_seeds_steps_and_blocks_is_uncorrelated():
     draws = {}
     for seed, step, first in [(1, 1, 0), (2, 1, 0), (1, 2, 0), (1, 1, 2048), (1, 3, 2048)]:
         equal = torch.ones(2000, dtype=torch.float64)
@@ -317,22 +317,22 @@ def test_coreset_starts_from_all_labeled_images():
             nearest = torch.stack([(hidden() - hidden()[i]).square().sum(1) for i in centers]).amin(0)
             chosen.append(int(nearest.argmax()))
             centers.append(chosen[-1])
-        assert queried("coreset", {}, labeled=labeled) == chosen
+        assert select_batch("coreset", {}, labeled=labeled) == chosen
 
 
-def test_random_takes_the_first_candidates_of_its_streams_permutation():
+def test_random_takes_the_first_candidates_of_a_permutation():
     candidates = [i for i in range(SIZE) if i not in LABELED]
     for seed in (1, 2):
         order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed)).tolist()
-        assert queried("random", {}, strategy_seed=seed) == [candidates[i] for i in order[:BUDGET]]
+        assert select_batch("random", {}, strategy_seed=seed) == [candidates[i] for i in order[:BUDGET]]
 
 
 @pytest.mark.parametrize("name", ["entropy", "least_confidence", "margin"])
-def test_uncertain_images_are_queried_in_the_order_of_their_uncertainty(name):
+def test_uncertainty_strategies_return_images_in_order(name):
     certainty = []
     for p in scores().p.tolist():
         first, second, *_ = sorted(p, reverse=True)
         entropy = -sum(value * torch.tensor(value).log().item() for value in p)
         certainty.append({"entropy": -entropy, "least_confidence": first, "margin": first - second}[name])
     candidates = [i for i in range(SIZE) if i not in LABELED]
-    assert queried(name, {}) == sorted(candidates, key=lambda i: certainty[i])[:BUDGET]
+    assert select_batch(name, {}) == sorted(candidates, key=lambda i: certainty[i])[:BUDGET]

@@ -27,7 +27,7 @@ def pixels(count):
 
 
 def certain_model(dtype):
-    """A model whose predictions are nearly certain, so that some directions have next to no information."""
+    """Return a model with nearly certain predictions, so that some directions have little information."""
     model = cases.model("mlp")
     with torch.no_grad():
         model[-1].weight.mul_(6)
@@ -44,7 +44,7 @@ def minimize(options, dtype=torch.float32, **engine):
 
 
 def dense(options):
-    """Batch and objective from dense matrices in float64, every trace by an inverse of its own."""
+    """Return batch and objective from dense float64 matrices, with a new inverse for every trace."""
     model, inputs = certain_model(torch.float64), normalize(pixels(COUNT), GRAY, torch.float64)
     rows = reference.information_rows(model, inputs)[:, :, reference.head_entries(model, "5")]
     if options.class_weighting == "none":
@@ -65,7 +65,7 @@ def dense(options):
 
 @pytest.mark.parametrize("damping", [1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("weighting", ["sqrt", "none"])
-def test_small_damping_gives_the_batch_of_dense_float64_from_float32_embeddings(damping, weighting):
+def test_small_damping_gives_the_batch_of_dense_float64(damping, weighting):
     options = TraceOptions(damping=damping, class_weighting=weighting)
     expected, objective = dense(options)
     batch, notes = minimize(options)
@@ -76,7 +76,7 @@ def test_small_damping_gives_the_batch_of_dense_float64_from_float32_embeddings(
 
 @pytest.mark.parametrize("damping", [1e-2, 1e-3, 1e-4, 1e-5])
 @pytest.mark.parametrize("weighting", ["sqrt", "none"])
-def test_images_are_taken_back_as_dense_float64_takes_them_back(damping, weighting):
+def test_pruning_with_small_damping_equals_dense_float64(damping, weighting):
     options = TraceOptions(damping=damping, class_weighting=weighting, oversample=2.0)
     expected, objective = dense(options)
     batch, notes = minimize(options, torch.float64)
@@ -84,15 +84,15 @@ def test_images_are_taken_back_as_dense_float64_takes_them_back(damping, weighti
     assert notes["objective"] == pytest.approx(objective, rel=1e-7)
 
 
-def test_the_note_on_float64_is_there_where_float32_is_not_enough_and_only_there():
+def test_float64_is_noted_only_where_float32_is_too_imprecise():
     hard = TraceOptions(damping=1e-4, class_weighting="none")
     assert minimize(hard)[1]["picks before float64"] < BUDGET
     for notes in (minimize(hard, precision=Precision(scores=torch.float64))[1], minimize(TraceOptions())[1]):
         assert "picks before float64" not in notes
 
 
-def test_without_float64_gains_are_far_off(monkeypatch):
-    """That the other tests here test something."""
+def test_float32_gains_have_large_errors_with_small_damping(monkeypatch):
+    """The other tests here rely on this."""
     monkeypatch.setattr(selection.TraceCriterion, "use_float64", lambda self: False)
     worst = max(
         minimize(TraceOptions(damping=damping, class_weighting="none"))[1]["largest gain error"]
@@ -101,7 +101,7 @@ def test_without_float64_gains_are_far_off(monkeypatch):
     assert worst > 0.05
 
 
-def test_a_selection_in_float64_goes_on_from_its_journal(trained):
+def test_replay_of_journal_with_float64_scores_gives_the_uninterrupted_batch(trained):
     setup, model = trained
 
     def run(past):
@@ -116,7 +116,7 @@ def test_a_selection_in_float64_goes_on_from_its_journal(trained):
         assert run(journal[:stopped]) == (batch, journal[stopped:])
 
 
-def test_the_estimated_error_of_the_objective_is_of_the_size_of_the_true_one():
+def test_estimated_objective_error_has_the_size_of_the_true_error():
     generator = torch.Generator().manual_seed(0)
     model, inputs = certain_model(torch.float64), normalize(pixels(20), GRAY, torch.float64)
     kept = embed(model, inputs, last_layer_mask(plan_gradients(model, inputs)))
@@ -135,7 +135,7 @@ def test_the_estimated_error_of_the_objective_is_of_the_size_of_the_true_one():
 
 
 @pytest.mark.parametrize(("damping", "oversample"), [(1e-13, 1.0), (1e-15, 1.0), (1e-15, 2.0)])
-def test_a_damping_that_float64_cannot_hold_is_refused(damping, oversample):
+def test_damping_too_small_for_float64_raises(damping, oversample):
     options = TraceOptions(damping=damping, oversample=oversample, initial_information=False)
     with pytest.raises(FloatingPointError, match="strategy.params.damping: too small"):
         minimize(options, torch.float64)

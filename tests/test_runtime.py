@@ -33,7 +33,7 @@ def test_attention_stays_plain_until_the_last_thread_leaves():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_gaps_between_tensors_that_stay_go_back_to_the_system():
+def test_freed_memory_between_live_tensors_is_returned():
     def resident():
         return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
 

@@ -40,7 +40,7 @@ def pool_of(images, model, labeled, shards=1):
 
 
 def case(body_size):
-    """A small network, 24 images, its mask, and the dense rows of its embedding: [n, C, k]."""
+    """Return a small network, 24 images, a mask, and the dense rows of the embeddings, [n, C, k]."""
     model, images = cases.model("small_cnn"), pixels(24)
     inputs = normalize(images, GRAY, torch.float64)
     layout = plan_gradients(model, inputs[:2])
@@ -66,7 +66,7 @@ def case(body_size):
     ids=lambda options: str({k: v for k, v in vars(options).items() if v != getattr(TraceOptions(), k)}),
 )
 @pytest.mark.parametrize("body_size", [0, 25])
-def test_the_batch_is_the_one_that_dense_greedy_selection_chooses(body_size, options):
+def test_batch_gains_and_objective_equal_dense_greedy(body_size, options):
     labeled, budget = [3, 4, 11, 20], 6
     model, images, mask, rows = case(body_size)
     pool = pool_of(images, model, labeled, shards=2)
@@ -101,8 +101,8 @@ def test_the_batch_is_the_one_that_dense_greedy_selection_chooses(body_size, opt
     assert pool.gains.tolist() == pytest.approx([gains[position] for position in expected], rel=1e-6)
 
 
-def test_images_taken_back_in_float32_are_those_of_float64(trained):
-    """With a small damping, taking images back looks for directions with next to no information: rounding's own."""
+def test_pruning_from_float32_scores_equals_float64(trained):
+    """With a small damping, pruning prefers directions with little information, where rounding errors are large."""
     setup, model = trained
     model = copy.deepcopy(model)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_images_taken_back_in_float32_are_those_of_float64(trained):
     assert value == pytest.approx(exact, rel=1e-3)
 
 
-def test_a_damping_too_small_to_invert_says_so():
+def test_too_small_damping_raises_and_names_the_setting():
     model, images, mask, _ = case(25)
     with pytest.raises(FloatingPointError, match="strategy.params.damping: too small"):
         minimize_trace(pool_of(images, model, [3, 4]), mask, 2, TraceOptions(damping=1e-300))
@@ -144,7 +144,7 @@ def choose_from(shards, size, name, model, labeled, budget):
     return query_strategies.load(config).query(pool, budget).tolist()
 
 
-def test_coreset_takes_the_image_furthest_from_all_centers():
+def test_coreset_picks_the_image_furthest_from_all_centers():
     model, images, _, _ = case(0)
     labeled, chosen = [3, 11], []
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_coreset_takes_the_image_furthest_from_all_centers():
 
 @pytest.mark.parametrize("name", query_strategies.available())
 def test_a_pool_of_float_features_needs_no_image_shape(name):
-    """Vectors, and integer counts of the same values, which a preprocessing function turns into the model's type."""
+    """Contiguous and strided float vectors, and integers that the preprocessing function converts."""
     features = torch.randint(0, 50, (60, 6), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
@@ -206,8 +206,8 @@ def test_badge_draws_in_proportion_to_the_squared_distance_of_dense_gradient_emb
     assert query("badge", model, images, labeled, 8) == chosen
 
 
-def test_the_gumbel_trick_draws_in_proportion():
-    """Over many seeds each image comes up as often as its share of the squared distances says."""
+def test_badge_gains_draw_in_proportion_to_the_squared_distance():
+    """Over many seeds, the frequency of each image is its share of the squared distances."""
     distances = torch.tensor([1.0, 2.0, 5.0, 0.0, 2.0], dtype=torch.float64)
     drawn = torch.bincount(
         torch.tensor([int(BadgeScorer(seed).gains(distances.clone(), 1, 0).argmax()) for seed in range(4000)]),
@@ -216,7 +216,7 @@ def test_the_gumbel_trick_draws_in_proportion():
     torch.testing.assert_close(drawn / 4000, distances.float() / 10, rtol=0, atol=0.03)
 
 
-def test_pools_of_equal_images_are_chosen_from_without_repetition():
+def test_pool_of_equal_images_gives_distinct_positions():
     model, images = cases.model("small_cnn"), pixels(1).expand(12, 1, 8, 8).contiguous()
     for name in query_strategies.available():
         params = {"fraction": 0.5} if name == "fisher_mask" else {}
@@ -224,8 +224,8 @@ def test_pools_of_equal_images_are_chosen_from_without_repetition():
         assert sorted(batch) == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
 
 
-def test_a_class_without_any_probability_changes_nothing():
-    """Its rows are zero: no division by it, no gradient of it."""
+def test_class_with_zero_probability_is_supported():
+    """Its rows are zero, without a division by zero."""
     model, images = cases.model("mlp"), pixels(30)
     with torch.no_grad():
         model[-1].bias[2] = -2000.0
@@ -234,8 +234,8 @@ def test_a_class_without_any_probability_changes_nothing():
         assert len(query({"name": name, "params": params}, model, images, [0], 5)) == 5
 
 
-def test_blocks_in_narrow_parts_choose_the_same_batch(monkeypatch):
-    """As they are kept for large masks."""
+def test_narrow_parts_give_the_same_batch(monkeypatch):
+    """Large masks store blocks in narrow parts."""
     model, images = cases.model("small_cnn"), pixels(900)
     layout = plan_gradients(model, normalize(images[:2], GRAY, torch.float64))
     mask = global_mask(fisher_diagonal(model, normalize(images[:20], GRAY, torch.float64), layout), layout, 25)
@@ -245,8 +245,8 @@ def test_blocks_in_narrow_parts_choose_the_same_batch(monkeypatch):
     assert minimize_trace(pool, mask, 8, TraceOptions(damping=0.5)).tolist() == whole.tolist()
 
 
-def test_equal_candidates_are_taken_from_the_lowest_position():
-    """A pool of two images, many times over, in several blocks and shards."""
+def test_ties_go_to_the_lowest_position():
+    """The pool contains two images, repeated over several blocks and shards."""
     pair = pixels(2)
     images = pair[torch.arange(2 * BLOCK + 6) % 2]
     model = cases.model("mlp")
@@ -258,7 +258,7 @@ def test_equal_candidates_are_taken_from_the_lowest_position():
         assert same == list(range(2 + kind, 2 + kind + 2 * len(same), 2))
 
 
-def test_slices_cover_the_pool_once_in_whole_blocks():
+def test_shard_slices_cover_the_pool_once_in_whole_blocks():
     for size in (1, 5, BLOCK, BLOCK + 1, 10 * BLOCK + 3):
         for count in (1, 2, 3, 7):
             slices = shard_slices(size, count)
@@ -267,12 +267,12 @@ def test_slices_cover_the_pool_once_in_whole_blocks():
             assert all(start % BLOCK == 0 or start == end for start, end in slices)
 
 
-def test_the_best_offer_has_the_largest_gain_and_of_equal_ones_the_lowest_position():
+def test_best_candidate_has_the_largest_gain_and_the_lowest_position():
     offers = [ScoredCandidate(1.0, 9, None), None, ScoredCandidate(2.0, 7, None), ScoredCandidate(2.0, 5, None)]
     assert best_candidate(offers).position == 5
 
 
-def test_a_model_that_overflows_is_an_error_not_a_choice():
+def test_overflowing_model_raises():
     model = cases.model("mlp")
     with torch.no_grad():
         next(p for p in model.parameters() if p.dim() == 2).mul_(1e200).mul_(1e200)
@@ -283,19 +283,19 @@ def test_a_model_that_overflows_is_an_error_not_a_choice():
 
 
 @pytest.mark.parametrize("batch", [[1, 2], [1, 2, 2], [1, 2, 7]])
-def test_a_strategy_that_returns_too_few_or_equal_or_labelled_positions_is_an_error(batch):
+def test_too_few_repeated_or_labeled_positions_of_a_strategy_raise(batch):
     with pytest.raises(RuntimeError, match="expected 3 distinct candidates"):
         validate_batch(torch.tensor(batch), torch.tensor([1, 2, 3]), 3)
 
 
 @pytest.mark.parametrize("batch", [[1, 2, 3], torch.tensor([1.2, 2.0, 3.0]), torch.tensor([[1, 2, 3]])])
-def test_a_strategy_that_returns_no_row_of_whole_numbers_is_an_error(batch):
+def test_batch_that_is_not_a_1d_integer_tensor_raises(batch):
     with pytest.raises(RuntimeError, match="expected a 1-D integer tensor"):
         validate_batch(batch, torch.tensor([1, 2, 3]), 3)
 
 
 @pytest.mark.parametrize("name", query_strategies.available())
-def test_every_strategy_chooses_the_same_batch_for_any_number_of_shards(name, trained, monkeypatch):
+def test_batch_does_not_depend_on_the_number_of_shards(name, trained, monkeypatch):
     monkeypatch.setattr("fishermask.pool.shard.BLOCK", 512)  # nine blocks: no shard of seven is empty
     setup, model = trained
     images = setup.data.train.images
@@ -304,8 +304,8 @@ def test_every_strategy_chooses_the_same_batch_for_any_number_of_shards(name, tr
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_ray_shards_choose_the_batches_that_shards_in_process_choose(count, trained, ray_session):
-    """Every strategy, one after the other on the same actors."""
+def test_ray_shards_give_the_batches_of_local_shards(count, trained, ray_session):
+    """Run every strategy on the same actors."""
     setup, model = trained
     images, statistics = setup.data.train.images, setup.statistics
     shards = RayShards(images, statistics, count, 1, 0)
@@ -315,7 +315,7 @@ def test_ray_shards_choose_the_batches_that_shards_in_process_choose(count, trai
     shards.close()
 
 
-def test_the_threads_of_the_caller_do_not_change_the_batch_and_stay_as_they_are(trained):
+def test_number_of_threads_neither_affects_the_batch_nor_changes(trained):
     setup, model = trained
     before, batches = torch.get_num_threads(), []
     for threads in (1, 2):
@@ -326,7 +326,7 @@ def test_the_threads_of_the_caller_do_not_change_the_batch_and_stay_as_they_are(
     assert batches[0] == batches[1]
 
 
-def test_baselines_choose_what_their_definitions_say(trained):
+def test_uncertainty_strategies_equal_their_definitions(trained):
     setup, model = trained
     images, n = setup.data.train.images, len(setup.data.train.labels)
     with torch.no_grad():
@@ -343,8 +343,8 @@ def test_baselines_choose_what_their_definitions_say(trained):
         assert set(choose(name, LocalShards(images, setup.statistics), setup, model)) == set(expected)
 
 
-def test_images_in_any_memory_layout_give_the_same_embedding(trained):
-    """A gray channel may have any stride, for some of which convolutions round differently."""
+def test_probabilities_do_not_depend_on_the_strides_of_images(trained):
+    """A single channel may have any stride, and convolutions round differently for some strides."""
     setup, model = trained
     images = setup.data.train.images[:600]
     other = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
@@ -357,8 +357,8 @@ def test_images_in_any_memory_layout_give_the_same_embedding(trained):
     assert torch.equal(*found)
 
 
-def test_batch_norm_models_are_embedded_in_eval_mode(trained):
-    """Whatever mode the model comes in: no sample may see another."""
+def test_shards_embed_in_eval_mode(trained):
+    """A model in training mode is copied, and its own mode does not change."""
     setup, _ = trained
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * 26 * 26, 10)).train()
     shards = LocalShards(setup.data.train.images[:20], setup.statistics)

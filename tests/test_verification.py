@@ -220,7 +220,7 @@ def images(count):
 
 @pytest.mark.parametrize("count", [1, 6])
 @pytest.mark.parametrize("name", MODELS)
-def test_fisher_diagonal_and_embeddings_of_unusual_models_are_those_of_autograd(name, count):
+def test_unusual_models_have_the_gradients_of_autograd(name, count):
     original, batch = model(name), images(count)
     layout = plan_gradients(original, images(7))
     net = copy_model(original)  # as shards use it
@@ -241,7 +241,7 @@ def test_fisher_diagonal_and_embeddings_of_unusual_models_are_those_of_autograd(
 
 
 @pytest.mark.parametrize("name", ["checkpointed", "experts", "gru", "cached", "5 tokens first"])
-def test_unusual_models_in_float32_are_differentiated_too(name):
+def test_unusual_models_in_float32_have_the_gradients_of_autograd(name):
     net, batch = model(name).float(), images(6).float()
     layout = plan_gradients(net, batch)
     rows = reference.autograd_rows(model(name), images(6))
@@ -253,7 +253,7 @@ def test_unusual_models_in_float32_are_differentiated_too(name):
     torch.testing.assert_close(diagonal.double(), expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
 
 
-def test_a_layer_that_some_images_pass_is_differentiated_for_each_batch_as_it_is():
+def test_layer_that_gets_some_of_the_images_is_handled_for_each_batch():
     """Each of the images looked at goes to one expert, later ones to both: what was found does not hold for them."""
     net, batch = model("experts"), images(40)
     with torch.no_grad():
@@ -291,7 +291,7 @@ def test_models_that_mix_the_images_of_a_batch_are_refused(forward, dtype):
         plan_gradients(Net(forward=forward).to(dtype), images(2).to(dtype))
 
 
-def test_images_that_are_all_equal_do_not_hide_that_they_are_mixed():
+def test_models_that_mix_images_are_refused_on_equal_images():
     with pytest.raises(InputError, match="mixes the images"):
         plan_gradients(Net(forward=lambda net, h: net.b((h := net.a(h)) - h.mean(0)).tanh()), torch.zeros(2, 1, 8, 8))
 
@@ -318,7 +318,7 @@ def test_models_without_logits_are_refused(change, message):
         plan_gradients(net, images(2).float())
 
 
-def test_a_cache_that_nothing_empties_is_not_differentiated_as_if_it_were_constant():
+def test_cache_that_is_never_cleared_raises():
     def keep(net, h):
         if not hasattr(net, "kept"):
             net.kept = net.gain.exp()
@@ -330,7 +330,7 @@ def test_a_cache_that_nothing_empties_is_not_differentiated_as_if_it_were_consta
 
 
 @pytest.mark.parametrize("trained", ["a.bias", "b.weight", "head.bias", "head"])
-def test_frozen_parameters_neither_count_nor_are_masked(trained):
+def test_frozen_parameters_do_not_count_and_are_not_masked(trained):
     net = model("head read elsewhere" if trained == "head" else "no_grad")
     net = Net().double()
     for name, parameter in net.named_parameters():
@@ -349,12 +349,12 @@ def test_frozen_parameters_neither_count_nor_are_masked(trained):
     reference.assert_same_information(reference.every_column(embed(net, images(4), mask)), expected)
 
 
-def test_a_model_without_a_trained_parameter_is_refused():
+def test_model_without_trained_parameters_is_refused():
     with pytest.raises(InputError, match="all parameters of Net are frozen; set requires_grad"):
         plan_gradients(Net().requires_grad_(False), images(2).float())
 
 
-def test_looking_at_a_model_leaves_it_as_it_was():
+def test_plan_gradients_does_not_change_the_model():
     net = model("head with weight norm")
     before = {name: (p.clone(), p.requires_grad) for name, p in net.named_parameters()}
     plan_gradients(net, images(3))
@@ -364,7 +364,7 @@ def test_looking_at_a_model_leaves_it_as_it_was():
     assert not any(module._forward_hooks for module in net.modules())
 
 
-def test_the_batch_norm_of_this_pytorch_differentiates_a_transposed_image_wrongly():
+def test_pytorch_still_has_the_batch_norm_defect():
     """Why a single image is never differentiated alone. Reports when PyTorch has mended it."""
     norm = nn.BatchNorm2d(2).double().eval()
     norm.running_var[1] = 4.0
@@ -400,7 +400,7 @@ def _hook_over_itself(net):
     ],
     ids=["lambda", "hook"],
 )
-def test_functions_that_read_the_original_of_a_copied_model_are_refused(make, dtype):
+def test_models_with_closures_over_themselves_are_refused(make, dtype):
     net = make().to(dtype)
     before = [parameter.detach().clone() for parameter in net.parameters()]
     with pytest.raises(InputError, match="^model: Net holds a function that refers to the model itself"):
@@ -415,7 +415,7 @@ def test_complex_parameters_are_refused_by_name():
         plan_gradients(net, images(3).float())
 
 
-def test_a_last_layer_that_is_called_again_for_some_images_is_an_error_and_no_embedding():
+def test_irregular_last_layer_raises():
     class Again(Net):
         def forward(self, batch):
             h = self.b(self.a(batch[:, 0].mean(1)).tanh()).tanh()
@@ -431,6 +431,6 @@ def test_a_last_layer_that_is_called_again_for_some_images_is_an_error_and_no_em
         embed(net, images(3) + 2, last_layer_mask(layout))
 
 
-def test_one_image_of_one_pixel_is_enough_to_verify_a_model():
+def test_verification_works_on_one_image_of_one_pixel():
     net = nn.Sequential(nn.Flatten(), nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 2))
     assert plan_gradients(net, torch.zeros(1, 1, 1, 1)).head == "3"

@@ -1,1 +1,1 @@
-"""The pool: cut into shards, asked for what a strategy needs, one greedy loop over all of it."""
+"""The pool in shards: the computations that strategies need, and the greedy selection loop."""

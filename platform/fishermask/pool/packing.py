@@ -1,7 +1,7 @@
-"""Small messages between a coordinator and its shards, packed so that Ray carries them inside a call.
+"""Small messages between a coordinator and its shards, packed so that Ray sends them with the call.
 
-Ray sends arguments of up to 100 kB along with a call and puts larger ones into its object store first, which takes
-milliseconds; and a tensor pickles slowly. Both matter once a pick. These bytes pass between our own processes only.
+Ray sends arguments of up to 100 kB with a call, and stores larger ones first, which takes milliseconds. Pickling a
+tensor is slow too. Both matter for each pick. These bytes are exchanged between processes of this package only.
 """
 
 import io
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 PIECE = 64 * 1024
-"""Bytes of one argument."""
+"""Largest size of an argument in bytes."""
 
 
 class _Packer(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            # As bytes: numpy has no bfloat16.
+            # Raw bytes, because NumPy has no bfloat16.
             raw = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
             return _tensor, (raw, value.dtype, tuple(value.shape))
         return NotImplemented
@@ -29,7 +29,7 @@ def _tensor(raw: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 
 def pack(value: Any) -> list[bytes]:
-    """``value``, in which tensors are on the CPU, as pieces of at most ``PIECE`` bytes."""
+    """Return ``value``, whose tensors are on the CPU, as pieces of at most ``PIECE`` bytes."""
     buffer = io.BytesIO()
     _Packer(buffer, protocol=5).dump(value)
     raw = buffer.getvalue()
@@ -37,5 +37,5 @@ def pack(value: Any) -> list[bytes]:
 
 
 def unpack(pieces: list[bytes]) -> Any:
-    """What was packed; its tensors are copies that may be written to."""
+    """Return the packed value; its tensors are writable copies."""
     return pickle.loads(b"".join(pieces))

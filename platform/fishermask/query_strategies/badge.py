@@ -1,4 +1,4 @@
-"""Uncertain and diverse: k-means++ on the loss's gradients by the last layer (BADGE, Ash et al. 2020)."""
+"""Uncertain and diverse images: k-means++ on gradients of the loss by the last layer (BADGE, Ash et al. 2020)."""
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,12 @@ from fishermask.tensors.mask import last_layer_mask
 
 
 def check(params: Config, model: nn.Module, images: Tensor) -> Workload:
-    """The model must end in a linear layer."""
+    """Require a model that ends in a linear layer."""
     return Workload(last_layer_mask(plan_gradients(model, images)).plan, trace=False)
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:
-    """Positions of ``budget`` candidates, drawn in proportion to the squared distance from those before."""
+    """Return the positions of ``budget`` candidates, drawn in proportion to the squared distance to earlier picks."""
     pool.store_embeddings(last_layer_mask(pool.plan_gradients()))
     seed = int(torch.randint(2**31, (1,), generator=pool.generator))
     picks = greedy(pool, DistanceCriterion(BadgeScorer(seed), pool.scores_type), budget)

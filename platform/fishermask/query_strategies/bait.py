@@ -13,19 +13,19 @@ from fishermask.tensors.mask import last_layer_mask
 
 class Params(Config):
     damping: float = Field(1.0, gt=0)
-    """lambda: how much identity is added to the labeled images' information."""
+    """lambda: factor of the identity that is added to the information of the labeled images."""
     oversample: float = Field(1.0, ge=1)
-    """Choose this many times the budget, then take back what is missed least. BAIT's authors' code: 2; the paper: 1."""
+    """Pick this many times the budget, then prune the picks that contribute least. BAIT's code: 2; the paper: 1."""
     top_classes: int | None = Field(None, ge=2)
-    """An approximation, for many classes: only an image's most probable classes count, as if others were impossible."""
+    """Approximation for many classes: use only the most probable classes of each image, renormalized."""
 
 
 def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
-    """The model must end in a linear layer."""
+    """Require a model that ends in a linear layer."""
     mask = last_layer_mask(plan_gradients(model, images))
     return Workload(mask.plan, top_classes=params.top_classes, oversample=params.oversample)
 
 
 def query(pool: Pool, budget: int, params: Params) -> Tensor:
-    """Positions of ``budget`` candidates that greedily minimize the trace of the inverse information."""
+    """Return the positions of ``budget`` candidates that greedily minimize the trace of the inverse information."""
     return minimize_trace(pool, last_layer_mask(pool.plan_gradients()), budget, TraceOptions(**params.model_dump()))

@@ -13,14 +13,14 @@ from fishermask.tensors.mask import last_layer_mask
 
 
 def check(params: Config, model: nn.Module, images: Tensor) -> Workload:
-    """The model must end in a linear layer."""
+    """Require a model that ends in a linear layer."""
     return Workload(last_layer_mask(plan_gradients(model, images)).plan, trace=False)
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:
-    """Positions of ``budget`` candidates, each the furthest from its nearest labeled or chosen image."""
+    """Return the positions of ``budget`` candidates, each the furthest from all labeled images and earlier picks."""
     pool.store_embeddings(last_layer_mask(pool.plan_gradients()))
-    labeled = [found.hidden for found in pool.embeddings_at(pool.labeled)]
+    labeled = [embedding.hidden for embedding in pool.embeddings_at(pool.labeled)]
     criterion = DistanceCriterion(KCenterScorer(torch.cat(labeled, dim=1)), pool.scores_type)
     picks = greedy(pool, criterion, budget)
     pool.free_embeddings()

@@ -8,6 +8,6 @@ from fishermask.pool.pool import Pool
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:
-    """Positions of the ``budget`` candidates with the largest entropy; ties to the lowest position."""
+    """Return the positions of the ``budget`` candidates with the largest entropy; ties go to the lowest position."""
     entropy = torch.special.entr(pool.probabilities()).sum(-1)
     return pool.candidates[entropy.sort(descending=True, stable=True).indices[:budget]]

@@ -7,6 +7,6 @@ from fishermask.pool.pool import Pool
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:
-    """Positions of the ``budget`` candidates with the least confident prediction; ties to the lowest position."""
+    """Return the positions of the ``budget`` candidates with the least confident predictions; ties to the lowest."""
     confidence = pool.probabilities().amax(-1)
     return pool.candidates[confidence.sort(stable=True).indices[:budget]]

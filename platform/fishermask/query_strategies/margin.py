@@ -7,7 +7,7 @@ from fishermask.pool.pool import Pool
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:
-    """Positions of the ``budget`` candidates with the smallest margin; ties to the lowest position."""
+    """Return the positions of the ``budget`` candidates with the smallest margin; ties go to the lowest position."""
     top = pool.probabilities().topk(2).values
     order = (top[:, 0] - top[:, 1]).sort(stable=True).indices
     return pool.candidates[order[:budget]]

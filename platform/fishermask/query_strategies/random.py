@@ -1,4 +1,4 @@
-"""Uniformly at random, without replacement: what every other strategy is measured against."""
+"""Images drawn uniformly at random: the baseline of all comparisons."""
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +8,10 @@ from fishermask.pool.pool import Pool
 
 
 def check(params: Config, model: nn.Module, images: Tensor) -> None:
-    """Goes with every model: no image is looked at."""
+    """Accept every model: the strategy uses no predictions."""
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:
-    """Positions of ``budget`` random candidates."""
+    """Return the positions of ``budget`` random candidates."""
     order = torch.randperm(len(pool.candidates), generator=pool.generator)
     return pool.candidates[order[:budget]]

@@ -3,8 +3,8 @@
     pip install 'fishermask[benchmarks]'
     python benchmarks/distances.py
 
-20,000 candidates, 100 classes, 768 features, 10 picks. scikit-activeml forms the n x (C E) gradient embedding. Its time and
-memory are proportional to the number of candidates, so it is measured on a part of them and scaled.
+20,000 candidates, 100 classes, 768 features, 10 picks. scikit-activeml forms the n x (C E) gradient embedding. Its time
+and memory are proportional to the number of candidates, so it is measured on a part of them and scaled.
 """
 
 import argparse

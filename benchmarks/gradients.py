@@ -52,7 +52,7 @@ def main():
     model.requires_grad_(False)
     diagonal = fisher_diagonal(model, images[:64], plan)
     k = mask_size(model, plan, 0.00204)
-    mask = global_mask(diagonal, layout, k - head_size(model, plan))
+    mask = global_mask(diagonal, plan, k - head_size(model, plan))
     earliest = mask.layers
     columns, start = [], 0
     for name, parameter in model.named_parameters():

@@ -4,8 +4,8 @@
     python benchmarks/greedy.py --large    # k = 7,014, 960 picks from 4,800: minutes
 
 The lower bound is one structured product with 2 C columns, and one read and write of P and Q [C, C], with as many
-threads. Dense rescoring follows the definition: V R V^T and V R F R V^T with V [C, k] by k x k products for every image. It is
-timed with random numbers for a few images and scaled.
+threads. Dense rescoring follows the definition: V R V^T and V R F R V^T with V [C, k] by k x k products per image.
+It is timed with random numbers for a few images and scaled.
 """
 
 import argparse

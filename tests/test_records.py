@@ -263,6 +263,8 @@ def test_each_row_has_the_provenance_of_its_round(tiny_yaml, capsys):
     versions = (torch.__version__, ray.__version__, platform.python_version(), "cpu")
     assert tuple(columns[["torch", "ray", "python", "device"]].iloc[1]) == versions
     assert columns["config_hash"].nunique() == 1 and columns["config_hash"].notna().all()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "-q", "--verify", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert columns["git_commit"][1] == (commit.stdout.strip() or None)
     assert cli.main(["run", tiny_yaml]) == 0  # finished

@@ -295,18 +295,20 @@ def test_shards_without_images_need_no_memory(small):
 def test_a_prediction_takes_the_activations_of_a_chunk_and_the_probabilities_of_the_pool():
     model = nn.Sequential(nn.Flatten(), nn.Linear(100, 500), nn.ReLU(), nn.Linear(500, 10)).requires_grad_(False)
     request = QueryRequest(10_000, 1)
-    measured = measure(model, torch.zeros(1, 1, 10, 10), Workload(), stored_bytes=400, training=False)
+    measured = measure(model, torch.zeros(1, 1, 10, 10), Workload(), training=False)
     assert 4 * (100 + 500) <= measured.prediction.image_bytes <= 4 * (100 + 2 * 500 + 10)
     one = plan_query(measured, request)
     activations = PREDICTED * ((1 + estimates.PREDICTION_GAPS) * measured.prediction.image_bytes + 400)
     parts = one.coordinator.parts
     assert parts["activations"] == activations
-    assert parts["images"] == 2048 * 400  # a block of float32 images
+    assert parts["images"] == 2048 * 100  # a block of uint8 images
     assert parts["model"] == 4 * (100 * 500 + 500 + 500 * 10 + 10)
     assert parts["probabilities"] == 3 * 4 * 10 * 10_000
     two = plan_query(measured, request, 2)
     assert two.coordinator.parts["activations"] == 2 * activations
     assert two.seconds == pytest.approx(one.seconds * (10_000 - 2 * 2048) / 10_000)  # the other shard has two blocks
+    floats = plan_query(replace(measured, stored_bytes=4000), request).coordinator.parts
+    assert floats["images"] == floats["activations"] == 2048 * 4000  # two blocks are alive at the same time
     separate = plan_query(measured, request, 2, in_process=False)
     assert (separate.shard.parts["activations"], separate.shard.parts["probabilities"]) == (activations, 0)
     with pytest.raises(InputError, match=r"to predict the pool, .* only 1 MB are available .*; choose a smaller model"):

@@ -97,10 +97,12 @@ def estimate_memory(
     if work.gradient_plan is not None:
         stages |= _embedding_stages(measured, request, chunk, num_images, num_shards, coordinates)
     elif work.uses_model:
-        batch = min(PREDICTED, num_images)
+        block = min(BLOCK, num_images) * stored_bytes
+        activations = _batch_bytes(measured, measured.prediction, min(PREDICTED, num_images), PREDICTION_GAPS)
         stages["predict the pool"] = {
-            "images": num_shards * min(BLOCK, num_images) * stored_bytes,
-            "activations": num_shards * _batch_bytes(measured, measured.prediction, batch, PREDICTION_GAPS),
+            "images": num_shards * block,
+            # Without activations, the next block is read before the previous one is freed.
+            "activations": num_shards * max(activations, block if num_images > BLOCK else 0),
             # Probabilities arrive in pieces, are concatenated, and those of the candidates are copied.
             "probabilities": 3 * request.pool_size * measured.num_classes * measured.dtype.itemsize * coordinates,
         }

@@ -103,15 +103,17 @@ def useful_shards(
     if not measured.work.uses_model:
         return math.ceil(request.pool_size / SHARD_IMAGES)
     blocks = math.ceil(request.pool_size / BLOCK)  # more shards would be empty
-    count = min(blocks, math.ceil(estimate_seconds(measured, request, request.pool_size) / SHARD_SECONDS))
-    while count < blocks if not in_process else count > 1:
+    seconds = estimate_seconds(measured, request, request.pool_size)
+    count = max(1, min(blocks, math.ceil(seconds / SHARD_SECONDS)))
+    # Shards in one process share its memory; others divide the pool among their processes.
+    last = 1 if in_process else blocks
+    while count != last:
         try:
             plan_query(measured, request, count, in_process=in_process, limit=limit, gpu_limit=gpu_limit)
             break
         except InputError:
-            # Shards in one process share its memory; others divide the pool among their processes.
             count = count // 2 if in_process else min(blocks, 2 * count)
-    return max(1, count)
+    return count
 
 
 def _fit(process: Process, measured: Measurement, request: QueryRequest, limit: float) -> tuple[int, Estimate]:

@@ -891,6 +891,49 @@ MUTANTS = [
     Mutant(
         "sweeps/sweep_file.py", "if count > MAX_RUNS:", "if False:", "a grid may mean any number of runs", "bad_input"
     ),
+    # api
+    Mutant(
+        "api/samples.py",
+        "torch.empty(samples.shape, dtype=samples.dtype, device=samples.device).copy_(samples)",
+        "samples",
+        "a model or a transform writes to the user's pool",
+        "api",
+    ),
+    Mutant("api/select.py", "copy_model(model)", "model", "the user's model is changed to eval mode", "api"),
+    Mutant(
+        "api/select.py", 'stream(seed, "fisher sample")', 'stream(0, "fisher sample")', "the seed is ignored", "api"
+    ),
+    Mutant(
+        "api/select.py",
+        "np.random.set_state(numpy)",
+        "pass",
+        "a data set's random draws change NumPy's global state",
+        "api",
+    ),
+    Mutant(
+        "api/select.py", "values.cpu().nonzero()[:, 0]", "values.cpu().long()", "a mask is read as positions", "api"
+    ),
+    Mutant(
+        "api/samples.py",
+        "self.start + position)\n                if",
+        "position)\n                if",
+        "each shard reads a data set from its first item",
+        "api",
+    ),
+    Mutant(
+        "user_modules.py",
+        'b"\\0" + content',
+        'b"\\0"',
+        "a changed file of the user is not imported again",
+        "strategies",
+    ),
+    Mutant(
+        "user_modules.py",
+        "(folder / file).absolute()",
+        "file.absolute()",
+        "files are looked for in the working folder, not beside the sweep file",
+        "strategies",
+    ),
     # cli
     Mutant("cli.py", "status = EXIT_FAILED_RUNS", "status = 0", "a failed run ends in exit status 0", "records cli"),
     Mutant("cli.py", " = 1, 2", " = 1, 1", "bad input ends in exit status 1", "cli"),

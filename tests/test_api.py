@@ -322,6 +322,7 @@ NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
         ({"labeled": [True, False]}, r"labeled: the mask has shape \(2,\); expected \(60,\)"),
         ({"labeled": [0.5]}, r"labeled: is torch.float32 of shape \(1,\); expected positions"),
         ({"labeled": 3}, "labeled: is not a list of positions"),
+        ({"labeled": [], "strategy": "coreset"}, "labeled: coreset measures distances to labeled images"),
         ({"labels": [1]}, r"labels: is torch.int64 of shape \(1,\); expected 2 integers"),
         ({"budget": 59}, "budget: is 59; expected 1 to 58, the number of unlabeled samples"),
         ({"budget": 0}, "budget: is 0; expected 1 to 58"),

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fishermask.config import Config
+from fishermask.errors import InputError
 from fishermask.planning.workload import Workload
 from fishermask.pool.pool import Pool
 from fishermask.pool.selection import DistanceCriterion, greedy, record_picks
@@ -19,6 +20,8 @@ def check(params: Config, model: nn.Module, images: Tensor) -> Workload:
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:
     """Return the positions of ``budget`` candidates, each the furthest from all labeled images and earlier picks."""
+    if not len(pool.labeled):
+        raise InputError("labeled: coreset measures distances to labeled images, and none is labeled")
     pool.store_embeddings(last_layer_mask(pool.plan_gradients()))
     labeled = [embedding.hidden for embedding in pool.embeddings_at(pool.labeled)]
     criterion = DistanceCriterion(KCenterScorer(torch.cat(labeled, dim=1)), pool.scores_type)

@@ -52,9 +52,7 @@ MUTANTS = [
         "SIGTERM ends in the exit status of Ctrl-C",
         "stopping",
     ),
-    Mutant(
-        "yaml_files.py", "if key in keys:", "if False:", "of a key that stands twice the last counts", "cli bad_input"
-    ),
+    Mutant("yaml_files.py", "if key in keys:", "if False:", "the last value of a repeated key counts", "cli bad_input"),
     # tensors
     Mutant(
         "tensors/contrasts.py",

@@ -188,12 +188,12 @@ YAML_FILES = {
     "NUL as an escape": (b'name: x\nbase: {data: {train: "a\\0b"}}', "data.train"),
     "half of a surrogate pair": (b'name: x\nbase: {data: {train: "\\ud800"}}', "data.train"),
     "a line break in a key": (b'name: x\n"ba\\nse": 1', "line 2"),
-    "a key twice": (b"name: x\nbase: {}\nbase: {}\n", "base stands twice"),
-    "a key twice in other writing": (b"name: x\nbase: {imbalance: {counts: {1: 2, 0x1: 3}}}", "1 stands twice"),
-    "an inner key twice": (b"name: x\nbase: {seed: 1, seed: 2}\n", "seed stands twice"),
-    "a list as a key": (b"name: x\n? [a]\n: 1\n", "neither text nor a number"),
-    "a mapping as a key": (b"name: x\n? {a: 1}\n: 1\n", "neither text nor a number"),
-    "null as a key": (b"name: x\n~: 1\n", "neither text nor a number"),
+    "a repeated key": (b"name: x\nbase: {}\nbase: {}\n", "base appears twice"),
+    "a repeated key in another notation": (b"name: x\nbase: {imbalance: {counts: {1: 2, 0x1: 3}}}", "1 appears twice"),
+    "a repeated inner key": (b"name: x\nbase: {seed: 1, seed: 2}\n", "seed appears twice"),
+    "a list as a key": (b"name: x\n? [a]\n: 1\n", "neither text nor an integer"),
+    "a mapping as a key": (b"name: x\n? {a: 1}\n: 1\n", "neither text nor an integer"),
+    "null as a key": (b"name: x\n~: 1\n", "neither text nor an integer"),
     "an unknown key": (b"name: x\nbas: {}\n", "bas: unknown key"),
     "no name": (b"base: {}\n", "name: missing"),
     "a name that is a number": (b"name: 5\n", "name"),
@@ -224,10 +224,10 @@ YAML_FILES = {
     "an anchor that is not there": (b"name: *x\n", "is not YAML"),
     "500 nested keys": (b"name: x\nbase: " + b"{a: " * 500 + b"1" + b"}" * 500, "nested"),
     "5,000 nested lists": (b"name: x\nbase: " + b"[" * 5000 + b"]" * 5000, "nested"),
-    "100 nested keys": (b"name: x\nbase: " + b"{a: " * 100 + b"1" + b"}" * 100, "nested deeper than 32"),
+    "100 nested keys": (b"name: x\nbase: " + b"{a: " * 100 + b"1" + b"}" * 100, "nested more than 32"),
     "anchors that expand to 10^12 values": (LAUGHS.encode() + b"name: x\n", "more than 100,000 values"),
     "merges that expand to 10^12 values": (MERGES.encode() + b"name: x\n", "more than 100,000 values"),
-    "2 MB": (b"name: x\n# " + b"x" * 2_000_000, "too large"),
+    "2 MB": (b"name: x\n# " + b"x" * 2_000_000, "the limit is 1,000,000"),
     "NaN in the parameters": (b"name: x\nbase: {model: {name: mlp, params: {width: .nan}}}", "model.params"),
 }  # fmt: skip
 for name, (content, words) in YAML_FILES.items():
@@ -274,7 +274,7 @@ for name, argv, words in [
     case(f"command line: {name}", argv, words, files=grid)
 for name, make in {
     "a FIFO": os.mkfifo,
-    "a link that leads nowhere": lambda path: path.symlink_to("nowhere"),
+    "a broken link": lambda path: path.symlink_to("nowhere"),
     "a link to itself": lambda path: path.symlink_to(path.name),
     "a socket": lambda path: make_socket(path),
     "a folder": lambda path: path.mkdir(),
@@ -670,7 +670,7 @@ IDX_FILES = {
     "has fewer labels than images": {LABELS: bytes([0, 0, 8, 1]) + struct.pack(">I", 5) + bytes(5)},
     "has labels that are no class": {LABELS: bytes([0, 0, 8, 1]) + struct.pack(">I", 20) + b"\xff" * 20},
     "is a FIFO": {IMAGES: os.mkfifo},
-    "is a link that leads nowhere": {IMAGES: lambda path: path.symlink_to("nowhere")},
+    "is a broken link": {IMAGES: lambda path: path.symlink_to("nowhere")},
     "is a link to itself": {IMAGES: lambda path: path.symlink_to(path.name)},
     "is a folder": {IMAGES: lambda path: path.mkdir()},
 }
@@ -705,7 +705,7 @@ RESULTS = {
     "config.yaml is empty": ({"config.yaml": b""}, "config.yaml"),
     "config.yaml is a folder": ({"config.yaml": lambda path: path.mkdir()}, "config.yaml"),
     "config.yaml is a FIFO": ({"config.yaml": os.mkfifo}, "config.yaml"),
-    "config.yaml is a link that leads nowhere": ({"config.yaml": lambda path: path.symlink_to("nowhere")}, "config.yaml"),
+    "config.yaml is a broken link": ({"config.yaml": lambda path: path.symlink_to("nowhere")}, "config.yaml"),
     "config.yaml is binary": ({"config.yaml": bytes(range(256))}, "config.yaml"),
     "config.yaml has no grid": ({"config.yaml": b"name: x\n"}, "config.yaml"),
     "config.yaml has a grid of numbers": ({"config.yaml": b"name: x\ngrid: {5: [1]}\n"}, "config.yaml"),
@@ -769,7 +769,7 @@ for name, value in {
     "is a file": "tiny.yaml", "is a device": "/dev/null", "is below a device": "/dev/null/x", "is in /proc": "/proc/cache",
     "is in the home of nobody": "~nosuchuser/x", "has a name of 300 letters": LETTERS, "is a blank": " ",
     "has a line break": "a\nb", "is 5,000 letters": "x/" * 2500, "is a link to itself": "loop", "is a FIFO": "fifo",
-    "is a link that leads nowhere": "nowhere",
+    "is a broken link": "nowhere",
 }.items():  # fmt: skip
     links = {"loop": lambda p: p.symlink_to("loop"), "nowhere": lambda p: p.symlink_to("none"), "fifo": os.mkfifo}
     case(f"FISHERMASK_CACHE {name}", dry(), "FISHERMASK_CACHE", files=links, env={"FISHERMASK_CACHE": value})

@@ -244,7 +244,7 @@ def test_help_and_version(capsys):
         (["sweep", "tiny.yaml", "resources.shards=999"], "resources.shards: 999 exceeds the pool of 300 images"),
         (["run", "tiny.yaml", "output=/proc/fishermask"], "output: cannot write to /proc/fishermask"),
         (["sweep", "broken.yaml"], "broken.yaml: is not YAML"),
-        (["sweep", "twice.yaml"], "twice.yaml: is not YAML (the key base stands twice"),
+        (["sweep", "twice.yaml"], "twice.yaml: is not YAML (the key base appears twice"),
         (["sweep", "tiny.yaml", "strategy.params.x=1"], "strategy.params.x: the grid varies strategy"),
         (["sweep", "tiny.yaml", "grid.seed.x=[1]"], "grid.seed.x: seed is varied too"),
         (["sweep", "tiny.yaml", "training.learning_rate=.inf"], "training.learning_rate: should be a finite number"),

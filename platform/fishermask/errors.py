@@ -1,12 +1,12 @@
-"""The one exception that is the user's to mend: shown as one line, without a traceback, exit status 2."""
+"""The exception for errors that the user can correct: one line without a traceback, exit status 2."""
 
 
 class InputError(ValueError):
-    """What was wrong, which value came, and what would be right.
+    """An error in a setting, a file or an argument of the user.
 
     Args:
-        message: one line for each independent mistake.
-        details: the traceback of what the user's code or file raised; the command writes it to a log file.
+        message: one line for each independent mistake: the setting, the problem, and the remedy.
+        details: traceback of an exception in the user's code; the command writes it to a log file.
     """
 
     def __init__(self, message: str, details: str = "") -> None:

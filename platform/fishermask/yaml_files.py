@@ -1,4 +1,4 @@
-"""YAML as users write it: plain values only, each key once, and nothing that grows without bound."""
+"""YAML files of the user: plain values only, no repeated keys, limited size."""
 
 import re
 from pathlib import Path
@@ -8,20 +8,20 @@ import yaml
 
 from fishermask.errors import InputError
 from fishermask.guard import guarded, one_line, short
-from fishermask.paths import LINES, improper_character, require_file
+from fishermask.paths import LINE_CHARACTERS, invalid_character, require_file
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
 MAX_VALUES = 100_000
-"""Values of a file once its anchors are expanded."""
+"""Maximum number of values, after anchors are expanded."""
 MAX_BITS = 1024
-"""Of an integer: no setting takes a larger one, and Python refuses to print it."""
+"""Maximum size of an integer. Settings are smaller, and Python refuses to print much larger ones."""
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Read plain values: text, numbers, true, false, null, lists and mappings.
+    """Loader for plain values: text, numbers, true, false, null, lists and mappings.
 
-    A key that stands twice is refused (YAML would keep the last in silence), 1e-3 is a number, and a date is text.
+    Unlike PyYAML's safe loader, it refuses repeated keys, reads 1e-3 as a number, and reads dates as text.
     """
 
     yaml_implicit_resolvers = {
@@ -37,7 +37,7 @@ class StrictLoader(yaml.SafeLoader):
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
         if node is not None:
-            _Expansion(self.paths).measure(node, [], set())
+            _NodeCounter(self.paths).count(node, [], set())
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -47,71 +47,75 @@ class StrictLoader(yaml.SafeLoader):
                 if key_node.tag != "tag:yaml.org,2002:merge":
                     key = self.construct_object(key_node, deep=True)
                     if not isinstance(key, str | int):
-                        raise yaml.YAMLError(f"the key {short(key)}, {_line(key_node)}, is neither text nor a number")
-                    if isinstance(key, str) and (improper := improper_character(key)):
-                        raise yaml.YAMLError(f"a key, {_line(key_node)}, holds {improper}")
+                        raise yaml.YAMLError(f"the key {short(key)}, {_line(key_node)}, is neither text nor an integer")
+                    if isinstance(key, str) and (character := invalid_character(key)):
+                        raise yaml.YAMLError(f"a key, {_line(key_node)}, contains {character}")
                     if key in keys:
-                        raise yaml.YAMLError(f"the key {one_line(str(key), 60)} stands twice, {_line(node)} and after")
+                        raise yaml.YAMLError(f"the key {one_line(str(key), 60)} appears twice, {_line(node)} and later")
                     keys.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        place = f"{self.paths.get(id(node)) or 'the value'}, {_line(node)}"
+        where = f"{self.paths.get(id(node)) or 'the value'}, {_line(node)}"
         try:
             value = super().construct_object(node, deep)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            raise yaml.YAMLError(f"{place}: {short(node.value)} is no {node.tag.split(':')[-1]} ({error})") from error
-        if isinstance(value, str) and node.value and (improper := _improper(value)):
-            raise yaml.YAMLError(f"{place}: the text holds {improper}")
+            raise yaml.YAMLError(
+                f"{where}: {short(node.value)} is not a valid {node.tag.split(':')[-1]} ({error})"
+            ) from error
+        if isinstance(value, str) and node.value and (character := _invalid_character(value)):
+            raise yaml.YAMLError(f"{where}: the text contains {character}")
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
-            raise yaml.YAMLError(f"{place}: the number has more than {MAX_BITS} bits")
+            raise yaml.YAMLError(f"{where}: the number has more than {MAX_BITS} bits")
         if isinstance(node, yaml.ScalarNode) and not isinstance(value, str | bool | int | float | None):
-            raise yaml.YAMLError(f"{place}: {type(value).__name__} is no plain text or number")
+            raise yaml.YAMLError(f"{where}: {type(value).__name__} is not plain text or a number")
         if isinstance(node, yaml.CollectionNode) and node.tag not in (
             "tag:yaml.org,2002:map",
             "tag:yaml.org,2002:seq",
         ):
-            raise yaml.YAMLError(f"{place}: {node.tag.split(':')[-1]} is no plain list or mapping")
+            raise yaml.YAMLError(f"{where}: {node.tag.split(':')[-1]} is not a plain list or mapping")
         return value
 
 
-# YAML 1.1 wants a point in a number with an exponent; nobody else does.
+# YAML 1.1, unlike other formats, requires a decimal point in a number with an exponent.
 StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
-class _Expansion:
-    """Measures a tree of nodes, in which anchors let one node stand in many places."""
+class _NodeCounter:
+    """Counts the values of a tree of nodes, in which anchors repeat nodes."""
 
     def __init__(self, paths: dict[int, str]) -> None:
         self.paths = paths
         self.sizes: dict[int, int] = {}
 
-    def measure(self, node: yaml.Node, path: list[str], above: set[int]) -> int:
-        """Return how many values ``node`` stands for once anchors are expanded.
+    def count(self, node: yaml.Node, path: list[str], ancestors: set[int]) -> int:
+        """Return the number of values of ``node``, after anchors are expanded.
 
         Raises:
-            yaml.YAMLError: too many, too deep, or a node that contains itself.
+            yaml.YAMLError: there are too many values, they are nested too deeply, or a node contains itself.
         """
         name = one_line(".".join(path), 100)
         self.paths.setdefault(id(node), name)
-        if id(node) in above:
+        if id(node) in ancestors:
             raise yaml.YAMLError(f"{name or 'the file'}, {_line(node)}: contains itself")
         if len(path) > MAX_DEPTH:
-            raise yaml.YAMLError(f"{path[0]}, {_line(node)}: keys and lists are nested deeper than {MAX_DEPTH} levels")
+            raise yaml.YAMLError(
+                f"{path[0]}, {_line(node)}: keys and lists are nested more than {MAX_DEPTH} levels deep"
+            )
         if id(node) in self.sizes:
             return self.sizes[id(node)]
         size = 1
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                size += self.measure(key, [*path, "?"], above | {id(node)})
+                size += self.count(key, [*path, "?"], ancestors | {id(node)})
                 part = key.value if isinstance(key.value, str) else "?"
-                size += self.measure(value, [*path, part], above | {id(node)})
+                size += self.count(value, [*path, part], ancestors | {id(node)})
                 self._check(size, name)
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):
-                size += self.measure(value, [*path, str(index)], above | {id(node)})
+                size += self.count(value, [*path, str(index)], ancestors | {id(node)})
                 self._check(size, name)
         self.sizes[id(node)] = size
         return size
@@ -119,18 +123,18 @@ class _Expansion:
     @staticmethod
     def _check(size: int, name: str) -> None:
         if size > MAX_VALUES:
-            raise yaml.YAMLError(f"{name or 'the file'}: stands for more than {MAX_VALUES:,} values")
+            raise yaml.YAMLError(f"{name or 'the file'}: has more than {MAX_VALUES:,} values")
 
 
 def read_yaml(path: Path) -> Any:
     """Return the contents of a YAML file.
 
     Raises:
-        InputError: it is not there, is no regular file, is too large, or is not YAML of plain values.
+        InputError: the file cannot be read, is too large, or is not YAML with plain values.
     """
     size = require_file(path).st_size
     if size > MAX_BYTES:
-        raise InputError(f"{path}: is too large, {size:,} bytes; the limit is {MAX_BYTES:,}")
+        raise InputError(f"{path}: the file has {size:,} bytes; the limit is {MAX_BYTES:,}")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -139,10 +143,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(content: str | bytes, where: str, problem: str = "is not YAML") -> Any:
-    """Return the value that ``content`` stands for; ``where`` and ``problem`` begin the messages.
+    """Return the value of ``content``; messages begin with ``where`` and ``problem``.
 
     Raises:
-        InputError: it is not YAML of plain values.
+        InputError: it is not YAML with plain values.
     """
     with guarded(where, problem):
         try:
@@ -150,11 +154,11 @@ def parse_yaml(content: str | bytes, where: str, problem: str = "is not YAML") -
         except (yaml.YAMLError, UnicodeError) as error:
             raise InputError(f"{where}: {problem} ({_reason(error)})") from None
         except RecursionError:
-            raise InputError(f"{where}: {problem} (keys and lists are nested too deep)") from None
+            raise InputError(f"{where}: {problem} (keys and lists are nested too deeply)") from None
 
 
 def _reason(error: Exception) -> str:
-    """What PyYAML says, without its names for text that comes from no file."""
+    """Return PyYAML's message without its name for text that does not come from a file."""
     return one_line(re.sub(r'in "<(byte|unicode) string>", ', "in ", str(error)))
 
 
@@ -162,6 +166,6 @@ def _line(node: yaml.Node) -> str:
     return f"line {node.start_mark.line + 1}"
 
 
-def _improper(text: str) -> str | None:
-    """As ``improper_character``, but text may have lines and tabs."""
-    return improper_character(text.translate(LINES))
+def _invalid_character(text: str) -> str | None:
+    """Return a description of the first character that is not allowed in text, which may have line breaks and tabs."""
+    return invalid_character(text.translate(LINE_CHARACTERS))

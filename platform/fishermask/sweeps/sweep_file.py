@@ -23,7 +23,7 @@ from fishermask.config import SHARDING, Config, ExperimentConfig, PathText, Stra
 from fishermask.errors import InputError
 from fishermask.experiment.identity import flatten
 from fishermask.guard import short
-from fishermask.paths import check_text, improper_character
+from fishermask.paths import check_text, invalid_character
 from fishermask.results.files import RunFolder
 from fishermask.results.tables import strategy_label
 from fishermask.user_modules import absolute_file_name, split_file_name
@@ -89,8 +89,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise InputError(f"{short(setting)}: expected key=value")
-        if (improper := improper_character(key)) or len(key) > MAX_KEY:
-            raise InputError(f"{short(key)}: {f'holds {improper}' if improper else 'is too long'}; expected key=value")
+        if (character := invalid_character(key)) or len(key) > MAX_KEY:
+            raise InputError(
+                f"{short(key)}: {f'contains {character}' if character else 'is too long'}; expected key=value"
+            )
         if key in ("name", "output", "description"):
             content[key] = text
             continue

@@ -1,7 +1,7 @@
-"""Runs many commands in this one process, so that importing torch is paid once; started by ``test_bad_input``.
+"""Run many commands in one process, which imports torch once. ``test_bad_input`` starts this script.
 
-Usage: python bad_input_batch.py JOBS ANSWERS, two JSON files. What a command prints is captured at the file
-descriptors, so that lines which libraries print from C are seen.
+Usage: python bad_input_batch.py JOBS RESULTS, two JSON files. Output is captured at the file descriptors, including
+lines that libraries print from C.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import os
 import signal
 import stat
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -18,15 +19,15 @@ from fishermask import cli, query_strategies
 from fishermask.experiment import inputs
 
 SECONDS = 20
-"""A command that takes longer waits for something that never comes."""
+"""Time limit of a command."""
 
 
 class TooLong(BaseException):
-    """Not an ``Exception``, and no kind that the command may turn into a message."""
+    """A command exceeded its time limit. No ``Exception``, so that the command does not convert it to a message."""
 
 
 def snapshot(folder: Path) -> list[list[str]]:
-    """Every file, folder and link below ``folder`` with a hash of its content."""
+    """Return every file, folder and link below ``folder`` with a hash of its content."""
     entries = []
     for path in sorted(folder.rglob("*")):
         mode = path.lstat().st_mode
@@ -40,7 +41,7 @@ def too_long(*_: object) -> None:
 
 
 def run(job: dict, output: tuple) -> dict:
-    """The exit status of one command, what it printed, what it raised, and whether it left a trace."""
+    """Return the exit status of a command, its output, its exception and the files that it left."""
     folder = Path(job["folder"])
     os.chdir(folder)
     before, environment = snapshot(folder), dict(os.environ)
@@ -74,8 +75,8 @@ def run(job: dict, output: tuple) -> dict:
         file.seek(0)
         texts.append(file.read().decode(errors="replace"))
     seconds = time.monotonic() - started
-    answer = {"status": status, "stdout": texts[0], "stderr": texts[1], "raised": error, "seconds": seconds}
-    return answer | {"trace": [entry for entry in snapshot(folder) if entry not in before]}
+    result = {"status": status, "stdout": texts[0], "stderr": texts[1], "raised": error, "seconds": seconds}
+    return result | {"trace": [entry for entry in snapshot(folder) if entry not in before]}
 
 
 def main() -> None:
@@ -83,11 +84,11 @@ def main() -> None:
     sys.path.insert(0, jobs["models"])
     query_strategies.__path__.append(jobs["strategies"])
     signal.signal(signal.SIGALRM, too_long)
-    answers = {}
-    with os.fdopen(os.memfd_create("out"), "r+b") as out, os.fdopen(os.memfd_create("err"), "r+b") as err:
+    results = {}
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         for job in jobs["cases"]:
-            answers[job["id"]] = run(job, (out, err))
-    Path(sys.argv[2]).write_text(json.dumps(answers))
+            results[job["id"]] = run(job, (out, err))
+    Path(sys.argv[2]).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

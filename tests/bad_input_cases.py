@@ -1,4 +1,4 @@
-"""The catalog of bad input: tables of commands, and the words that the message about each must hold."""
+"""Catalog of bad input: commands, and the words that their one-line errors must contain."""
 
 import datetime
 import io
@@ -31,11 +31,11 @@ CASES: dict[str, dict] = {}
 
 
 def case(name, argv, *words, files=None, env=None, lines=1):
-    """A command and the words that its message must hold.
+    """Add a command, and the words that its error must contain.
 
     Args:
-        files: name -> content, or a function that makes the file at a path; ``tiny.yaml`` is always there.
-        lines: of stderr, one for each independent mistake.
+        files: name -> content, or a function that creates the file at a path; ``tiny.yaml`` always exists.
+        lines: number of lines on stderr: one for each independent mistake.
     """
     assert name not in CASES, name
     CASES[name] = {
@@ -47,7 +47,7 @@ def dry(*settings, file="tiny.yaml"):
     return ["sweep", file, "--dry-run", *settings]
 
 
-# ---- Settings: (key, values that are wrong). --------------------------------------------------------------------------
+# ---- Settings: key -> invalid values. --------------------------------------------------------------------------
 
 HUGE = str(10**20)
 ENDLESS = "1" + "0" * 400
@@ -114,7 +114,7 @@ WRONG_VALUES = {
     "output": ["", "  ", "~nosuchuser/x", "a\nb", LETTERS, "a/" * 3000, "tiny.yaml", "/dev/null", "/dev/null/x", "/proc/x"],
     "description": ["a\x01b"],
 }  # fmt: skip
-NAMES = {  # where the message names the field inside or above
+NAMES = {  # where the message does not contain the key itself
     ("budget", "{initial: 20, total: 10}"): "budget: ", ("grid.sed", "[1]"): "sed: ",
     ("model", "vgg"): "model.name", ("imbalance.kind", "[step]"): "imbalance",
     ("grid.budget.query", "[-1, 5]"): "budget.query", ("grid.seed", "[a]"): "seed", ("grid.seed", "[true]"): "seed",
@@ -141,7 +141,7 @@ for setting, value in {
         case(f"imbalance={text}", dry(f"imbalance={text}"), setting)
 
 for strategy, params in {
-    "fisher_mask": ["num_body_parameters: -1", "num_body_parameters: 1.5", "num_body_parameters: 8, fraction: 0.5", "fraction: 0", "fraction: 2", "fraction: .nan", "fraction: 1e-9", "damping: 0", "damping: -1", "mask: best", "preset: [a]", "preset: other", "preset: 5", "fisher_samples: 0", "fisher_samples: 1.5", "top_classes: 1", "top_classes: 10, fraction: 0.5", f"top_classes: {HUGE}, fraction: 0.5", "oversample: 0.5", "oversample: .inf", "target: all", "class_weighting: 3", "lambda: 1", "initial_information: 1"],
+    "fisher_mask": ["num_body_parameters: -1", "num_body_parameters: 1.5", "fraction: 0", "fraction: 2", "fraction: .nan", "fraction: 1e-9", "damping: 0", "damping: -1", "mask: best", "preset: [a]", "preset: other", "preset: 5", "fisher_samples: 0", "fisher_samples: 1.5", "top_classes: 1", "top_classes: 10, fraction: 0.5", f"top_classes: {HUGE}, fraction: 0.5", "oversample: 0.5", "oversample: .inf", "target: all", "class_weighting: 3", "lambda: 1", "initial_information: 1"],
     "bait": ["damping: 0", "damping: .inf", "fraction: 0.1", "top_classes: 2.5"],
     "margin": ["x: 1"], "random": ["seed: 1"], "entropy": ["5: 1"], "coreset": ["x: .nan"], "badge": ["k: 3"],
 }.items():  # fmt: skip
@@ -150,6 +150,8 @@ for strategy, params in {
         argument = f"strategy={{name: {strategy}, params: {{{text}}}}}"
         case(f"{strategy}: {text}", dry(argument), f"strategy.params.{name}")
 case("a model that no memory holds", dry("model.params.width=900000000"), "model.params", "GB of memory are free")
+case("two settings of the mask's size", dry("strategy={name: fisher_mask, params: {num_body_parameters: 8, fraction: 0.5}}"),
+     "strategy.params: fraction and num_body_parameters")  # fmt: skip
 case("strategy.params=5", dry("strategy={name: margin, params: 5}"), "strategy.params")
 case("strategy.params=[1]", dry("strategy={name: margin, params: [1]}"), "strategy.params")
 case("model.params=text", dry("model={name: mlp, params: wide}"), "model.params")
@@ -287,7 +289,7 @@ for name, make in {
     case(f"a data folder holds {name}", dry(inside), "data.train", "x.parquet", files={"folder/x.parquet": make})
     case(f"the output is {name}", dry("output=case/x"), "output", files={"case": make}) if name != "a folder" else None
 
-# ---- Models: the body of a factory, which knows num_classes, torch and nn. ---------------------------------------------
+# ---- Models: bodies of factories, which can use num_classes, torch and nn. ---------------------------------------------
 
 PRELUDE = """
 import os, subprocess, sys, time, warnings
@@ -421,13 +423,13 @@ for number, name in enumerate(MODULES):
 for name in (":", "a:", ":b", ".a:b", "..a:b", "nowhere:make", "os:path", "os:getcwd", "sys:exit", "torch.nn:Linear", "torch.nn:Nothing", "json:", "a b:c", "os.path:join:x", "builtins:dict"):  # fmt: skip
     case(f"the model {name}", dry(f"model='{name}'"), "model.name")
 case("a parameter that the factory does not take", dry("model={name: torch.nn:Flatten, params: {x: 1}}"), "model.name")
-# Queries that differentiate the model.
+# Queries with gradients of the model.
 for strategy in ("bait", "fisher_mask"):
     number = len(FACTORIES)
     case(f"{strategy}: the gradient raises", dry(f"model=their_models:f{number}", f"strategy={strategy}"), "model")
 FACTORIES["has a gradient that raises"] = "m = Net(num_classes); m.out = Backward.apply; return m"
 
-# ---- Strategies: a file. ----------------------------------------------------------------------------------------------
+# ---- Strategies: contents of files. ----------------------------------------------------------------------------------------------
 
 QUERY = "def query(pool, budget, params):\n    return pool.candidates[:budget]\n"
 PARAMS = "from pydantic import Field, model_validator\nfrom fishermask.config import Config\n"
@@ -745,7 +747,7 @@ for name, (changes, words) in RESULTS.items():
     files = {f"results/{path}": value for path, value in content.items() if value is not None}
     case(f"a report where {name}", ["report", "results"], words, files=files)
 TRACES = {"a report where summary.md is a folder": {"results.parquet", "results.csv", "curves.png"}}
-"""Files that a report had written before it came to the one that it cannot write."""
+"""Case -> files that the command writes before it fails."""
 
 for name, (files, words) in {
     "holds other files": ({"results/tiny/notes.txt": b"mine"}, "name"),

@@ -1,6 +1,6 @@
-"""Bad input of every kind: exit status 2, one line on stderr that names the setting, and no trace left behind.
+"""Bad input: exit status 2, one line on stderr that names the setting, and no files left behind.
 
-The catalog is ``bad_input_cases``. Each case is a command; ``bad_input_batch`` runs them in a few processes.
+``bad_input_cases`` is the catalog of commands; ``bad_input_batch`` runs them in a few processes.
 """
 
 import json
@@ -16,8 +16,8 @@ BATCHES = 2
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """What the command answered to each case: exit status, stdout, stderr, traceback, files left behind."""
+def results(tmp_path_factory):
+    """Return the result of each case: exit status, stdout, stderr, traceback, new files."""
     root = tmp_path_factory.mktemp("bad")
     (root / "strategies").mkdir()
     (root / "logs").mkdir()
@@ -25,11 +25,11 @@ def answers(tmp_path_factory):
     for number, content in enumerate(STRATEGIES.values()):
         (root / f"strategies/theirs_{number}.py").write_text(content)
     jobs = []
-    for number, (name, each) in enumerate(CASES.items()):
+    for number, (name, details) in enumerate(CASES.items()):
         folder = root / f"cases/{number}"
-        prepare(folder, each["files"])
-        argv = [(word if isinstance(word, bytes) else word.encode()).hex() for word in each["argv"]]
-        jobs.append({"id": name, "argv": argv, "folder": str(folder), "env": each["env"]})
+        prepare(folder, details["files"])
+        argv = [(word if isinstance(word, bytes) else word.encode()).hex() for word in details["argv"]]
+        jobs.append({"id": name, "argv": argv, "folder": str(folder), "env": details["env"]})
     processes = []
     for batch in range(BATCHES):
         work = {"models": str(root / "models"), "strategies": str(root / "strategies"), "cases": jobs[batch::BATCHES]}
@@ -38,46 +38,46 @@ def answers(tmp_path_factory):
             sys.executable,
             Path(__file__).with_name("bad_input_batch.py"),
             root / f"jobs{batch}",
-            root / f"answers{batch}",
+            root / f"results{batch}",
         ]
         settings = os.environ | {"TMPDIR": str(root / "logs"), "OMP_NUM_THREADS": "1"}
         processes.append(subprocess.Popen(command, cwd=root, env=settings, stderr=subprocess.PIPE, text=True))
-    found = {}
+    merged = {}
     try:
         for batch, process in enumerate(processes):
             _, err = process.communicate(timeout=300)
             assert process.returncode == 0, err
-            found |= json.loads((root / f"answers{batch}").read_text())
+            merged |= json.loads((root / f"results{batch}").read_text())
     finally:
         for process in processes:
             process.kill()
-    return found
+    return merged
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_one_line_that_names_the_setting(answers, name):
-    expected, answer = CASES[name], answers[name]
-    assert not answer["raised"]
-    assert answer["status"] == 2, answer
-    message = answer["stderr"]
+def test_bad_input_is_one_line_that_names_the_setting(results, name):
+    expected, result = CASES[name], results[name]
+    assert not result["raised"]
+    assert result["status"] == 2, result
+    message = result["stderr"]
     assert message.endswith("\n")
-    shown = message[:-1].split("\n")
-    assert len(shown) == expected["lines"], message
-    assert all(line.startswith("fishermask: ") and line.isprintable() for line in shown), message
+    lines = message[:-1].split("\n")
+    assert len(lines) == expected["lines"], message
+    assert all(line.startswith("fishermask: ") and line.isprintable() for line in lines), message
     assert "Traceback" not in message
     for word in expected["words"]:
         assert word in message
-    assert {path.removeprefix("results/") for path, _ in answer["trace"]} == TRACES.get(name, set())
+    assert {path.removeprefix("results/") for path, _ in result["trace"]} == TRACES.get(name, set())
     if "; log: " in message:
         log = Path(message.rpartition("; log: ")[2].strip())
         assert "Traceback (most recent call last)" in log.read_text()
 
 
-def test_the_catalog_is_large():
+def test_the_catalog_has_more_than_500_cases():
     assert len(CASES) > 500
 
 
-def test_a_log_holds_the_traceback_and_what_was_printed(answers):
+def test_the_log_contains_the_traceback_and_the_printed_text(results):
     for name, texts in {
         "a model raises ValueError": ["ValueError: boom", "their_models.py"],
         "a model writes to descriptor 2 and raises": ["from C", "ValueError: boom"],
@@ -85,10 +85,10 @@ def test_a_log_holds_the_traceback_and_what_was_printed(answers):
         "a model exits with 3": ["SystemExit: 3"],
         "a strategy raises when it is imported": ["theirs_", "RuntimeError: boom"],
     }.items():
-        content = Path(answers[name]["stderr"].rpartition("; log: ")[2].strip()).read_text()
+        content = Path(results[name]["stderr"].rpartition("; log: ")[2].strip()).read_text()
         for text in texts:
             assert text in content, name
 
 
-def test_a_grid_of_ten_billion_runs_is_refused_without_making_them(answers):
-    assert answers["a grid of 10^10 runs"]["status"] == 2
+def test_a_grid_of_ten_billion_runs_is_refused_without_expanding_it(results):
+    assert results["a grid of 10^10 runs"]["status"] == 2

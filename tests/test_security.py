@@ -1,4 +1,4 @@
-"""What docs/security.md says of trust and of the network, as far as it can be tested."""
+"""Tests of docs/security.md: which inputs can run code, and which ports are open."""
 
 import ast
 import io
@@ -40,7 +40,7 @@ SMALL = {"budget": {"initial": 10, "query": 10, "total": 20}, "resources": {}}
 
 
 class Planted:
-    """Makes a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -51,7 +51,7 @@ class Planted:
 
 @pytest.fixture
 def trap(tmp_path):
-    """A path that exists once something planted has run; that it would is shown by unpickling it once."""
+    """Return a path that exists after planted code has run, and check once that unpickling creates it."""
     path = tmp_path / "ran"
     pickle.loads(pickle.dumps(Planted(path)))
     assert path.exists()
@@ -61,7 +61,7 @@ def trap(tmp_path):
 
 @pytest.fixture
 def sweep_file(tmp_path, monkeypatch):
-    """A small sweep file in an empty working folder, with a cache of its own."""
+    """Return a small sweep file in an empty working folder, with an empty cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     path = tmp_path / "tiny.yaml"
@@ -70,7 +70,7 @@ def sweep_file(tmp_path, monkeypatch):
 
 
 def refused(arguments, capsys):
-    """The one line that a command is refused with."""
+    """Return the one-line error of a command."""
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("fishermask: ")
@@ -79,15 +79,15 @@ def refused(arguments, capsys):
 
 
 def calls(tree):
-    """Dotted name of every function that is called, with the keywords of the call."""
+    """Yield the dotted name, the keywords and the node of every call."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
             yield ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}, node
 
 
 def unsafe_calls(source):
-    """Calls in ``source`` that can run code from what they read."""
-    found = []
+    """Return the names of calls in ``source`` that can run code from their input."""
+    names = []
     for name, keywords, node in calls(ast.parse(source)):
         last = name.split(".")[-1]
         unsafe = name in ("eval", "exec", "compile", "__import__", "os.system", "torch.load", "joblib.load")
@@ -98,17 +98,20 @@ def unsafe_calls(source):
             loader = keywords.get("Loader") or (ast.unparse(node.args[1]) if len(node.args) > 1 else "")
             unsafe |= loader not in ("StrictLoader", "yaml.SafeLoader")
         if unsafe:
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
-def test_no_file_of_the_package_reads_in_a_way_that_can_run_code():
-    found = {
+def test_only_documented_files_of_the_package_make_unsafe_calls():
+    unsafe = {
         str(path.relative_to(SOURCES)): calls
         for path in SOURCES.rglob("*.py")
         if (calls := unsafe_calls(path.read_text()))
     }
-    assert found == {"pool/packing.py": ["pickle.loads"]}  # messages between a run and its own shards
+    assert unsafe == {
+        "pool/packing.py": ["pickle.loads"],  # messages between a run and its shards
+        "user_modules.py": ["exec", "compile"],  # Python files that settings name
+    }
     from fishermask.yaml_files import StrictLoader
 
     assert issubclass(StrictLoader, yaml.SafeLoader)
@@ -119,12 +122,12 @@ def test_no_file_of_the_package_reads_in_a_way_that_can_run_code():
     ["pickle.load(f)", "torch.load(p, weights_only=True)", "yaml.load(t, yaml.Loader)", "yaml.load(t)", "eval(x)",
      "np.load(p, allow_pickle=True)", "yaml.unsafe_load(t)", "pickle.Unpickler(f).load()", "pd.read_pickle(p)"],
 )  # fmt: skip
-def test_the_search_for_unsafe_calls_finds_each_kind(source):
+def test_the_search_finds_each_kind_of_unsafe_call(source):
     assert unsafe_calls(source)
 
 
 @pytest.mark.parametrize("where", ["file", "setting"])
-def test_a_yaml_tag_that_names_python_is_refused_and_runs_nothing(sweep_file, trap, capsys, where):
+def test_a_python_tag_in_yaml_is_refused_and_runs_no_code(sweep_file, trap, capsys, where):
     tag = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{trap}']]"
     if where == "file":
         sweep_file.write_text(f"name: {tag}\n")
@@ -135,20 +138,20 @@ def test_a_yaml_tag_that_names_python_is_refused_and_runs_nothing(sweep_file, tr
 
 
 def objects(trap):
-    """Files that would make ``trap`` if they were unpickled: an array of objects, and a plain pickle."""
+    """Return contents that create ``trap`` when they are unpickled: an array of objects, and a plain pickle."""
     array = io.BytesIO()
     np.save(array, np.array([Planted(trap)], dtype=object), allow_pickle=True)
     return array.getvalue(), pickle.dumps(Planted(trap))
 
 
-def test_pickled_objects_in_a_cache_are_refused_and_run_nothing(sweep_file, trap):
+def test_pickled_objects_in_a_cache_are_refused_and_run_no_code(sweep_file, trap):
     store = ensure_store(DataConfig()) / "train"
     for path in (store / name for name in (cache.IMAGES, cache.IDS, cache.LABELS, cache.SOURCE_ROWS)):
         for content in objects(trap):
             path.write_bytes(content)
             with pytest.raises(InputError, match="is damaged"):
                 cache.map_array(path)
-    # In a process of its own: this one keeps the stores that it has opened.
+    # In another process: this one caches the stores that it has opened.
     command = [sys.executable, "-m", "fishermask.cli", "sweep", str(sweep_file), "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
@@ -157,7 +160,7 @@ def test_pickled_objects_in_a_cache_are_refused_and_run_nothing(sweep_file, trap
     assert not trap.exists()
 
 
-def test_planted_pickles_in_a_results_folder_run_nothing(sweep_file, trap, capsys):
+def test_planted_pickles_in_a_results_folder_run_no_code(sweep_file, trap, capsys):
     assert cli.main(["run", str(sweep_file)]) == 0
     (folder,) = (sweep_file.parent / "results").iterdir()
     planted = pickle.dumps(Planted(trap))
@@ -174,7 +177,7 @@ def test_planted_pickles_in_a_results_folder_run_nothing(sweep_file, trap, capsy
     assert not trap.exists()
 
 
-def test_a_sweep_file_is_code_and_a_dry_run_calls_what_it_names(sweep_file, trap, monkeypatch):
+def test_a_dry_run_calls_the_factory_that_a_sweep_file_names(sweep_file, trap, monkeypatch):
     (sweep_file.parent / "theirs.py").write_text(
         "import torch\n"
         "from pathlib import Path\n"
@@ -189,15 +192,17 @@ def test_a_sweep_file_is_code_and_a_dry_run_calls_what_it_names(sweep_file, trap
 
 
 class Sweep:
-    """A sweep under way, with the processes that belong to it."""
+    """A running sweep and its processes."""
 
     def __init__(self, folder):
         (folder / "tiny.yaml").write_text(yaml.safe_dump(SWEEP))
-        # Without the variables that conftest sets: a cluster with a token of its own.
-        plain = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+        # Without the variables that conftest sets, so that the cluster has its own token.
+        inherited = {
+            name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fishermask.cli", "sweep", "tiny.yaml"],
-            cwd=folder, env=plain, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            cwd=folder, env=inherited, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         deadline = time.monotonic() + 90
         while not list(folder.glob("results/tiny/runs/*/rounds.jsonl")):
@@ -205,17 +210,17 @@ class Sweep:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         driver = psutil.Process(self.process.pid)
-        self.family = [driver, *driver.children(recursive=True)]
-        self.gcs = next(process for process in self.family if process.name() == "gcs_server")
+        self.processes = [driver, *driver.children(recursive=True)]
+        self.gcs = next(process for process in self.processes if process.name() == "gcs_server")
         self.listening = []
         """(process name, address, port)"""
-        for process in self.family:
+        for process in self.processes:
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
                     self.listening.append((process.cmdline()[0].strip() or process.name(), *connection.laddr))
 
     def environment(self):
-        """What a process of the cluster has in its environment."""
+        """Return the environment of a process of the cluster."""
         return self.gcs.environ()
 
 
@@ -228,9 +233,9 @@ def sweep(tmp_path_factory):
     running.process.communicate()
 
 
-def test_what_listens_during_a_sweep_is_what_the_page_says(sweep):
-    everywhere = [Path(name).name for name, address, _ in sweep.listening if address in ("::", "0.0.0.0")]
-    listed = {
+def test_open_ports_of_a_sweep_are_those_in_the_documentation(sweep):
+    on_all_addresses = [Path(name).name for name, address, _ in sweep.listening if address in ("::", "0.0.0.0")]
+    documented = {
         "gcs_server": 1,
         "raylet": 2,
         "python": 1,
@@ -238,45 +243,45 @@ def test_what_listens_during_a_sweep_is_what_the_page_says(sweep):
         "ray::ImplicitFunc": 1,
         "ray::ShardActor": 1,
     }
-    for short, count in listed.items():
-        assert sum(name.startswith(short) for name in everywhere) == count, (short, everywhere)
-    # Ray may have a worker in reserve, which will be a trial or a shard.
-    rest = [name for name in everywhere if not name.startswith(tuple(listed))]
-    assert set(rest) <= {"ray::IDLE"}
+    for prefix, count in documented.items():
+        assert sum(name.startswith(prefix) for name in on_all_addresses) == count, (prefix, on_all_addresses)
+    # Ray may keep an idle worker, which becomes a trial or a shard.
+    others = [name for name in on_all_addresses if not name.startswith(tuple(documented))]
+    assert set(others) <= {"ray::IDLE"}
     ((agent, _),) = [(name, address) for name, address, _ in sweep.listening if address not in ("::", "0.0.0.0")]
     assert agent == "ray::RuntimeEnvAgent"
 
 
-def ask(sweep, **environment):
-    """What a client with the environment's token gets from the cluster's GCS."""
+def query_gcs(sweep, **settings):
+    """Run a client of the cluster's GCS with the token in the environment variables ``settings``."""
     port = next(port for name, _, port in sweep.listening if name.endswith("gcs_server"))
     code = (
         "from ray._raylet import GcsClient\n"
         f"client = GcsClient(address='127.0.0.1:{port}')\n"
         "print(len(client.internal_kv_keys(b'', namespace=None, timeout=10)))\n"
     )
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=plain | environment
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=inherited | settings
     )
 
 
-def test_only_a_client_with_the_sweeps_token_is_answered(sweep):
+def test_only_a_client_with_the_token_of_the_sweep_is_accepted(sweep):
     token = sweep.environment()["RAY_AUTH_TOKEN"]
     assert len(bytes.fromhex(token)) == 32
-    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    assert ask(sweep, **own).returncode == 0
-    for environment in ({"RAY_AUTH_MODE": "disabled"}, own | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}):
-        answer = ask(sweep, **environment)
+    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    assert query_gcs(sweep, **settings).returncode == 0
+    for changed in ({"RAY_AUTH_MODE": "disabled"}, settings | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+        answer = query_gcs(sweep, **changed)
         assert answer.returncode != 0
         assert "InvalidAuthToken" in answer.stderr
-    ((_, address, port),) = [one for one in sweep.listening if one[0] == "ray::RuntimeEnvAgent"]
+    ((_, address, port),) = [port for port in sweep.listening if port[0] == "ray::RuntimeEnvAgent"]
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"http://{address}:{port}/", data=b"x", timeout=10)
     assert caught.value.code == 401
 
 
-def test_no_other_user_may_connect_to_the_unix_sockets(sweep):
+def test_other_users_cannot_connect_to_the_unix_sockets(sweep):
     session = next(part for part in sweep.gcs.cmdline() if part.startswith("--log_dir=")).removeprefix("--log_dir=")
     sockets = list((Path(session).parent / "sockets").iterdir())
     assert len(sockets) == 2
@@ -286,13 +291,13 @@ def test_no_other_user_may_connect_to_the_unix_sockets(sweep):
         assert path.stat().st_uid == os.getuid()
 
 
-def test_a_killed_raylet_ends_the_sweep_with_one_line_and_leaves_nothing_running(sweep):
-    """The last test of this file: it ends the sweep that the others look at."""
-    next(process for process in sweep.family if process.name() == "raylet").kill()
+def test_a_killed_raylet_ends_the_sweep_and_all_its_processes(sweep):
+    """This test is the last of the file, because it ends the sweep of the others."""
+    next(process for process in sweep.processes if process.name() == "raylet").kill()
     _, error = sweep.process.communicate(timeout=60)
     assert sweep.process.returncode == 1
     assert error.startswith("fishermask: raylet, a process of Ray on this machine, has ended")
     assert "0 of 1 runs are finished, and all finished rounds are in " in error
     assert error.count("\n") == 1
-    _, alive = psutil.wait_procs(sweep.family, timeout=10)
+    _, alive = psutil.wait_procs(sweep.processes, timeout=10)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

@@ -200,12 +200,13 @@ def test_model_pool_and_global_states_are_left_as_they_were():
     model.train()
     model[3].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()
+    states = random.getstate(), str(np.random.get_state()), torch.random.get_rng_state()
     threads, copy = torch.get_num_threads(), pool.clone()
     torch.set_num_threads(2)
     try:
         selection = select(model, Squares(pool), [3], 4, "badge", transform=lambda batch: batch.mul_(2))
         assert selection.positions.tolist() == select(model, 2 * pool, [3], 4, "badge").positions.tolist()
+        select(model, pool, [3], 4, "badge", transform=lambda batch: batch.mul_(2))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
@@ -215,7 +216,7 @@ def test_model_pool_and_global_states_are_left_as_they_were():
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert random.getstate() == states[0]
-    assert np.random.get_state()[1].tolist() == states[1]
+    assert str(np.random.get_state()) == states[1]
     assert torch.equal(torch.random.get_rng_state(), states[2])
 
 

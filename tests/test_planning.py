@@ -321,6 +321,7 @@ def test_shards_on_gpus_take_gpu_memory_and_no_main_memory(small):
 
     together, separate = plan(True, None), plan(False, None)
     assert together.shard is None
+    assert separate.largest_bytes == max(separate.coordinator.total, separate.shard.total)
     assert together.gpu is separate.gpu is None
     assert plan(True, 1e12).gpu == together.coordinator
     assert plan(True, 1e12).coordinator == separate.coordinator

@@ -127,8 +127,10 @@ def _embedding_stages(
     # A shard stores probabilities in the model's type, with the indices of their classes if these are not all.
     embedding = (numbers - measured.classes) * storage.itemsize + measured.classes * dtype.itemsize
     embedding += 8 * (work.top_classes or 0)
-    copied = math.ceil(work.oversample * request.batch_size) + (0 if work.trace else 3 * request.num_labeled)
-    embedded = {"embeddings": num_shards * num_images * embedding + copied * numbers * dtype.itemsize * coordinates}
+    num_copies = math.ceil(work.oversample * request.batch_size) + (0 if work.trace else 3 * request.num_labeled)
+    embeddings = {
+        "embeddings": num_shards * num_images * embedding + num_copies * numbers * dtype.itemsize * coordinates
+    }
     # A shard embeds a chunk at a time, and multiplies a part of its embeddings at a time.
     part = min(images_per_part(body), num_images)
     chunk = min(chunk, part)
@@ -138,9 +140,9 @@ def _embedding_stages(
     diagonal = _batch_bytes(measured, measured.diagonal, measured.diagonal_batch, GRADIENT_GAPS)
     stages: dict[str, dict[str, float]] = {
         "verify the gradients": {"gradients": measured.verification_bytes * coordinates},
-        "embed the pool": embedded | {"gradients": num_shards * gradients},
+        "embed the pool": embeddings | {"gradients": num_shards * gradients},
         "score the pool": {
-            **embedded,
+            **embeddings,
             "scores": num_shards * num_images * (2 * rows**2 if work.trace else 1) * scores.itemsize,
             # Sums over the pool, over the labeled images and over a part, and the same of the body alone.
             "matrices": num_shards * 3 * (matrix + 8 * body**2 * work.trace),
@@ -148,7 +150,7 @@ def _embedding_stages(
         },
         # M, its factor, its inverse R, F, R F and H = R F R; some again for the picks that remain.
         "invert the information": {
-            **embedded,
+            **embeddings,
             "matrices": (10 if work.oversample > 1 else 6) * matrix * coordinates,
         },
     }
@@ -166,8 +168,8 @@ def estimate_seconds(measured: Measurement, request: QueryRequest, num_images: i
     work, rows, classes, width = measured.work, measured.rows, measured.num_classes, measured.width
     if work.gradient_plan is None:
         return measured.prediction.image_seconds * num_images * work.uses_model
-    sampled = min(1.0, work.fisher_samples / request.pool_size)
-    seconds = num_images * (measured.embedding.image_seconds + sampled * measured.diagonal.image_seconds)
+    sample_share = min(1.0, work.fisher_samples / request.pool_size)
+    seconds = num_images * (measured.embedding.image_seconds + sample_share * measured.diagonal.image_seconds)
     picks, body = round(work.oversample * request.batch_size), work.body_size
     if not work.trace:
         comparisons = (picks + request.num_labeled) * num_images

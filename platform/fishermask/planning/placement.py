@@ -107,11 +107,11 @@ def equal_reservations(requests: dict[str, list[Bundle]], cluster: Cluster) -> d
     """
     run = max((request[0]["memory"] for request in requests.values()), default=0.0)
     shard = max((bundle["memory"] for request in requests.values() for bundle in request[1:]), default=0.0)
-    raised = {
+    equal_requests = {
         name: [request[0] | {"memory": run}, *(bundle | {"memory": shard} for bundle in request[1:])]
         for name, request in requests.items()
     }
-    return raised if all(fits(request, cluster.nodes) for request in raised.values()) else requests
+    return equal_requests if all(fits(request, cluster.nodes) for request in equal_requests.values()) else requests
 
 
 def check_placement(request: list[Bundle], cluster: Cluster) -> str | None:

@@ -88,8 +88,8 @@ def plan_query(
     if in_process and gpu_limit is None:
         return plan
     # The coordinator's main memory holds no shard, and no training where that is on the same GPU.
-    led = replace(request, training_batch_size=0) if in_process else request
-    coordinator = _fit(partial(estimate_memory, num_images=0, num_shards=0), measured, led, limit)[1]
+    coordinator_request = replace(request, training_batch_size=0) if in_process else request
+    coordinator = _fit(partial(estimate_memory, num_images=0, num_shards=0), measured, coordinator_request, limit)[1]
     if gpu_limit is None:
         return replace(plan, coordinator=coordinator, shard=memory)
     shard = None if in_process else holder(measured, request, chunk, num_images=0)

@@ -125,9 +125,9 @@ def measure(
         InputError: ``top_classes`` is not smaller than the number of classes.
     """
     work = work or Workload(uses_model=False)
-    frozen = copy_model(model).eval().requires_grad_(False)  # as in a shard
+    shard_model = copy_model(model).eval().requires_grad_(False)
     with torch.no_grad():
-        prediction, num_classes = measure_cost(frozen, images), frozen(images).shape[1]
+        prediction, num_classes = measure_cost(shard_model, images), shard_model(images).shape[1]
     if (work.top_classes or 0) >= num_classes:
         raise InputError(
             f"strategy.params.top_classes: {work.top_classes} is not smaller than the number of classes, "
@@ -136,15 +136,17 @@ def measure(
     width = num_body_parameters = verification_bytes = 0
     embedding = diagonal = Cost()
     if (plan := work.gradient_plan) is not None:
-        body = body_parameters(frozen, plan)
+        body = body_parameters(shard_model, plan)
         width = head_size(model, plan) // num_classes
         num_body_parameters = sum(parameter.numel() for parameter in body.values())
         verification_bytes = peak_bytes(lambda: plan_gradients(model, images))
         # A mask that is spread over all layers needs the most memory.
         mask = random_mask(body, plan, work.body_size, torch.Generator().manual_seed(0))
-        embedding = measure_cost(lambda batch: embed(frozen, batch, mask, work.weighting, work.top_classes), images)
+        embedding = measure_cost(
+            lambda batch: embed(shard_model, batch, mask, work.weighting, work.top_classes), images
+        )
         if work.fisher_samples:
-            diagonal = measure_cost(lambda batch: fisher_diagonal(frozen, batch, plan), images)
+            diagonal = measure_cost(lambda batch: fisher_diagonal(shard_model, batch, plan), images)
     return Measurement(
         work,
         num_classes,
@@ -164,12 +166,12 @@ def measure(
 
 def _training_cost(model: nn.Module, images: Tensor) -> Cost:
     """Measure a training step with Adam. The fixed bytes include the gradients and Adam's state."""
-    trained = copy_model(model).train()
+    network = copy_model(model).train()
 
     def train(batch: Tensor) -> None:
-        optimizer = torch.optim.Adam(trained.parameters())
+        optimizer = torch.optim.Adam(network.parameters())
         for _ in range(2):  # the first step creates Adam's state
-            loss = F.cross_entropy(trained(batch), batch.new_zeros(len(batch), dtype=torch.long))
+            loss = F.cross_entropy(network(batch), batch.new_zeros(len(batch), dtype=torch.long))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

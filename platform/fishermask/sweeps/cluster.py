@@ -203,10 +203,10 @@ def describe_refusal(address: str, message: str) -> str:
 def connected_cluster() -> Cluster:
     """Return the nodes of the connected cluster with all their resources, and those that an autoscaler may add."""
     nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
-    addable, max_workers = autoscaler_nodes()
-    if addable:
+    addable_nodes, max_workers = autoscaler_nodes()
+    if addable_nodes:
         num_workers = len(nodes) - 1  # all but the head
-        return Cluster(nodes, addable, max(0, max_workers - num_workers))
+        return Cluster(nodes, addable_nodes, max(0, max_workers - num_workers))
     return Cluster(nodes, (UNKNOWN_NODE,) if is_autoscaled() else ())
 
 

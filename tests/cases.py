@@ -1,4 +1,4 @@
-"""Small models that every gradient test runs through, in float64, with images that fit them."""
+"""Small models for all gradient tests, in float64, with images for them."""
 
 import functools
 
@@ -13,13 +13,13 @@ from fishermask.learning import models
 
 
 def _settle(model: nn.Module, like: Tensor) -> nn.Module:
-    """float64, eval mode, batch-norm statistics and all parameters away from their special initial values."""
+    """Return the model in float64 and eval mode, with statistics and parameters away from special initial values."""
     generator = torch.Generator().manual_seed(7)
     model = model.double().requires_grad_(False).train()
     for parameter in model.parameters():
         size = max(0.05, float(0.3 * parameter.std())) if parameter.numel() > 1 else 0.05
         parameter += size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    for _ in range(20):  # or rectified units die, and with them every gradient that a test would compare
+    for _ in range(20):  # otherwise rectified units may be zero, and with them all gradients
         model(like)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -63,7 +63,7 @@ def _norms() -> nn.Module:
 
 
 class _Small(nn.Module):
-    """Two 8 -> 8 layers and a head on the rows' mean, put together in ways that no rule covers."""
+    """Two 8 -> 8 layers and a last layer on the mean of the rows, in structures that no rule covers."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -121,7 +121,7 @@ MODELS = {
     "mobilenet_v3_small": _mobilenet,
     "convnext_tiny": _convnext,
     "vit_b_16": _vit,
-    # What only the slow way covers.
+    # Models with parameters that are differentiated image by image.
     "twice": lambda: _Small("twice"),
     "tied": lambda: _Small("tied"),
     "raw": lambda: _Small("raw"),
@@ -135,10 +135,10 @@ CHANNELS = {"convolutions": 2, "resnet18": 3, "vgg11_bn": 3, "mobilenet_v3_small
 
 def model(name: str) -> nn.Module:
     torch.manual_seed(0)
-    made = MODELS[name]()
-    if any(isinstance(module, nn.LazyLinear) for module in made.modules()):
-        made(torch.zeros(2, CHANNELS.get(name, 1), 8, 8))
-    return _settle(made, images(name, 32))
+    created = MODELS[name]()
+    if any(isinstance(module, nn.LazyLinear) for module in created.modules()):
+        created(torch.zeros(2, CHANNELS.get(name, 1), 8, 8))
+    return _settle(created, images(name, 32))
 
 
 def images(name: str, count: int) -> Tensor:

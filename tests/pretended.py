@@ -1,10 +1,10 @@
-"""A second device where there is none: its tensors say that they are elsewhere, and are computed with here.
+"""A simulated second device: its tensors report another device, and are computed on the CPU.
 
-The device is ``lazy``: a name that every torch knows, that autograd works on, and that has no arithmetic of its own.
-Inside a ``PretendedDevice`` block every operation is held to CUDA's rules: tensors of two devices do not meet, but for
-CPU scalars in elementwise operations, CPU indices into the device's tensors, and copies. What the host reads is kept.
+The device is ``lazy``, a name that PyTorch knows and autograd supports, and that has no kernels. Inside a
+``PretendedDevice`` block every operation must follow CUDA's rules: it may not mix devices, except for CPU scalars in
+elementwise operations, CPU indices into tensors of the device, and copies. Reads by the host are recorded.
 
-Torch's own ``FakeTensorMode`` pretends to CUDA by name, but has no numbers to choose by, and no autograd without a GPU.
+PyTorch's ``FakeTensorMode`` cannot replace it: its tensors have no values, and it has no autograd without a GPU.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ aten = torch.ops.aten
 COPIES = {aten._to_copy, aten.copy_}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 SCALARS = {aten.fill, aten.fill_, aten.masked_fill, aten.masked_fill_}
-"""Take a CPU scalar, though they are not tagged as elementwise."""
+"""Operations that accept a CPU scalar, although they are not tagged as elementwise."""
 READING = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.bincount}
-"""The host reads the result, or how long it is."""
+"""Operations whose result, or its length, the host reads."""
 
 
 class Pretended(Tensor):
-    """A tensor on the device; its numbers are in ``here``."""
+    """A tensor on the device; ``here`` holds its values."""
 
     here: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -36,9 +36,9 @@ class Pretended(Tensor):
     @staticmethod
     def __new__(cls, here):
         sizes = here.shape, here.stride(), here.storage_offset()
-        made = Tensor._make_wrapper_subclass(cls, *sizes, dtype=here.dtype, device=THERE)
-        made.here = here
-        return made
+        wrapper = Tensor._make_wrapper_subclass(cls, *sizes, dtype=here.dtype, device=THERE)
+        wrapper.here = here
+        return wrapper
 
     def tolist(self):
         return self.cpu().tolist()
@@ -49,10 +49,10 @@ class Pretended(Tensor):
 
 
 class PretendedDevice(TorchDispatchMode):
-    """``lazy`` is a device inside the block.
+    """A block in which ``lazy`` is a device.
 
     Args:
-        reads: gets what the host reads from the device: the operation's name and the tensor's shape.
+        reads: list to which each read by the host is appended: the name of the operation and the shape of the tensor.
     """
 
     def __init__(self, reads=None):
@@ -70,12 +70,12 @@ class PretendedDevice(TorchDispatchMode):
             _check(func, args, kwargs, tensors)
             if _reads(func, args, target):
                 self.reads.append((func.overloadpacket.__name__, tuple(there[0].shape)))
-        # An operation in place returns what it was given.
-        given = {id(_here(tensor)): tensor for tensor in tensors}
+        # An in-place operation returns its argument.
+        arguments = {id(_here(tensor)): tensor for tensor in tensors}
 
         def back(leaf):
-            if not isinstance(leaf, Tensor) or id(leaf) in given:
-                return given.get(id(leaf), leaf)
+            if not isinstance(leaf, Tensor) or id(leaf) in arguments:
+                return arguments.get(id(leaf), leaf)
             return Pretended(leaf) if target == THERE else leaf
 
         return tree_map(back, func(*tree_map(_here, args), **tree_map(_here, kwargs)))
@@ -88,9 +88,9 @@ def _here(leaf):
 
 
 def _check(func, args, kwargs, tensors):
-    """Raise where CUDA would: ``tensors``, some of them on the device, meet some that are not and must not."""
-    strangers, packet = [tensor for tensor in tensors if not isinstance(tensor, Pretended)], func.overloadpacket
-    if not strangers or packet in COPIES:
+    """Raise where CUDA would, because ``tensors`` are on both devices."""
+    on_cpu, packet = [tensor for tensor in tensors if not isinstance(tensor, Pretended)], func.overloadpacket
+    if not on_cpu or packet in COPIES:
         return
     if packet in INDEXING:
         allowed = isinstance(args[0], Pretended) and not any(
@@ -103,7 +103,7 @@ def _check(func, args, kwargs, tensors):
         ]
         allowed = (
             (torch.Tag.pointwise in func.tags or packet in SCALARS)
-            and not any(stranger.dim() for stranger in strangers)
+            and not any(tensor.dim() for tensor in on_cpu)
             and all(isinstance(tensor, Pretended) for tensor in written if tensor is not None)
         )
     if not allowed:
@@ -117,29 +117,29 @@ def _reads(func, args, target):
         return target == HERE
     if packet is aten.copy_:
         return not isinstance(args[0], Pretended)
-    # How many a mask chooses is read, too.
+    # The host also reads how many elements a mask selects.
     return packet in READING or (packet in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1]))
 
 
 class PretendedShards(LocalShards):
-    """Shards on the device, led by a process that has none. ``reads`` is what the hosts of the shards read from it."""
+    """Shards on the device, with a coordinator without a device. ``reads`` records the reads of the shards."""
 
     def __init__(self, images, statistics, count=1):
         super().__init__(images, statistics, count, THERE.type)
         self.reads = []
 
     def scatter(self, method, args):
-        def inside(shard, own):
-            with PretendedDevice(self.reads):  # a mode is its thread's
-                return method(shard, *own)
+        def call_on_device(shard, shard_args):
+            with PretendedDevice(self.reads):  # a dispatch mode applies to one thread
+                return method(shard, *shard_args)
 
-        calls = [self.threads.submit(inside, *pair) for pair in zip(self.shards, args, strict=False)]
+        calls = [self.threads.submit(call_on_device, *pair) for pair in zip(self.shards, args, strict=False)]
         return [call.result() for call in calls]
 
 
 @contextlib.contextmanager
 def pretending():
-    """What torch does for ``cuda`` before any operation is dispatched, and refuses to do for ``lazy``."""
+    """Replace functions of PyTorch that support ``cuda`` before dispatch, and refuse ``lazy``."""
     make, before = torch.tensor, torch.__future__.get_overwrite_module_params_on_conversion()
 
     def tensor(data, dtype=None, device=HERE):

@@ -1,6 +1,6 @@
-"""That the tensors of two devices never meet, and what the host reads from one, shown on a device that is pretended.
+"""Operations never mix tensors of two devices, and the host reads little: tests on a simulated device.
 
-The arithmetic is the CPU's, so everything must come out as it does there. How a GPU rounds is ``test_gpu.py``'s.
+The device computes on the CPU, so results must equal those of the CPU. Rounding on a GPU is tested in ``test_gpu.py``.
 """
 
 import math
@@ -84,7 +84,7 @@ def test_the_pretended_device_records_reads_of_the_host():
 
 
 def same(here: Tensor, there: Tensor):
-    """Equal, and still on the device."""
+    """Assert that the values are equal, and still on the device."""
     assert there.device == THERE
     torch.testing.assert_close(there.cpu(), here)
 
@@ -119,7 +119,7 @@ def test_objective_on_the_device_equals_the_cpu(body_size):
     here = embed(model, images, global_mask(fisher_diagonal(model, images, layout), layout, body_size))
     whole = information(here)
 
-    def led(embedding, whole):
+    def run_objective(embedding, whole):
         objective = Objective(torch.eye(len(whole), device=whole.device, dtype=whole.dtype), whole, 0.5)
         scores = initial_scores(embedding, *objective.matrices())
         for row in range(3):
@@ -127,14 +127,16 @@ def test_objective_on_the_device_equals_the_cpu(body_size):
         objective.remove(take(embedding, slice(1, 2)))
         return gains(scores), *objective.matrices()
 
-    expected = led(here, whole)
+    expected = run_objective(here, whole)
     with PretendedDevice():
-        for found, values in zip(led(to_type(here, torch.float64, THERE), whole.to(THERE)), expected, strict=True):
-            same(values, found)
+        for actual, values in zip(
+            run_objective(to_type(here, torch.float64, THERE), whole.to(THERE)), expected, strict=True
+        ):
+            same(values, actual)
 
 
 def query(name, shards, images, model, budget=8, engine=None, **params):
-    """The batch, its notes, and how often a device had been read from when each pick was made."""
+    """Return the batch, its notes, and the number of reads from a device before each pick."""
     labeled, read = torch.tensor([3, 4, 11, 20]), []
 
     def progress(stage, done, total):

@@ -1,4 +1,4 @@
-"""What is approximate, or kept in fewer bits, or limited by memory: options of the engine, and what they promise."""
+"""Approximations, lower precision and limited memory: options of the engine."""
 
 import dataclasses
 import math

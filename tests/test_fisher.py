@@ -1,4 +1,4 @@
-"""Fisher diagonal, mask, embeddings and their products against the slow twins."""
+"""Fisher diagonal, mask, embeddings and their products compared with reference implementations."""
 
 from fnmatch import fnmatch
 

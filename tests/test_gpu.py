@@ -1,4 +1,4 @@
-"""The same code on a GPU. Sums are rounded otherwise there, so batches may differ; how good they are may not."""
+"""Queries on a GPU. It rounds differently, so batches may differ, but their objectives must agree."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Losing shards: real actors killed in the middle of a query, and the batch that comes out all the same."""
+"""Lost shards: real actors are killed during a query, and the batch does not change."""
 
 import logging
 import os

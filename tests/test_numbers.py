@@ -1,4 +1,4 @@
-"""Numbers that are computed in one place, against values computed by hand."""
+"""Metrics and image statistics, compared with values computed by hand."""
 
 import math
 

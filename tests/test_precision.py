@@ -1,4 +1,4 @@
-"""Selections that float32, or Woodbury's formula alone, cannot hold: against dense matrices in float64."""
+"""Queries for which float32, or Woodbury updates alone, are too imprecise, compared with dense float64 matrices."""
 
 import cases
 import pytest

@@ -1,4 +1,4 @@
-"""What is of the whole process, which its shards share: settings and memory."""
+"""Settings and memory that all shards of a process share."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -37,10 +37,10 @@ def test_freed_memory_between_live_tensors_is_returned():
     def resident():
         return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
 
-    tensors = [torch.ones(16_000) for _ in range(3_000)]  # 64 kB each: below what the allocator maps by itself
+    tensors = [torch.ones(16_000) for _ in range(3_000)]  # 64 kB each, below the size that malloc maps separately
     kept = tensors[::2]
     full = resident()
     del tensors
     return_memory()
-    assert resident() < full - 60  # of the 94 MB that were freed
+    assert resident() < full - 60  # 94 MB were freed
     assert all(bool((tensor == 1).all()) for tensor in kept)

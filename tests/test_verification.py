@@ -1,4 +1,4 @@
-"""That models which no rule foresees are differentiated right, or refused: against autograd, image by image."""
+"""Unusual models have the gradients of plain autograd, or are refused."""
 
 import types
 import warnings
@@ -75,7 +75,7 @@ class SequenceFirst(nn.Module):
 
 
 class Cached(nn.Module):
-    """Keeps what it derived from a parameter while it is in eval mode, as LeViT does."""
+    """Caches a function of a parameter in eval mode, as LeViT does."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +94,7 @@ class Cached(nn.Module):
 
 
 class Experts(nn.Module):
-    """Each image goes to one of two layers, by the argmax of a third."""
+    """Each image goes to one of two layers, chosen by the argmax of a third."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ class Recurrent(nn.Module):
 
 
 def _transposed_norm():
-    """Batch norm whose gradient arrives transposed: wrong for one image, in this PyTorch."""
+    """Return a model in which batch norm gets a transposed gradient, which PyTorch handles wrongly for one image."""
     return nn.Sequential(
         # No linear layer after the transpose: its gradient would be contiguous, and right.
         *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(2), _Transpose(), nn.Tanh()),
@@ -254,7 +254,7 @@ def test_unusual_models_in_float32_have_the_gradients_of_autograd(name):
 
 
 def test_layer_that_gets_some_of_the_images_is_handled_for_each_batch():
-    """Each of the images looked at goes to one expert, later ones to both: what was found does not hold for them."""
+    """All verified images go to one expert, later images to both, so the verification does not cover them."""
     net, batch = model("experts"), images(40)
     with torch.no_grad():
         chosen = net.route(batch[:, 0].mean(1)).argmax(-1)
@@ -365,7 +365,7 @@ def test_plan_gradients_does_not_change_the_model():
 
 
 def test_pytorch_still_has_the_batch_norm_defect():
-    """Why a single image is never differentiated alone. Reports when PyTorch has mended it."""
+    """The reason why a single image is never differentiated alone. Fails when PyTorch has fixed it."""
     norm = nn.BatchNorm2d(2).double().eval()
     norm.running_var[1] = 4.0
     image = torch.arange(8.0, dtype=torch.float64).reshape(1, 2, 2, 2).requires_grad_()

@@ -253,7 +253,7 @@ def test_a_factory_that_returns_the_same_model_twice_is_refused(folder, capfd):
     """The second round would start from the weights that the first round trained."""
     assert cli.main(["run", "tiny.yaml", "model=guard_test_models:shared"]) == 2
     error = capfd.readouterr().err
-    assert error.startswith("fishermask: model.name: guard_test_models:shared returns a model that it returned before")
+    assert error.startswith("fishermask: model.name: guard_test_models:shared returned the same model twice")
     assert error.count("\n") == 1
 
 

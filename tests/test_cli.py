@@ -40,7 +40,7 @@ def fishermask(*arguments, **settings):
     )
 
 
-def test_run_prints_progress_summary_and_where_to_look(sweep, capsys):
+def test_run_prints_progress_summary_and_paths(sweep, capsys):
     assert cli.main(["run", "tiny.yaml", "strategy=margin"]) == 0
     out = capsys.readouterr().out
     assert "[1/1 runs, 3/3 rounds, ETA 0:00] margin-seed=0: labels 30" in out
@@ -55,7 +55,7 @@ def test_run_prints_progress_summary_and_where_to_look(sweep, capsys):
     assert (folder / "runs/margin-seed=0/rounds.jsonl").stat().st_mtime_ns == before
 
 
-def test_sweep_runs_everything_from_a_plain_shell(sweep):
+def test_sweep_works_without_ray_settings_in_the_environment(sweep):
     home = sweep / "home"
     home.mkdir()
     shell = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
@@ -136,7 +136,7 @@ def test_a_query_that_cannot_fit_is_refused_before_anything_is_trained(sweep, ca
     assert [path.name for path in sweep.iterdir()] == ["tiny.yaml"]
 
 
-def test_report_makes_the_files_again(sweep, capsys):
+def test_report_writes_the_files_again(sweep, capsys):
     cli.main(["run", "tiny.yaml"])
     folder = next((sweep / "results").iterdir())
     (folder / "curves.png").unlink()
@@ -256,7 +256,7 @@ def test_help_and_version(capsys):
         (["report", "."], "holds no results of a sweep"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_exit_status_2_and_leaves_no_trace(sweep, capsys, arguments, message):
+def test_bad_input_is_a_one_line_error_with_status_2_and_leaves_no_files(sweep, capsys, arguments, message):
     if "resources.gpus=1" in arguments:
         torch = pytest.importorskip("torch")
         if torch.cuda.is_available():
@@ -273,7 +273,7 @@ def test_bad_input_is_one_line_and_exit_status_2_and_leaves_no_trace(sweep, caps
     assert sorted(sweep.rglob("*")) == before
 
 
-def test_every_mistake_of_a_file_is_told_each_on_its_line(sweep, capsys):
+def test_each_mistake_is_reported_on_its_own_line(sweep, capsys):
     assert cli.main(["run", "tiny.yaml", "seed=-1", "budget.query=0"]) == 2
     assert [line.split(":")[1].strip() for line in capsys.readouterr().err.splitlines()] == ["budget.query", "seed"]
 
@@ -303,7 +303,7 @@ def test_a_broken_strategy_file_is_one_line(sweep, capsys, monkeypatch, content,
     assert message in err
 
 
-def test_another_sweeps_results_are_refused_and_kept(sweep, capsys):
+def test_a_folder_with_other_files_is_refused_and_kept(sweep, capsys):
     folder = sweep / "results/tiny"
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
@@ -313,7 +313,7 @@ def test_another_sweeps_results_are_refused_and_kept(sweep, capsys):
 
 
 @pytest.mark.parametrize("command", ["run", "sweep"])
-def test_ctrl_c_keeps_and_names_what_was_finished(sweep, command):
+def test_ctrl_c_keeps_finished_rounds_and_prints_their_folder(sweep, command):
     """SIGINT to the whole group, as a terminal sends it, once a round is finished."""
     slow = ["budget={initial: 10, query: 1, total: 300}", "output=out"]
     process = subprocess.Popen(

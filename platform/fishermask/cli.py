@@ -1,4 +1,4 @@
-"""The ``fishermask`` command. Most settings are in the sweep file, or ``key=value`` words; there are few options."""
+"""The ``fishermask`` command. Settings come from the sweep file and from ``key=value`` arguments."""
 
 import errno
 import io
@@ -32,9 +32,9 @@ STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
 MAX_LINE = 2000
 """Maximum number of characters of an error line."""
 SETTING = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
-"""Start of a word that is a setting, and not a file."""
+"""Start of an argument that is a setting, and not a file."""
 TEMPLATE = Path(__file__).parent / "sweeps/template.yaml"
-"""Sweep file that ``init`` copies, and that ``run`` uses without a file."""
+"""Sweep file that ``init`` copies, and that ``run`` uses if the user names no file."""
 
 HELP = """Choose which samples to label, and measure how much better that is than choosing at random.
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     The status is 0, 1 (a run failed), 2 (bad input), 130 (Ctrl-C), 141 (closed pipe) or 143 (SIGTERM).
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may be unable to show a character
     try:
         with handle_signals():
             status = _invoke(sys.argv[1:] if argv is None else argv)
@@ -83,13 +83,13 @@ def main(argv: list[str] | None = None) -> int:
         _print_error(InputError(f"stdout: cannot be written to ({error.strerror})"))
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as interrupt:
-        stopped = stop_reason(interrupt)
-        print(f"fishermask: {stopped}", file=sys.stderr)
-        return stopped.status
+        reason = stop_reason(interrupt)
+        print(f"fishermask: {reason}", file=sys.stderr)
+        return reason.status
 
 
 def _invoke(argv: Sequence[str]) -> int:
-    """Parse the command line and call the command; ``click`` itself would print errors in several lines."""
+    """Parse the command line and call the command. An error becomes one line; ``click`` would print several."""
     console = _Console(markup=False, highlight=False, soft_wrap=True)
     try:
         with commands.make_context("fishermask", list(argv), obj=console) as context:
@@ -112,7 +112,7 @@ def _print_error(error: InputError) -> None:
 
 @contextmanager
 def _check_input(name: str) -> Iterator[None]:
-    """Convert any exception of the block to an input error of ``name``, and keep stderr free of other lines.
+    """Convert any exception of the block to an input error of ``name``, and capture stderr.
 
     Text that libraries and the user's code write to stderr goes to the log if there is an error, otherwise to stdout.
     """
@@ -152,7 +152,7 @@ PATH = _PathType()
 CONTINUE_OPTION = click.option(
     "--continue-anyway",
     is_flag=True,
-    help="Continue runs that began with other settings, another source or another device. Their rounds record it.",
+    help="Continue runs that began with other settings, another source or another device. New rounds record the change.",
 )
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
@@ -170,7 +170,7 @@ def commands() -> None:
 @click.argument("name", default="sweep")
 @click.pass_obj
 def init_command(console: Console, name: str) -> None:
-    """Write the sweep file NAME.yaml, with comments, to start from (default: sweep.yaml)."""
+    """Write NAME.yaml, a commented sweep file to start from (default: sweep.yaml)."""
     from fishermask.config import parse
     from fishermask.sweeps.sweep_file import SweepConfig
 
@@ -194,7 +194,7 @@ def init_command(console: Console, name: str) -> None:
 @CONTINUE_OPTION
 @click.pass_obj
 def run_command(console: Console, words: tuple[str, ...], continue_anyway: bool) -> int:
-    """Run one experiment in this process: the first value of each path that the grid of FILE varies.
+    """Run one experiment in this process, with the first value of each path that the grid of FILE varies.
 
     Without FILE, run a small experiment on the bundled data.
     """
@@ -243,8 +243,8 @@ def sweep_command(console: Console, file: Path, settings: tuple[str, ...], dry_r
             plans = {}
             if to_download:  # a dry run downloads nothing
                 for data in to_download:
-                    place = f"{data.root}; a sweep downloads it, and then checks the runs"
-                    console.print(f"data.download: {data.name} is not in {place}")
+                    missing_data = f"{data.name} is not in {data.root}"
+                    console.print(f"data.download: {missing_data}; a sweep downloads it, and then checks the runs")
             else:
                 plans = runner.plan_sweep(sweep, nodes, console, continue_anyway=continue_anyway)
             unfinished = runner.unfinished_runs(sweep)
@@ -255,9 +255,9 @@ def sweep_command(console: Console, file: Path, settings: tuple[str, ...], dry_r
         state = f"{count} runs, {count - len(unfinished)} finished, {rounds} rounds to go"
         console.print(f"{sweep.config.name}: {state}; results in {sweep.folder}")
         if dry_run:
-            missing = {run.name for run, _ in unfinished}
+            unfinished_names = {run.name for run, _ in unfinished}
             for run in sweep.runs:
-                console.print(f"  {'missing ' if run.name in missing else 'finished'}  {run.name}")
+                console.print(f"  {'missing ' if run.name in unfinished_names else 'finished'}  {run.name}")
             return 0
         if not unfinished:
             return _print_report(sweep.folder, "balanced_accuracy", console)
@@ -324,7 +324,7 @@ def _connect(stack: ExitStack, nodes: "Cluster | None") -> None:
 
 
 def _run_and_report(sweep: "Sweep", work: "Callable[[], Recorder]", console: Console) -> int:
-    """Call ``work``, which runs a sweep, and report the results. Finished rounds are kept if it is interrupted."""
+    """Run a sweep by calling ``work``, and report the results. An interruption keeps the finished rounds."""
     from fishermask.results import files
     from fishermask.sweeps import runner
 
@@ -333,14 +333,14 @@ def _run_and_report(sweep: "Sweep", work: "Callable[[], Recorder]", console: Con
         with files.locked(sweep.folder):
             recorder = work()
     except KeyboardInterrupt as interrupt:
-        stopped = stop_reason(interrupt)
-        finished = len(sweep.runs) - len(runner.unfinished_runs(sweep))
+        reason = stop_reason(interrupt)
+        num_finished = len(sweep.runs) - len(runner.unfinished_runs(sweep))
         print(
-            f"fishermask: {stopped}; {finished} of {len(sweep.runs)} runs are finished, and all finished rounds are in "
-            f"{sweep.folder}; run the same command again to continue",
+            f"fishermask: {reason}; {num_finished} of {len(sweep.runs)} runs are finished, and all finished rounds are "
+            f"in {sweep.folder}; run the same command again to continue",
             file=sys.stderr,
         )
-        return stopped.status
+        return reason.status
     status = 0
     if any(folder for run in sweep.runs if (folder := run.folder.history())):
         status = _print_report(sweep.folder, "balanced_accuracy", console)
@@ -356,11 +356,11 @@ def _print_report(folder: Path, metric: str, console: Console) -> int:
     from fishermask.results import report
 
     with _check_input(str(folder)):
-        written = report.write(folder, metric)
-        header, rows = report.format_brief_summary(written.summary)
+        sweep_report = report.write(folder, metric)
+        header, rows = report.format_brief_summary(sweep_report.summary)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
-        # Settings and labels may break over lines, numbers may not.
+        # Text may wrap; numbers may not.
         table.add_column(name, no_wrap=index >= header.index("seeds"), overflow="fold")
     for row in rows:
         table.add_row(*row)
@@ -368,7 +368,7 @@ def _print_report(folder: Path, metric: str, console: Console) -> int:
     relative = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     for line in (
         report.BRIEF_NOTE,
-        " ".join(report.format_notes(written)),
+        " ".join(report.format_notes(sweep_report)),
         f"curves:      {relative / 'curves.png'}",
         f"tables:      {relative / 'summary.md'}, {relative / 'results.csv'}",
         f"tensorboard: tensorboard --logdir {relative}",

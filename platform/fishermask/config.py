@@ -1,4 +1,4 @@
-"""The settings of one run as a typed tree, validated when it is read. Unknown keys are errors."""
+"""The settings of one run, as a tree of typed classes that validate their values. Unknown keys are errors."""
 
 import hashlib
 import json
@@ -24,11 +24,11 @@ from fishermask.user_modules import split_file_name
 
 MAX_SHARDS = 10_000
 MAX_COUNT = 10**9
-"""Of images, epochs and labels."""
+"""Maximum number of images, epochs or labels."""
 MAX_CORES = 1024
-"""CPUs or GPUs of one process."""
+"""Maximum number of CPUs or GPUs of one process."""
 MAX_SEED = 2**63 - 1
-"""What tables and TensorBoard hold."""
+"""Largest integer that tables and TensorBoard can store."""
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Word = Annotated[str, AfterValidator(check_word)]
@@ -36,7 +36,7 @@ PathText = Annotated[str, AfterValidator(check_path)]
 
 
 class Config(BaseModel):
-    """Base of every settings class: frozen, unknown keys and values of another type are errors."""
+    """Base of every settings class. Instances are frozen. Unknown keys and values of another type are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -47,36 +47,36 @@ class Config(BaseModel):
 
 
 class StrategyParams(Config):
-    """Base class of a strategy's parameters: one typed field for each, with a default.
+    """Base class of a strategy's parameters: one typed field with a default for each parameter.
 
     Instances are frozen. Unknown names and values of another type are errors.
     """
 
 
-def _finite(value: Any) -> Any:
-    # NaN is unequal to itself: such a run would never be taken for the one that its folder holds.
+def _check_finite(value: Any) -> Any:
+    # NaN is unequal to itself, so the settings of such a run would never equal those in its folder.
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"should be a finite number, got {value}")
     if isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
-            _finite(inner)
+            _check_finite(inner)
     return value
 
 
 class NamedConfig(Config):
-    """Something chosen by name, with parameters of its own. ``margin`` is short for ``{name: margin}``."""
+    """A model or a strategy: its name and its parameters. ``margin`` is short for ``{name: margin}``."""
 
     name: Word
-    params: dict[str, Annotated[Any, AfterValidator(_finite)]] = {}
+    params: dict[str, Annotated[Any, AfterValidator(_check_finite)]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _short_form(cls, value: Any) -> Any:
+    def _expand_short_form(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
 
 class Natural(Config):
-    """Keep all training images, whatever the class sizes. Classes without training images leave the test data too."""
+    """Keep all training images. Classes without training images are removed from the test data too."""
 
     kind: Literal["none"] = "none"
 
@@ -120,7 +120,7 @@ class Counts(Config):
 
     kind: Literal["counts"]
     counts: dict[int, Count] = Field(min_length=2)
-    """Class -> training images to keep. Classes that are not named leave the training and the test data."""
+    """Class -> training images to keep. Other classes are removed from the training and the test data."""
     permute: bool = False
     """Whether the seed assigns the counts to the named classes in another order."""
 
@@ -167,36 +167,36 @@ class DataConfig(Config):
     label_column: Word = "label"
     """Parquet column with the integer labels."""
     channels: Literal["keep", "gray", "rgb"] = "keep"
-    """Convert images to one channel (gray) or to three (rgb). keep: the type of the image with the lowest id."""
+    """Convert images to one channel (gray) or to three (rgb); keep: as many as the image with the lowest id has."""
     image_size: int | None = Field(None, ge=4, le=4096)
     """Resize images to squares with sides of this many pixels."""
     statistics: Literal["auto", "published", "pool"] = "auto"
-    """Normalize with published channel statistics or with those of this run's training pool; auto: published if any."""
+    """Normalize with published channel statistics or with those of the run's pool; auto: published if there are any."""
     augment: bool | None = None
-    """Random crop and flip in training; None for images with three channels only, as in the paper."""
+    """Whether to crop and flip images at random in training; None: only if they have three channels."""
 
 
 class TrainingConfig(Config):
     learning_rate: float = Field(1e-3, gt=0)
     batch_size: Count = 64
     target_accuracy: float = Field(0.99, gt=0, le=1)
-    """Training ends with the first epoch whose training accuracy reaches this."""
+    """Training ends after the first epoch whose training accuracy reaches this value."""
     max_epochs: Count = 100
-    """... or after this many epochs; each round records which of the two it was."""
+    """Maximum number of epochs. Each round records whether training ended by this or by the target accuracy."""
     clip: float | None = Field(0.1, gt=0)
-    """Gradients are clamped to +- this."""
+    """Gradients are clamped to the range from -clip to clip; None: not clamped."""
 
 
 class BudgetConfig(Config):
     initial: Count = 100
     """Labels at the start, drawn at random."""
     query: Count = 100
-    """Labels bought in each round; the last round buys what is left."""
+    """Labels added in each round; the last batch is smaller if fewer labels are left."""
     total: Count = 500
     """Labels at the end."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> "BudgetConfig":
+    def _check_total(self) -> "BudgetConfig":
         if self.total < self.initial:
             raise ValueError(f"total {self.total} is below initial {self.initial}; raise total or lower initial")
         return self
@@ -222,7 +222,7 @@ class StrategyConfig(NamedConfig):
 
 
 class EngineConfig(Config):
-    """Number formats of a query. Other formats than float32 may change the batch slightly; ``docs/performance.md``
+    """Number formats of a query. Formats other than float32 may change the batch slightly; ``docs/performance.md``
     has measurements of the changes and of the savings."""
 
     storage: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -237,33 +237,33 @@ class EngineConfig(Config):
     """Relative error of a pick's gain, compared with float64, above which all candidates are rescored."""
 
 
-SMALLEST = 1e-4
-"""Ray's unit of CPUs and GPUs."""
+MIN_AMOUNT = 1e-4
+"""Smallest amount of CPUs and GPUs that Ray can reserve."""
 
 
 class ResourcesConfig(Config):
     """Processors, memory and shards of a run."""
 
-    cpus: float = Field(1, ge=SMALLEST, le=MAX_CORES)
+    cpus: float = Field(1, ge=MIN_AMOUNT, le=MAX_CORES)
     """CPUs of the trial, and the number of threads that train and evaluate. In-process shards use them too."""
     gpus: float = Field(0, ge=0, le=MAX_CORES)
     """GPUs of the trial; fractions are allowed."""
     shards: int | Literal["auto"] = 1
-    """Number of parts of the pool, or ``auto``: by pool size and cluster. The batch does not depend on it."""
+    """Number of shards; ``auto`` chooses it by pool size and cluster. The batch does not depend on it."""
     workers: Literal["in_process", "ray"] = "in_process"
-    """Whether the shards are in the trial's process or are Ray actors."""
-    cpus_per_shard: float = Field(1, ge=SMALLEST, le=MAX_CORES)
+    """Whether the shards are in the process of the trial or are Ray actors."""
+    cpus_per_shard: float = Field(1, ge=MIN_AMOUNT, le=MAX_CORES)
     """CPUs that each Ray shard reserves. A shard computes on one thread: use more shards to use more cores."""
     gpus_per_shard: float = Field(0, ge=0, le=MAX_CORES)
     """GPUs of each Ray shard; fractions are allowed."""
     memory: float | None = Field(None, gt=0, le=1e6)
     """Memory limit in GB of the trial and of each Ray shard; by default the free memory."""
     restarts: int = Field(3, ge=0, le=1_000_000)
-    """How often a run resumes after the loss of its process. A sweep uses the maximum over its runs."""
+    """How often a run resumes after its process is lost. A sweep uses the maximum over its runs."""
 
     @field_validator("shards", mode="before")
     @classmethod
-    def _number_or_auto(cls, value: Any) -> Any:
+    def _check_shards(cls, value: Any) -> Any:
         # Pydantic would report one error for each type of the union.
         if value != "auto" and not (type(value) is int and 1 <= value <= MAX_SHARDS):
             raise ValueError(f"should be auto or a whole number from 1 to {MAX_SHARDS:,}, got {short(value)}")
@@ -296,14 +296,14 @@ def hash_json(value: Any) -> str:
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 MAX_MISTAKES = 20
-"""Lines that one wrong file is worth."""
+"""Maximum number of mistakes that the error of one file lists."""
 
 
 def parse(kind: type[ConfigT], value: Any, where: str = "") -> ConfigT:
-    """Validate ``value`` as a ``kind``; ``where`` is put before the paths in messages.
+    """Validate ``value`` as a ``kind``; messages begin with ``where``.
 
     Raises:
-        InputError: a line for each mistake, with the dotted path, the value that came and what would be right.
+        InputError: one line for each mistake, with the dotted path, the expected value and the actual value.
     """
     if not isinstance(value, Mapping | str):
         raise InputError(f"{where or 'the file'}: expected keys and values, got {short(value)}")
@@ -313,11 +313,11 @@ def parse(kind: type[ConfigT], value: Any, where: str = "") -> ConfigT:
             return kind.model_validate(value)
         except ValidationError as error:
             mistakes = error.errors()[:MAX_MISTAKES]
-        lines = [_mistake(kind, detail, where) for detail in mistakes]
+        lines = [_describe_mistake(kind, detail, where) for detail in mistakes]
         raise InputError("\n".join(lines))
 
 
-def _mistake(kind: type[Config], detail: Any, where: str) -> str:
+def _describe_mistake(kind: type[Config], detail: Any, where: str) -> str:
     model, path = _resolve(kind, detail["loc"])
     field = ".".join([where] * bool(where) + path) or "the file"
     match detail["type"]:
@@ -339,10 +339,10 @@ def _mistake(kind: type[Config], detail: Any, where: str) -> str:
 
 
 def _resolve(kind: type[Config], location: tuple[Any, ...]) -> tuple[type[Config], list[str]]:
-    """The settings class that holds the last key of pydantic's ``location``, and the path as the user wrote it."""
+    """Return the settings class with the last key of pydantic's ``location``, and the path as the user wrote it."""
     path: list[str] = []
     for part in location:
-        if part == "[key]":  # a key of the wrong type, which stands before
+        if part == "[key]":  # pydantic's mark after a key of the wrong type
             continue
         if path == ["imbalance"] and part in IMBALANCES and kind not in IMBALANCES.values():
             kind = IMBALANCES[part]  # pydantic names the union's member; the user's file has no such key

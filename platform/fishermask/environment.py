@@ -15,31 +15,31 @@ from pathlib import Path
 from typing import Any
 
 GIT_TIMEOUT = 10
-"""Seconds that git has to answer."""
+"""Maximum number of seconds to wait for git."""
 
 
 def installed_version() -> str:
-    """Return the version of the fishermask that this process would import, with a hash of its source files."""
+    """Return the version of the ``fishermask`` package that this process imports, with a hash of its source files."""
     spec = importlib.util.find_spec("fishermask")
     if spec is None or spec.origin is None:
         return "none"
     version = importlib.import_module("fishermask").__version__
     digest, folder = hashlib.sha256(), Path(spec.origin).parent
-    # A user may link a strategy's folder into the package.
-    places = [(Path(path), sorted(names)) for path, _, names in os.walk(folder, followlinks=True)]
-    for path in sorted(place / name for place, names in places for name in names if name.endswith(".py")):
+    # A user may link a folder of strategies into the package.
+    folders = [(Path(path), sorted(names)) for path, _, names in os.walk(folder, followlinks=True)]
+    for path in sorted(parent / name for parent, names in folders for name in names if name.endswith(".py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     return f"{version} ({digest.hexdigest()[:12]})"
 
 
 @functools.cache
 def loaded_version() -> str:
-    """Return ``installed_version`` as of its first use in this process."""
+    """Return the result of the first call of ``installed_version`` in this process."""
     return installed_version()
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """Return what the last bits of a run's numbers may depend on besides its identity.
+    """Return the versions and hardware that may change the last bits of a run's numbers, by name.
 
     Args:
         device: ``cpu`` or ``cuda``, where the process computes.
@@ -62,7 +62,7 @@ def cpu_model() -> str:
     """Return the name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())

@@ -50,7 +50,7 @@ def reason(error: BaseException) -> str:
             text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         else:
             text = str(error)
-    except BaseException:  # a user's exception may be unable to describe itself
+    except BaseException:  # str() of a user's exception may raise
         text = ""
     text = one_line(text)
     return f"{kind}: {text}" if text else kind
@@ -66,7 +66,7 @@ def short(value: object) -> str:
     """Return ``repr(value)``, truncated to fit in a one-line message."""
     try:
         text = repr(value)
-    except Exception:  # an integer that is too long for Python to print, or an object of the user's
+    except Exception:  # an integer that is too long for Python to print, or an object from the user's code
         text = f"a value of type {type(value).__name__}"
     return one_line(text, 60)
 
@@ -74,7 +74,7 @@ def short(value: object) -> str:
 def _traceback(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(error))
-    except BaseException as failure:  # the exception cannot describe itself, or memory is exhausted
+    except BaseException as failure:  # str() of the exception raises, or memory is exhausted
         return f"{type(error).__name__}; its traceback cannot be shown ({type(failure).__name__})\n"
 
 
@@ -115,7 +115,7 @@ class CapturedStderr:
 def capture_stderr() -> Iterator[CapturedStderr]:
     """Capture what the block writes to stderr: warnings, and lines that libraries print from C.
 
-    The file descriptor is redirected, so ``sys.stderr``, existing log handlers and subprocesses follow.
+    The file descriptor is redirected, so output of ``sys.stderr``, existing log handlers and subprocesses is captured.
 
     Raises:
         InputError: no temporary file can be made.

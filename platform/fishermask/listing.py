@@ -46,7 +46,7 @@ def list_strategies() -> Iterator[str]:
 
 
 def _list_fields(config: type[Config], prefix: str, defaults: Config | None = None) -> Iterator[str]:
-    """Yield one line for each setting of ``config``, whose values are those of ``defaults`` if it is given."""
+    """Yield one line for each setting of ``config``; the default values are those of ``defaults`` if it is given."""
     for key, field in config.model_fields.items():
         default = getattr(defaults, key) if defaults is not None else field.get_default(call_default_factory=True)
         if isinstance(field.annotation, type) and issubclass(field.annotation, Config):

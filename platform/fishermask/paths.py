@@ -85,7 +85,7 @@ def require_file(path: Path, setting: str = "") -> os.stat_result:
     """Return the status of the regular file ``path``; messages begin with ``setting``.
 
     Raises:
-        InputError: the path does not exist, is a broken link, or is not a regular file: to open a FIFO would block.
+        InputError: the path does not exist, is a broken link, or is not a regular file. (Opening a FIFO would block.)
     """
     name = f"{setting}: {path}" if setting else f"{path}:"
     try:

@@ -1,7 +1,7 @@
-"""Stop a command cleanly: the first signal starts the cleanup, a later one ends the process, without a traceback.
+"""Stop a command cleanly: the first signal starts the cleanup, a later signal ends the process without a traceback.
 
-SIGINT (Ctrl-C), SIGTERM and the loss of a process that the command needs are handled alike: ``Stopped`` is raised in
-the main thread, where Python raises ``KeyboardInterrupt`` by default.
+SIGINT (Ctrl-C), SIGTERM and the loss of a process that the command needs are handled in the same way: ``Stopped`` is
+raised in the main thread, where Python would raise ``KeyboardInterrupt`` after SIGINT.
 """
 
 import os
@@ -16,7 +16,7 @@ FAILED, INTERRUPTED, TERMINATED = 1, 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit statuses: a process that the command needs is lost; the shell's statuses after SIGINT and SIGTERM."""
 
 REPEAT_SECONDS = 1.0
-"""A signal within this time after the first counts as the same: wrappers forward signals that the terminal sent too."""
+"""Signals within this time after the first are ignored: the terminal and a wrapper may both send the same signal."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -72,14 +72,14 @@ def reinstall_handlers() -> None:
 
 
 def stop_reason(interrupt: KeyboardInterrupt) -> Stopped:
-    """Return the ``Stopped`` behind ``interrupt``: libraries replace it by a ``KeyboardInterrupt`` of their own."""
+    """Return the ``Stopped`` that caused ``interrupt``; libraries may have replaced it with a ``KeyboardInterrupt``."""
     if isinstance(interrupt, Stopped):
         return interrupt
     return _state.stopped or Stopped("interrupted", INTERRUPTED)
 
 
 def request_stop(reason: str) -> None:
-    """Stop the command, from any thread, with status ``FAILED``. Does nothing if it is stopping already."""
+    """Stop the command, from any thread, with status ``FAILED``. Do nothing if it is stopping already."""
     if _state.installed and _state.stopped is None:
         _state.failure = reason
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)

@@ -21,7 +21,7 @@ def split_file_name(text: str) -> tuple[Path, str | None] | None:
 
 
 def absolute_file_name(text: str, folder: Path) -> str:
-    """Return ``text`` with its file as an absolute path, relative to ``folder``; any other text as it is."""
+    """Return ``text`` with its file as an absolute path, starting from ``folder``; return other text unchanged."""
     if (parts := split_file_name(text)) is None:
         return text
     file, attribute = parts
@@ -29,9 +29,9 @@ def absolute_file_name(text: str, folder: Path) -> str:
 
 
 def import_file(file: Path, setting: str) -> ModuleType:
-    """Return the module in ``file``, which is imported again only after its content changed.
+    """Return the module in ``file``. A second call imports the file again only if its content has changed.
 
-    Modules beside the file can be imported by it. No bytecode is written.
+    The file can import modules in its folder. No bytecode is written.
 
     Args:
         setting: name of the setting that holds the path; messages begin with it.

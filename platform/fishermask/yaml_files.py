@@ -15,7 +15,7 @@ MAX_DEPTH = 32
 MAX_VALUES = 100_000
 """Maximum number of values, after anchors are expanded."""
 MAX_BITS = 1024
-"""Maximum size of an integer. Settings are smaller, and Python refuses to print much larger ones."""
+"""Maximum size of an integer. All settings are smaller, and Python refuses to print much larger integers."""
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -158,7 +158,7 @@ def parse_yaml(content: str | bytes, where: str, problem: str = "is not YAML") -
 
 
 def _reason(error: Exception) -> str:
-    """Return PyYAML's message without its name for text that does not come from a file."""
+    """Return PyYAML's message without ``"<unicode string>"``, its name for text that does not come from a file."""
     return one_line(re.sub(r'in "<(byte|unicode) string>", ', "in ", str(error)))
 
 

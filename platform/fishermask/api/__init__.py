@@ -1,1 +1,1 @@
-"""The public functions, which ``fishermask`` offers by name; nothing else in the package is public."""
+"""The public functions. ``fishermask/__init__.py`` exports them; nothing else in the package is public."""

@@ -1,4 +1,4 @@
-"""The strategies that a name selects."""
+"""The query strategies that settings can select by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Progress of ``fishermask.select``: none, the user's function, or a bar."""
+"""Progress of ``fishermask.select``: no output, calls of the user's function, or a progress bar."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +16,10 @@ DELAY = 2.0
 
 @contextmanager
 def reporter(progress: bool | Callable[[str, int, int], object] | None) -> Iterator[Progress]:
-    """Yield a function that reports progress as the user wants it.
+    """Yield a function that reports progress in the way that ``progress`` selects.
 
     Args:
-        progress: True for a bar, which appears once the work has taken two seconds; a function; None or False.
+        progress: True for a bar, which appears after two seconds; a function; None or False for no output.
 
     Raises:
         InputError: ``progress`` is none of these.

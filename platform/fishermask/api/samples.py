@@ -1,4 +1,4 @@
-"""The samples of a pool that a user passes: tensors, arrays and data sets, and the model's inputs made from them."""
+"""The samples of a user's pool (tensors, arrays and data sets), and the model's inputs that are made from them."""
 
 import threading
 import warnings
@@ -45,7 +45,7 @@ class DatasetSamples:
         """Return the samples of a slice, or at an index tensor [m]."""
         positions = range(self.length)[selection] if isinstance(selection, slice) else selection.tolist()
         samples = torch.empty((len(positions), *self.example.shape), dtype=self.example.dtype)
-        with self.lock:  # shards read in threads, and few data sets are made for that
+        with self.lock:  # shards read in threads, and few data sets are thread-safe
             for row, position in enumerate(positions):
                 sample = read_item(self.dataset, self.start + position)
                 if sample.shape != self.example.shape or sample.dtype != self.example.dtype:
@@ -85,7 +85,7 @@ def as_samples(pool: object) -> Images:
     """Return the samples [n, ...] of ``pool`` without copying a tensor or an array.
 
     Raises:
-        InputError: ``pool`` is nothing that holds samples by position.
+        InputError: ``pool`` does not hold samples by position.
     """
     if isinstance(pool, np.ndarray):
         pool = _from_numpy(pool, "pool")
@@ -124,7 +124,7 @@ def _dataset(pool: Any) -> DatasetSamples:
 def _from_numpy(array: np.ndarray, name: str) -> Tensor:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # an array that is not writable; nothing writes to it here
+            warnings.simplefilter("ignore", UserWarning)  # the array is not writable; fishermask does not write to it
             return torch.from_numpy(array)
     except TypeError:
         raise InputError(f"{name}: has dtype {array.dtype}; expected numbers, as uint8 or float32") from None
@@ -145,7 +145,7 @@ class ModelInputs:
     def __init__(self, samples: Images, transform: Transform | None) -> None:
         self.transform = transform
         self.shape: torch.Size | None = None
-        """Of one input, once it is known."""
+        """Shape of one input; None before the first batch."""
         example = samples[torch.zeros(1, dtype=torch.long)]
         if transform is not None and not callable(transform):
             raise InputError(f"transform: is {short(transform)}; expected a function that takes a batch of samples")
@@ -157,13 +157,13 @@ class ModelInputs:
             )
 
     def __call__(self, samples: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the inputs [b, ...] of ``samples`` [b, ...], in memory of their own.
+        """Return the inputs [b, ...] of ``samples`` [b, ...], in new memory.
 
         Raises:
             InputError: the transform does not return one input of floating-point numbers for each sample, all of one
                 shape, or an input is not finite.
         """
-        # A copy, because transforms and models may write to it. Without it, results could also depend on strides.
+        # Copy, because transforms and models may write to the batch, and results could depend on its strides.
         batch = torch.empty(samples.shape, dtype=samples.dtype, device=samples.device).copy_(samples)
         inputs = batch if self.transform is None else self._transformed(self.transform, batch)
         if self.shape is None:
@@ -188,10 +188,10 @@ class ModelInputs:
         return inputs
 
     def check(self, samples: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the inputs of ``samples``, after a check that the transform treats each sample alone.
+        """Return the inputs of ``samples``, after checking that the transform treats each sample independently.
 
         Raises:
-            InputError: the transform is random, or the input of a sample depends on the others of its batch.
+            InputError: the transform is random, or the input of a sample depends on other samples of its batch.
         """
         inputs = self(samples, dtype)
         if self.transform is None:

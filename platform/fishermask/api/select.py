@@ -1,4 +1,4 @@
-"""One query with a model and a pool of the user's own."""
+"""One query with the user's own model and pool."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,26 +54,26 @@ def select(
     """Select the samples of a pool to label next.
 
     The result depends neither on ``shards`` nor on ``memory``. It is the batch that round 0 of a run with the same
-    ``seed`` queries for the same model, pool and labeled positions. The model, the pool and the global random states
-    are left as they were: the query works on a copy of the model in eval mode, on the model's device.
+    ``seed`` queries for the same model, pool and labeled positions. The query works on a copy of the model in eval
+    mode, on the model's device. It does not change the model, the pool or the global random states.
 
     Args:
         model: a trained classifier, which returns logits [b, C] for a batch of inputs. Parameters with
-            ``requires_grad=False`` count as frozen: their gradients are not used.
-        pool: all samples, labeled ones included: a tensor or an array [n, ...], or a map-style data set with items x
-            or (x, y, ...), of which a batch at a time is read. Floating-point samples of any shape are passed to the
-            model in its own type; samples of any other type need ``transform``.
+            ``requires_grad=False`` are frozen: their gradients are not used.
+        pool: all samples, including the labeled samples: a tensor or an array [n, ...], or a map-style data set with
+            items x or (x, y, ...), which is read in batches. Floating-point samples of any shape are converted to the
+            model's dtype; samples of any other dtype need ``transform``.
         labeled: positions that are labeled, or a boolean mask [n].
-        budget: number of positions to select among the others.
+        budget: number of unlabeled positions to select.
         strategy: a name that ``strategies()`` lists, the path ``./FILE.py`` of a file with a function ``query``, or a
-            function ``(pool, budget)`` or ``(pool, budget, params)`` that returns positions; it gets a ``Pool``.
-        params: parameters of the strategy, by name. A function gets them as they are.
+            function ``(pool, budget)`` or ``(pool, budget, params)`` that takes a ``Pool`` and returns positions.
+        params: parameters of the strategy, by name. If ``strategy`` is a function, they are passed unchanged.
         labels: classes of the labeled positions, in the order of ``labeled``, for a strategy that reads
             ``pool.labels``; -1 by default.
-        transform: makes the model's inputs [b, ...] from samples [b, ...], each sample by itself and without random
-            augmentation, such as ``lambda batch: batch.float() / 255``.
+        transform: makes the model's inputs [b, ...] from samples [b, ...], independently for each sample and without
+            random augmentation, such as ``lambda batch: batch.float() / 255``.
         seed: seed of the strategy's random draws.
-        shards: number of parts of the pool that are computed at the same time, each on one core.
+        shards: number of parts of the pool that are processed at the same time, each on one core.
         memory: GB of memory that the query may use; 90 % of the free memory by default.
         engine: number types, as in the section ``engine`` of a sweep file, such as ``{"storage": "bfloat16"}``.
         progress: True for a progress bar, or a function ``(stage, done, total)``.
@@ -82,31 +82,31 @@ def select(
         The selected positions in the order of choice, with the gain of each.
 
     Raises:
-        InputError: an argument that cannot work; the message names it, and a value that would.
+        InputError: an argument is invalid; the message names the argument and a remedy.
     """
-    device, dtype = _device_and_type(model)
-    with _named_as_arguments(), _random_states_restored(device), reporter(progress) as report:
+    device, dtype = _get_device_and_dtype(model)
+    with _rename_settings(), _restore_random_states(device), reporter(progress) as report:
         samples = as_samples(pool)
         inputs = ModelInputs(samples, transform)
-        positions = _positions(labeled, len(samples))
+        positions = _parse_labeled(labeled, len(samples))
         _require_integer("budget", budget, 1, len(samples) - len(positions), "the number of unlabeled samples")
         _require_integer("shards", shards, 1, min(len(samples), MAX_SHARDS), "the largest number for this pool")
         _require_integer("seed", seed, 0, MAX_SEED, "the largest seed")
         if memory is not None and not (isinstance(memory, int | float) and memory > 0):
             raise InputError(f"memory: is {short(memory)}; expected a number of GB above 0")
-        classes = _labels(labels, len(positions))
-        types = parse(EngineConfig, dict(engine or {}), "engine")
-        chosen, name = _strategy(strategy, params)
+        classes = _parse_labels(labels, len(positions))
+        engine_config = parse(EngineConfig, dict(engine or {}), "engine")
+        query_strategy, name = _load_strategy(strategy, params)
         with guarded("model", "cannot be copied"):
             trained = copy_model(model).cpu().eval()
-        request = QueryRequest(len(samples), budget, len(positions), precision(types))
+        request = QueryRequest(len(samples), budget, len(positions), precision(engine_config))
         clock = StageClock(report)
-        local = LocalShards(samples, inputs, shards, str(device))
+        local_shards = LocalShards(samples, inputs, shards, str(device))
         try:
             clock("check", 0, 1)
-            plan = _plan(trained, samples, inputs, chosen, request, shards, memory, device)
-            view = Pool(
-                local,
+            plan = _plan_query(trained, samples, inputs, query_strategy, request, shards, memory, device)
+            pool_view = Pool(
+                local_shards,
                 len(samples),
                 positions,
                 classes,
@@ -114,31 +114,31 @@ def select(
                 stream(seed, f"strategy {name}"),
                 stream(seed, "fisher sample"),
                 clock,
-                Engine(request.precision, types.drift, plan.chunk, plan.diagonal_batch),
+                Engine(request.precision, engine_config.drift, plan.chunk, plan.diagonal_batch),
             )
-            batch = chosen.query(view, budget)
+            batch = query_strategy.query(pool_view, budget)
         except NotFiniteError:
             position = first_not_finite(samples, inputs, dtype)
             raise InputError(
                 f"pool: the input made from sample {position} holds NaN or infinity; correct or remove the sample"
             ) from None
         except FloatingPointError as error:
-            raise InputError(_numerical(str(error))) from error
+            raise InputError(_rephrase_numerical_error(str(error))) from error
         finally:
-            local.close()
+            local_shards.close()
         try:
-            batch = validate_batch(batch, view.candidates, budget)
+            batch = validate_batch(batch, pool_view.candidates, budget)
         except RuntimeError as error:
             raise InputError(f"strategy: {error}") from None
-        before, after = view.objective or (None, None)
-        return Selection(batch, view.gains, before, after, name, dict(view.notes), clock.finish())
+        before, after = pool_view.objective or (None, None)
+        return Selection(batch, pool_view.gains, before, after, name, dict(pool_view.notes), clock.finish())
 
 
-def _device_and_type(model: object) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the number type of a model.
+def _get_device_and_dtype(model: object) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the dtype of a model.
 
     Raises:
-        InputError: it is no model with parameters, or its parameters are on several devices.
+        InputError: ``model`` is not a model with parameters, or its parameters are on several devices.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model: is {type(model).__name__}; expected a torch.nn.Module")
@@ -151,7 +151,7 @@ def _device_and_type(model: object) -> tuple[torch.device, torch.dtype]:
     return torch.device(devices[0]), parameters[0].dtype
 
 
-def _positions(labeled: object, size: int) -> Tensor:
+def _parse_labeled(labeled: object, size: int) -> Tensor:
     """Return the labeled positions, [l], from positions or from a mask [size]."""
     with guarded("labeled", "is not a list of positions"):
         values = torch.as_tensor(labeled if isinstance(labeled, Tensor | np.ndarray) else list(labeled))  # type: ignore[call-overload]
@@ -166,15 +166,15 @@ def _positions(labeled: object, size: int) -> Tensor:
             f"labeled: is {values.dtype} of shape {tuple(values.shape)}; expected positions [l] or a boolean mask [n]"
         )
     values = values.cpu().long()
-    if len(outside := values[(values < 0) | (values >= size)]):
-        raise InputError(f"labeled: holds position {outside[0]}; the positions of the pool are 0 to {size - 1}")
+    if len(invalid := values[(values < 0) | (values >= size)]):
+        raise InputError(f"labeled: holds position {invalid[0]}; the positions of the pool are 0 to {size - 1}")
     unique, counts = values.unique(return_counts=True)
     if len(unique) < len(values):
         raise InputError(f"labeled: holds position {unique[counts.argmax()]} more than once; list each position once")
     return values
 
 
-def _labels(labels: object, count: int) -> Tensor:
+def _parse_labels(labels: object, count: int) -> Tensor:
     """Return the classes of the labeled positions, [count]; -1 if they are not given."""
     if labels is None:
         return torch.full((count,), -1)
@@ -188,14 +188,14 @@ def _labels(labels: object, count: int) -> Tensor:
     return values.cpu().long()
 
 
-def _require_integer(name: str, value: object, smallest: int, largest: int, what: str) -> None:
+def _require_integer(name: str, value: object, smallest: int, largest: int, bound: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise InputError(f"{name}: is {short(value)}; expected an integer")
     if not smallest <= value <= largest:
-        raise InputError(f"{name}: is {value}; expected {smallest} to {largest}, {what}")
+        raise InputError(f"{name}: is {value}; expected {smallest} to {largest}, {bound}")
 
 
-def _strategy(strategy: object, params: object) -> tuple[Strategy, str]:
+def _load_strategy(strategy: object, params: object) -> tuple[Strategy, str]:
     """Return a strategy with its parameters, and its name."""
     if callable(strategy):
         function = query_strategies.from_function(strategy, params)
@@ -211,7 +211,7 @@ def _strategy(strategy: object, params: object) -> tuple[Strategy, str]:
     return query_strategies.load(config), config.short_name
 
 
-def _plan(
+def _plan_query(
     model: nn.Module,
     samples: Images,
     inputs: ModelInputs,
@@ -224,11 +224,11 @@ def _plan(
     """Check that the model takes the samples, and plan the query.
 
     Raises:
-        InputError: the model, the transform and the strategy do not suit each other, or the query does not fit.
+        InputError: the model, the transform and the strategy do not work together, or the query does not fit in memory.
     """
     dtype = next(model.parameters()).dtype
-    spread = torch.linspace(0, len(samples) - 1, sum(VERIFICATION_SIZES)).long().unique()
-    stored = samples[spread]
+    positions = torch.linspace(0, len(samples) - 1, sum(VERIFICATION_SIZES)).long().unique()
+    stored = samples[positions]
     examples = inputs.check(stored, dtype)
     with guarded("model", f"fails for inputs of shape {tuple(examples.shape)}"), torch.no_grad():
         logits = model(examples.clone())
@@ -246,8 +246,8 @@ def _plan(
 
 
 @contextmanager
-def _named_as_arguments() -> Iterator[None]:
-    """Name settings in messages as the arguments of ``select``."""
+def _rename_settings() -> Iterator[None]:
+    """Replace the names of settings in messages by the names of the arguments of ``select``."""
     try:
         yield
     except InputError as error:
@@ -259,16 +259,16 @@ def _named_as_arguments() -> Iterator[None]:
         raise
 
 
-def _numerical(message: str) -> str:
-    """Return the message of a computation that failed, as an error of an argument."""
+def _rephrase_numerical_error(message: str) -> str:
+    """Return the message of a failed computation as an error of an argument."""
     if message.startswith(("strategy.", "engine.")):
         return message
     return f"model: {message.removesuffix('; lower training.learning_rate')}"
 
 
 @contextmanager
-def _random_states_restored(device: torch.device) -> Iterator[None]:
-    """Restore the global random states of Python, NumPy and PyTorch, which data sets and models may draw from."""
+def _restore_random_states(device: torch.device) -> Iterator[None]:
+    """Restore the global random states of Python, NumPy and PyTorch, because data sets and models may use them."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SHOWN = 10
-"""Positions in the text of a selection."""
+"""Maximum number of positions in the text of a selection."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +20,8 @@ class Selection:
 
     Attributes:
         positions: positions in the pool, int64 [budget]. They index tensors, NumPy arrays and data sets.
-        gains: gain of each pick, float64 [budget]: the decrease of the objective, or the score of a strategy by
-            distance. None for a strategy that does not choose by gain.
+        gains: gain of each pick, float64 [budget]: the decrease of the objective, or the score of a strategy that
+            chooses by distance. None for a strategy that does not choose by gain.
         objective_before: value of the objective before the first pick; None for a strategy without an objective.
         objective_after: value of the objective after the last pick.
         strategy: name of the strategy.

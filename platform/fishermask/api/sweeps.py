@@ -26,7 +26,7 @@ class Config(SweepConfig):
     """Settings of a sweep, the same as in a sweep file.
 
     Attributes:
-        name: results are in the folder ``output/name``.
+        name: name of the sweep; the results are in the folder ``output/name``.
         description: text for the reader of the results.
         base: settings of every run: ``data``, ``imbalance``, ``model``, ``training``, ``budget``, ``strategy``,
             ``seed``, ``engine`` and ``resources``, each with defaults.
@@ -58,20 +58,20 @@ def run(
 ) -> Results:
     """Run the first combination of a sweep in this process.
 
-    Results are in a folder of their own. A run that was interrupted continues after its last finished round.
+    The folder of the results is not shared with a sweep. An interrupted run continues after its last finished round.
 
     Args:
         config: a ``Config``, a dictionary with its fields, or the path of a sweep file. Of each setting in ``grid``,
             the run uses the first value.
         progress: whether to print a line for each round.
-        continue_anyway: whether to continue a run that other settings, devices or source code began; its rounds from
-            then on say so. Otherwise such a run is refused.
+        continue_anyway: whether to continue a run that began with other settings, another device or other source code;
+            its later rounds record the change. By default, such a run is refused.
 
     Returns:
         The folder of the results, and the error if the run failed.
 
     Raises:
-        InputError: a setting that cannot work; the message names it, and a value that would.
+        InputError: a setting is invalid; the message names the setting and a remedy.
     """
     return _execute(sweep_file.expand(sweep_file.select_first_run(_load(config))), True, progress, continue_anyway)
 
@@ -79,7 +79,7 @@ def run(
 def sweep(
     config: "Config | Mapping[str, Any] | str | PathLike[str]", *, progress: bool = True, continue_anyway: bool = False
 ) -> Results:
-    """Run every combination of a sweep on Ray, as many at the same time as the machine or the cluster can hold.
+    """Run every combination of a sweep on Ray, as many concurrently as fit on the machine or the cluster.
 
     Finished runs are not repeated, and interrupted runs continue after their last finished round. Ray is started on
     this machine and stopped at the end, unless it is initialized already or ``RAY_ADDRESS`` names a cluster.
@@ -87,14 +87,14 @@ def sweep(
     Args:
         config: a ``Config``, a dictionary with its fields, or the path of a sweep file.
         progress: whether to print a line for each run, and in a terminal a progress bar.
-        continue_anyway: whether to continue runs that other settings, devices or source code began; their rounds from
-            then on say so. Otherwise such runs are refused.
+        continue_anyway: whether to continue runs that began with other settings, another device or other source code;
+            their later rounds record the change. By default, such runs are refused.
 
     Returns:
         The folder of the results, and the errors of the runs that failed.
 
     Raises:
-        InputError: a setting that cannot work; the message names it, and a value that would.
+        InputError: a setting is invalid; the message names the setting and a remedy.
     """
     return _execute(sweep_file.expand(_load(config)), False, progress, continue_anyway)
 
@@ -102,8 +102,8 @@ def sweep(
 def read_results(folder: "str | PathLike[str]") -> "pd.DataFrame":
     """Return the table of all rounds of a run or a sweep, one row for each round.
 
-    Columns: ``run``; ``strategy``, its label, and ``strategy_name``; the settings that vary; ``seed``; ``finished``,
-    whether all rounds of the run are there; ``round``, ``labels``, metrics such as ``balanced_accuracy``,
+    Columns: ``run``; ``strategy`` (the label) and ``strategy_name``; the settings that vary; ``seed``; ``finished``
+    (whether the run has all its rounds); ``round``, ``labels``, metrics such as ``balanced_accuracy``,
     ``recall.CLASS``, ``batch_classes.CLASS``, ``seconds.STAGE`` and ``notes.NAME``.
 
     Args:
@@ -131,9 +131,9 @@ def _load(config: object) -> SweepConfig:
 def _execute(sweep: Sweep, in_process: bool, progress: bool, continue_anyway: bool) -> Results:
     """Check the runs of ``sweep``, and run those that are not finished."""
     console = Console(quiet=not progress, markup=False, highlight=False, soft_wrap=True)
-    with ExitStack() as stack, _threads_restored():
+    with ExitStack() as stack, _restore_num_threads():
         on_ray = not in_process or sweep.runs[0].config.resources.workers == "ray"
-        cluster = _cluster(stack) if on_ray else this_machine()
+        cluster = _get_cluster(stack) if on_ray else this_machine()
         plans = runner.plan_sweep(sweep, cluster, console, in_process, continue_anyway)
         for line in runner.describe_plans(plans):
             console.print(line)
@@ -154,7 +154,7 @@ def _execute(sweep: Sweep, in_process: bool, progress: bool, continue_anyway: bo
     return Results(sweep.folder, dict(recorder.failed))
 
 
-def _cluster(stack: ExitStack) -> Cluster:
+def _get_cluster(stack: ExitStack) -> Cluster:
     """Return the nodes of the cluster in use, or this machine."""
     from fishermask.sweeps import cluster
 
@@ -165,7 +165,7 @@ def _cluster(stack: ExitStack) -> Cluster:
 
 
 def _connect(stack: ExitStack, nodes: Cluster | None) -> None:
-    """Be connected to a Ray cluster until ``stack`` closes."""
+    """Connect to a Ray cluster until ``stack`` closes."""
     from fishermask.sweeps import cluster
 
     with guarded("RAY_ADDRESS", "Ray cannot be used"):
@@ -173,8 +173,8 @@ def _connect(stack: ExitStack, nodes: Cluster | None) -> None:
 
 
 @contextmanager
-def _threads_restored() -> Iterator[None]:
-    """Restore the number of threads that PyTorch computes with, which a run in this process sets."""
+def _restore_num_threads() -> Iterator[None]:
+    """Restore PyTorch's number of threads after the block, because a run in this process changes it."""
     threads = torch.get_num_threads()
     try:
         yield

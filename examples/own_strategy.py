@@ -1,4 +1,4 @@
-"""A strategy of your own: as a function for one query, and as a file for runs and sweeps."""
+"""Your own strategy: as a function for one query, and as a file for runs and sweeps."""
 
 import torch
 from pydantic import Field
@@ -8,7 +8,7 @@ import fishermask
 
 class Params(fishermask.StrategyParams):
     temperature: float = Field(2.0, gt=0)
-    """Softens the predictions before their entropy is computed."""
+    """Number that divides the logits before the entropy is computed; larger numbers soften the predictions."""
 
 
 def query(pool: fishermask.Pool, budget: int, params: Params) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Label a pool of your own in rounds: your model, your arrays, your training."""
+"""Label your own pool in rounds, with your own model, arrays and training loop."""
 
 import numpy as np
 import torch
@@ -31,5 +31,5 @@ for round_index in range(4):
         accuracy = (model(torch.from_numpy(pool)).argmax(1).numpy() == classes).mean()
     print(f"{len(labeled)} labels: accuracy {accuracy:.3f}")
     selection = fishermask.select(model, pool, labeled, budget=16, seed=round_index)
-    labeled += selection.positions.tolist()  # here a person labels the samples
+    labeled += selection.positions.tolist()  # in practice, annotators label these samples now
 print(selection)

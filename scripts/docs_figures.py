@@ -1,10 +1,10 @@
 """Run the demo sweep, or reuse its finished results, and write its picture and its table into docs.
 
-    python scripts/docs_figures.py                    # docs/demo_curves.png and docs/demo_results.md
-    python scripts/docs_figures.py --check            # exit status 1 if they do not belong together
+    python scripts/docs_figures.py              # write docs/demo_curves.png and docs/demo_results.md
+    python scripts/docs_figures.py --check      # exit with status 1 if the picture does not match its table or sweep
 
-The picture holds two hashes as PNG metadata: of the table's page, and of the settings of all runs with their defaults.
-A test compares them, so that neither the page, the sweep file nor a default changes without a new picture.
+The metadata of the PNG file holds two hashes: of the page with the table, and of the settings of all runs with their
+defaults. A test compares them, so that a change of the page, the sweep file or a default requires a new picture.
 """
 
 import argparse
@@ -27,12 +27,12 @@ TABLE_KEY, SETTINGS_KEY = "Table SHA-256", "Settings SHA-256"
 
 
 def figure_paths(sweep: Sweep, docs: Path) -> tuple[Path, Path]:
-    """Return the paths of the picture and of the table's page."""
+    """Return the paths of the picture and of the page with the table."""
     return docs / f"{sweep.config.name}_curves.png", docs / f"{sweep.config.name}_results.md"
 
 
 def settings_hash(sweep: Sweep) -> str:
-    """Return a hash of the settings that decide the results of all runs, defaults included."""
+    """Return a hash of all settings that determine the results of the runs, including defaults."""
     settings = [
         [
             run.config.model_dump(mode="json", exclude={"resources"}),
@@ -56,13 +56,13 @@ def write_figures(sweep: Sweep, docs: Path) -> None:
 
 
 def find_mismatch(sweep: Sweep, docs: Path) -> str | None:
-    """Return why the picture in ``docs`` does not belong to the page or to the sweep; None if it does."""
+    """Return why the picture in ``docs`` does not match the page or the sweep; None if it matches."""
     picture, page = figure_paths(sweep, docs)
     metadata = Image.open(picture).text
     if metadata.get(TABLE_KEY) != hashlib.sha256(page.read_bytes()).hexdigest():
         return f"{picture.name} does not show the results in {page.name}; run make docs-figures"
     if metadata.get(SETTINGS_KEY) != settings_hash(sweep):
-        return f"{picture.name} was made with other settings than those of the sweep; run make docs-figures"
+        return f"{picture.name} was made with other settings than those in the sweep file; run make docs-figures"
     return None
 
 
@@ -74,7 +74,7 @@ def main() -> int:
     sweep = sweep_file.expand(sweep_file.load(DEMO))
     if check:
         mismatch = find_mismatch(sweep, ROOT / "docs")
-        print(mismatch or "the figures belong to their table")
+        print(mismatch or "the picture matches its table and its sweep file")
         return int(mismatch is not None)
     if status := cli.main(["sweep", str(DEMO)]):
         return status

@@ -3,7 +3,8 @@
     apt-get install dataset-fashion-mnist
     python scripts/make_bundled_data.py /usr/share/datasets/fashion-mnist platform/fishermask/data/fashion_mnist
 
-The bytes of the files depend on the versions of Arrow and zlib, their content does not: a test checks its digest.
+The bytes of the files depend on the versions of Arrow and zlib, but their content does not. A test checks the digest of
+the content.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def make_table(images: np.ndarray, labels: np.ndarray, rows: np.ndarray, split: str) -> pa.Table:
-    """Return the images in Hugging Face's layout; the path of an image has its row in the original file."""
+    """Return the images in Hugging Face's layout. The path of an image contains its row number in the original file."""
     encoded = []
     for row in rows:
         buffer = io.BytesIO()

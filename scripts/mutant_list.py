@@ -829,7 +829,9 @@ MUTANTS = [
         "a finished run of other settings is accepted",
         "records plan",
     ),
-    Mutant("sweeps/eta.py", "sum(seconds) / self.most_active", "sum(seconds)", "runs at once are ignored", "progress"),
+    Mutant(
+        "sweeps/eta.py", "sum(seconds) / self.max_concurrent", "sum(seconds)", "concurrent runs are ignored", "progress"
+    ),
     Mutant(
         "sweeps/recorder.py",
         'if result["round"] < len(self.history[name]):',

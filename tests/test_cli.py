@@ -47,7 +47,7 @@ def test_run_prints_progress_summary_and_paths(sweep, capsys):
     assert "strategy = margin" in out
     folder = next((sweep / "results").iterdir())
     assert f"tensorboard --logdir results/{folder.name}" in out
-    assert {"results.parquet", "results.csv", "curves.png", "summary.md", "config.yaml", "runs"} == {
+    assert {"results.parquet", "results.csv", "curves.png", "summary.md", "config.yaml", "pools", "runs"} == {
         path.name for path in folder.iterdir() if path.name != ".lock"
     }
     before = (folder / "runs/margin-seed=0/rounds.jsonl").stat().st_mtime_ns

@@ -300,7 +300,7 @@ def test_a_failed_run_of_a_sweep_prints_two_lines(folder):
 def test_an_input_error_is_extracted_from_a_tune_error():
     from ray.tune.error import TuneError
 
-    from fishermask.sweeps.tune_runner import _input_error
+    from fishermask.sweeps.tune_runner import _find_input_error
 
     full = InputError("output: cannot write rounds.jsonl")
     try:
@@ -309,5 +309,5 @@ def test_an_input_error_is_extracted_from_a_tune_error():
         except InputError:
             raise TuneError("Traceback: ...") from None
     except TuneError as wrapped:
-        assert _input_error(wrapped) is full
-    assert _input_error(TuneError("another")) is None
+        assert _find_input_error(wrapped) is full
+    assert _find_input_error(TuneError("another")) is None

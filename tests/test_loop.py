@@ -107,7 +107,7 @@ def test_journal_of_another_model_is_not_used(tmp_path, monkeypatch):
 
 def test_history_of_other_images_is_refused(margin_run):
     for batch in (["nowhere.png"], margin_run[0]["batch"][:1] * 2):
-        with pytest.raises(InputError, match="not in the pool, or one twice"):
+        with pytest.raises(InputError, match="not in the pool, or twice"):
             results(setup(), [margin_run[0] | {"batch": batch}])
 
 

@@ -96,7 +96,7 @@ BASE = {"strategy": "random"}
         ({"grid": {"seed": 3}}, "grid.seed: .*valid list"),
         ({"grid": {"sed": [1]}}, "sed: unknown key"),
         ({"grid": {"seed.x": [1]}}, "seed: .*valid integer, got {'x': 1}"),
-        ({"grid": {"seed": [1, 1]}}, "random-seed=1 is twice in the grid"),
+        ({"grid": {"seed": [1, 1]}}, "random-seed=1 occurs twice in the grid"),
         ({"name": "a/b"}, "name: expected letters, digits"),
         ({"base": {"seed": 1}, "grid": {"seed.x": [1]}}, "seed.x: seed is 1, which has no keys"),
     ],

@@ -15,8 +15,8 @@ print(selection.positions)  # label these samples next
 * `select` chooses the samples of a pool to label next, for a trained model.
 * `run` and `sweep` compare strategies in whole experiments; `read_results` reads their tables.
 * `strategies` lists the strategies. Your own strategy is a function or a file; see `Pool` and `StrategyParams`.
-* `InputError` is raised if an argument, a setting or a file is invalid. Its message has one line for each mistake, which
-  names a remedy.
+* `InputError` is raised if an argument, a setting or a file is invalid. Its message has one line for each mistake,
+  which names a remedy.
 """
 
 from importlib import import_module

@@ -152,7 +152,7 @@ PATH = _PathType()
 CONTINUE_OPTION = click.option(
     "--continue-anyway",
     is_flag=True,
-    help="Continue runs that began with other settings, another source or another device. New rounds record the change.",
+    help="Continue runs that began with other settings, source code or devices. New rounds record the change.",
 )
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 

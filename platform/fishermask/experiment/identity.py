@@ -1,4 +1,4 @@
-"""The identity of a run: everything that decides its rounds, so that no run continues under another one in silence."""
+"""The identity of a run: everything that determines its rounds. A run never silently continues under another one."""
 
 import hashlib
 from collections.abc import Collection
@@ -12,12 +12,12 @@ from fishermask.paths import require_file
 from fishermask.user_modules import split_file_name
 
 Identity = dict[str, Any]
-"""``fishermask`` (version and source), ``code`` (hashes of the user's files), ``device`` of trial and shards,
-``threads`` of the trial, and ``settings`` with all defaults, also of strategy parameters. All are plain JSON."""
+"""A JSON object: ``fishermask`` (version and source), ``code`` (hashes of the user's files), ``device`` of trial and
+shards, ``threads`` of the trial, and ``settings`` with all defaults, including those of strategy parameters."""
 
 
 def num_threads(resources: ResourcesConfig) -> int:
-    """Return the number of CPU threads of a trial. Sums over another number of threads round differently."""
+    """Return the number of CPU threads of a trial. It affects the rounding of sums."""
     return max(1, int(resources.cpus))
 
 
@@ -31,7 +31,7 @@ def identify(config: ExperimentConfig) -> Identity:
     """Return the identity of a run with these settings in this process.
 
     Raises:
-        InputError: the strategy does not exist or has other parameters.
+        InputError: the strategy does not exist, or does not have the given parameters.
     """
     settings = config.model_dump(mode="json", exclude={"resources": True, "strategy": {"label"}})
     params = query_strategies.load(config.strategy).params
@@ -58,7 +58,7 @@ def _hash_user_files(names: dict[str, str]) -> dict[str, str]:
 
 
 def describe_differences(recorded: Identity, current: Identity, ignored: Collection[str] = ()) -> list[str]:
-    """Return a phrase for each value in which the identity of a run's folder differs from the current one.
+    """Return a phrase for each value that differs between the identity in a run's folder and the current identity.
 
     Args:
         ignored: dotted paths of settings that may differ.
@@ -67,7 +67,7 @@ def describe_differences(recorded: Identity, current: Identity, ignored: Collect
     phrases = []
     for key in dict.fromkeys([*new, *old]):
         path, values = key.removeprefix("settings."), (old.get(key), new.get(key))
-        if values[0] == values[1] or any(path == other or path.startswith(f"{other}.") for other in ignored):
+        if values[0] == values[1] or any(path == parent or path.startswith(f"{parent}.") for parent in ignored):
             continue
         if path == "fishermask":
             phrases.append(f"fishermask {values[0]} in the folder, {values[1]} here")

@@ -1,4 +1,4 @@
-"""The inputs of one run: pool, test set, initial labels and strategy; with every check that precedes training."""
+"""The inputs of one run (pool, test set, initial set and strategy), and all checks before training."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +23,7 @@ from fishermask.tensors.images import Statistics, channel_statistics, normalize
 from fishermask.tensors.slow_gradients import copy_model
 
 CACHED_POOLS = 16
-"""Pools that a process holds at once: 16 bytes for each image where imbalance leaves images out, else nothing."""
+"""Maximum number of pools in the cache. A pool takes 16 bytes per image if images are left out, otherwise nothing."""
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,26 @@ class RunInputs:
 
     config: ExperimentConfig
     data: Dataset
-    """The pool and the test set after imbalance, with the remaining classes only."""
+    """The pool and the test set after the imbalance is applied, with the remaining classes only."""
     initial: torch.Tensor
     """Pool positions that are labeled in round 0, ascending."""
     statistics: Statistics
     strategy: Strategy
 
     def build_model(self, round_index: int) -> nn.Module:
-        """Return a fresh model for a round: the same for every strategy."""
+        """Return a newly initialized model for a round. Its weights are the same for every strategy."""
         config = self.config
         seed = stream_seed(config.seed, "model", round_index)
         return models.build(config.model.name, config.model.params, self.data.image_shape, len(self.data.classes), seed)
 
     def example_images(self, count: int = 1) -> torch.Tensor:
-        """Return ``count`` images spread over the pool, normalized, or all images of a smaller pool."""
+        """Return ``count`` normalized images, evenly spaced in the pool; all images of a smaller pool."""
         positions = torch.linspace(0, len(self.data.train.labels) - 1, count).long().unique()
         return normalize(self.data.train.images[positions], self.statistics)
 
 
 def load_inputs(config: ExperimentConfig, statistics: Statistics) -> RunInputs:
-    """Map the data of a run that has been checked, on any machine. No image is read.
+    """Return the inputs of a run that has been checked, on any machine. No image is read.
 
     Args:
         statistics: channel statistics of the run's plan.
@@ -66,7 +66,7 @@ def prepare_inputs(config: ExperimentConfig) -> RunInputs:
     """Load the inputs of a run and check its settings against its data, its model and its strategy.
 
     Raises:
-        InputError: settings that cannot work; the message names the field and a value that would.
+        InputError: a setting is invalid; the message names the setting and a remedy.
     """
     query_strategies.load(config.strategy)
     data = load_pool(config.data, config.imbalance, config.seed)
@@ -100,7 +100,7 @@ _workloads: dict[tuple[Any, ...], Workload | None] = {}
 
 
 def query_workload(inputs: RunInputs) -> Workload | None:
-    """Return the workload of a query with the run's model, or None if the strategy looks at no image.
+    """Return the workload of a query with the run's model, or None if the strategy reads no image.
 
     The model is built and verified once for each model, data set and strategy: seed and budget do not matter.
 
@@ -118,10 +118,10 @@ def query_workload(inputs: RunInputs) -> Workload | None:
 def _check_model(inputs: RunInputs) -> Workload | None:
     model_config, data = inputs.config.model, inputs.data
     name = model_config.name
-    needed = models.parameter_bytes(name, model_config.params, data.image_shape, len(data.classes))
-    if needed > (free := free_memory()):  # building such a model would end the process
+    required_bytes = models.parameter_bytes(name, model_config.params, data.image_shape, len(data.classes))
+    if required_bytes > (free_bytes := free_memory()):  # building such a model would end the process
         raise InputError(
-            f"model.params: the parameters of {name} take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} "
+            f"model.params: the parameters of {name} take {required_bytes / 1e9:,.1f} GB, and {free_bytes / 1e9:,.1f} "
             "GB of memory are free; choose a smaller model"
         )
     images = inputs.example_images(sum(VERIFICATION_SIZES))
@@ -139,7 +139,7 @@ def _check_model(inputs: RunInputs) -> Workload | None:
         raise InputError(f"strategy.params.{message}", error.details) from error.__cause__
 
 
-# Seeds and budgets share the measurement of a model and strategy.
+# The result does not depend on seed and budget, so the runs of a sweep share it.
 @lru_cache(maxsize=64)
 def measure_model(
     model: NamedConfig, shape: tuple[int, int, int], num_classes: int, work: Workload | None
@@ -152,13 +152,13 @@ def measure_model(
 
 @lru_cache(maxsize=CACHED_POOLS)
 def load_pool(data: DataConfig, rule: Imbalance, seed: int) -> Dataset:
-    """Return the data set after imbalance, which all strategies and budgets of a seed share."""
+    """Return the data set after the imbalance is applied. All strategies and budgets of a seed share it."""
     source = load_dataset(data)
     rows, classes = select_pool(source.train.labels, len(source.classes), rule, stream(seed, "imbalance"))
     return source.restrict(rows, classes)
 
 
-# Each entry is a few numbers, but computing it reads every image of a pool.
+# An entry is small, but computing it reads every image of a pool.
 @lru_cache(maxsize=1024)
 def _pool_statistics(data: DataConfig, rule: Imbalance, seed: int) -> Statistics:
     return channel_statistics(load_pool(data, rule, seed).train.images)

@@ -7,13 +7,13 @@ from fishermask.data.ids import Ids
 from fishermask.pool.pool import Rescore
 
 WRITE_SECONDS = 1.0
-"""Time between two writes of picks."""
+"""Minimum time between two writes of picks."""
 
 
 class Journal(Protocol):
-    """The picks of one run's query in progress. An entry is a list of plain JSON values, such as ``[id, rescored]``.
+    """The picks of one run's query in progress. An entry is a list of JSON values: ``[id, rescore]``.
 
-    ``query`` names a round and the state that its query started from, so that picks of another model or pool are
+    ``query`` names a round and contains a hash of the model and the labeled set, so that picks of another state are
     never used.
     """
 
@@ -21,11 +21,11 @@ class Journal(Protocol):
         """Return the entries of ``query`` in order; later calls of ``append`` add entries after them."""
 
     def append(self, query: str, entries: list[list[Any]]) -> None:
-        """Add entries to ``query``; they outlive this process once this returns."""
+        """Append entries to ``query``. When this method returns, the entries survive the loss of this process."""
 
 
 class NoJournal:
-    """A journal that keeps nothing."""
+    """A journal that stores nothing."""
 
     def read(self, query: str) -> list[list[Any]]:
         return []
@@ -35,7 +35,7 @@ class NoJournal:
 
 
 class QueryJournal:
-    """The journal of one query: positions on the query's side, ids on the journal's."""
+    """The journal of one query. It converts the positions of the query to the ids of the journal, and back."""
 
     def __init__(self, journal: Journal, query: str, ids: Ids) -> None:
         self.journal, self.query, self.ids = journal, query, ids
@@ -48,9 +48,9 @@ class QueryJournal:
         positions = self.ids.positions([name for name, _ in entries]).tolist()
         return [(position, Rescore(value)) for position, (_, value) in zip(positions, entries, strict=True)]
 
-    def add(self, position: int, freshness: Rescore) -> None:
+    def add(self, position: int, rescore: Rescore) -> None:
         """Record a pick. The picks of the last second may be lost with the process."""
-        self.pending.append([self.ids[position], int(freshness)])
+        self.pending.append([self.ids[position], int(rescore)])
         if time.monotonic() - self.last_write > WRITE_SECONDS:
             self.journal.append(self.query, self.pending)
             self.pending, self.last_write = [], time.monotonic()

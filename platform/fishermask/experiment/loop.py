@@ -38,19 +38,19 @@ class RoundResult:
     balanced_accuracy: float
     macro_f1: float
     recall: dict[str, float]
-    """By class name; NaN for a class that the test set lacks."""
+    """By class name; NaN for a class that is not in the test set."""
     epochs: int
     train_accuracy: float
     ended_by: str
     """Why training ended: ``target`` (accuracy reached) or ``cap`` (maximum number of epochs)."""
     seconds: dict[str, float]
-    """By stage: train, evaluate, query, and the stages of the query, such as ``query: embed``."""
+    """Duration by stage: train, evaluate, query, and the stages of the query, such as ``query: embed``."""
     batch: list[str]
     """Ids that were queried after training, in the order of choice; empty in the last round."""
     batch_classes: dict[str, int]
     """Number of images of the batch by class name."""
     notes: dict[str, float]
-    """Figures of the query by name, such as the value of the objective and the largest drift."""
+    """Numbers that describe the query, by name, such as the value of the objective and the largest drift."""
     initial: list[str]
     """Ids of the images that were labeled at the start; empty after round 0."""
 
@@ -70,7 +70,7 @@ def run(
     """Yield the result of each round, starting after the rounds in ``history``.
 
     The state of a run is its labeled set and the number of its round, so a resumed run gives the same results as an
-    uninterrupted one. ``journal`` holds the picks of a query in progress, which resumes after them.
+    uninterrupted run. A query in progress resumes after the picks in ``journal``.
 
     Raises:
         InputError: ``history`` does not belong to this pool.
@@ -92,7 +92,7 @@ def run(
             started = time.perf_counter()
             progress("train", 0, training.max_epochs)
             model = inputs.build_model(index).to(device)
-            # Layers such as dropout draw from torch's global generators: seed them here, and restore them.
+            # Layers such as dropout use PyTorch's global generators: seed them, and restore them afterwards.
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(stream_seed(seed, "dropout", index))
                 report = fit(
@@ -105,20 +105,20 @@ def run(
                     augmentation=stream(seed, "augmentation", index) if augment else None,
                     progress=partial(progress, "train"),
                 )
-            # Evaluate it on the test set.
+            # Evaluate the model on the test set.
             trained = time.perf_counter()
             progress("evaluate", 0, 1)
             logits = predict(model, test.images, inputs.statistics, partial(progress, "evaluate"))
             predictions = logits.argmax(-1).cpu()
             metrics = evaluate(predictions, test.labels, len(classes))
             evaluated = time.perf_counter()
-            # Query the next batch and label it.
+            # Query the next batch.
             size = min(budget.query, budget.total - len(labeled))
             batch, notes = labeled[:0], dict[str, float]()
             stages = StageClock(progress)
             if size:
                 shards = shards or make_shards(pool_data.images, inputs.statistics)
-                rebuilt_before = shards.num_rebuilt
+                num_rebuilt_before = shards.num_rebuilt
                 query_journal = QueryJournal(journal, f"{index}-{_state_hash(model, labeled)}", pool_data.ids)
                 pool = Pool(
                     shards,
@@ -132,8 +132,8 @@ def run(
                     replace(engine, past_picks=query_journal.past_picks(), record_pick=query_journal.add),
                 )
                 batch = validate_batch(inputs.strategy.query(pool, size), pool.candidates, size)
-                rebuilt = shards.num_rebuilt - rebuilt_before
-                notes = pool.notes | ({"rebuilt shards": rebuilt} if rebuilt else {})
+                num_rebuilt = shards.num_rebuilt - num_rebuilt_before
+                notes = pool.notes | ({"rebuilt shards": num_rebuilt} if num_rebuilt else {})
             queried = time.perf_counter()
             counts = torch.bincount(pool_data.labels[batch], minlength=len(classes)).tolist()
             yield RoundResult(
@@ -169,10 +169,10 @@ def _resume(inputs: RunInputs, history: Sequence[dict[str, Any]]) -> Tensor:
     queried = [name for result in history for name in result["batch"]]
     positions = ids.positions(queried)
     if (positions < 0).any() or len(set(queried)) < len(queried):
-        raise InputError("rounds.jsonl: holds ids that are not in the pool, or one twice; remove it to run again")
+        raise InputError("rounds.jsonl: holds an id that is not in the pool, or twice; remove the file to run again")
     initial = [ids[i] for i in inputs.initial.tolist()]
     if history and history[0].get("initial", initial) != initial:
-        raise InputError("rounds.jsonl: its initial labels are not those of this seed and pool; remove it to run again")
+        raise InputError("rounds.jsonl: has the initial set of another seed or pool; remove the file to run again")
     return torch.cat([inputs.initial, positions])
 
 
@@ -211,7 +211,7 @@ def validate_batch(batch: Tensor, candidates: Tensor, size: int) -> Tensor:
     """Return ``batch`` if it holds exactly ``size`` distinct candidates.
 
     Raises:
-        RuntimeError: the strategy returned another value. Batches are never filled up or cut silently.
+        RuntimeError: the strategy returned another value. Batches are never extended or truncated silently.
     """
     if not isinstance(batch, Tensor) or batch.dim() != 1 or batch.dtype not in INTEGERS:
         kind = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else short(batch)

@@ -1,4 +1,4 @@
-"""The plan of a run: made once, on the driver; the display, the reserved memory and the trial follow it."""
+"""The plan of a run. The driver makes it once; the display, the memory reservation and the trial use it."""
 
 from dataclasses import dataclass
 
@@ -23,14 +23,14 @@ class RunPlan:
 
     config: ExperimentConfig
     pool: str
-    """The size of the pool, and what the imbalance leaves out of the data set, in one line."""
+    """One line: the size of the pool, and the images that the imbalance leaves out."""
     statistics: Statistics
     measurement: Measurement
     request: QueryRequest
     query: QueryPlan
 
     def load_inputs(self) -> RunInputs:
-        """Map the run's data on this machine. Nothing is checked, measured or computed again.
+        """Return the run's inputs on this machine, without repeating checks and measurements.
 
         Raises:
             InputError: the data on this machine differ from the driver's.
@@ -48,7 +48,7 @@ def plan_run(config: ExperimentConfig, cluster: Cluster) -> RunPlan:
     """Check a run and plan its queries on the nodes of ``cluster``.
 
     Raises:
-        InputError: settings that cannot work; the message names the field and a value that would.
+        InputError: a setting is invalid; the message names the setting and a remedy.
     """
     inputs = prepare_inputs(config)
     data = inputs.data
@@ -80,6 +80,6 @@ def plan_run(config: ExperimentConfig, cluster: Cluster) -> RunPlan:
 
 
 def precision(engine: EngineConfig) -> Precision:
-    """Return the types that ``engine`` names."""
+    """Return the PyTorch types that ``engine`` names."""
     autocast = None if engine.gradients == "float32" else TYPES[engine.gradients]
     return Precision(TYPES[engine.storage], TYPES[engine.scores], autocast, engine.channels_last)

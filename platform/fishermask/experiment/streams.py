@@ -1,4 +1,4 @@
-"""Random streams of a run: each purpose draws from its own generator, so that no purpose shifts another."""
+"""Random streams of a run. Each purpose has its own generator, so that draws for one purpose do not affect others."""
 
 import zlib
 
@@ -7,7 +7,7 @@ import torch
 
 
 def stream_seed(seed: int, purpose: str, round_index: int = 0) -> int:
-    """Return the 63-bit seed for ``purpose`` in a round. All strategies of a run's seed share it."""
+    """Return the 63-bit seed for ``purpose`` in a round."""
     sequence = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), round_index])
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 

@@ -22,10 +22,10 @@ def is_factory(name: str) -> bool:
 
 
 def call_factory(name: str, params: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """Return the model that a factory makes from ``params`` and the number of classes, after checking it.
+    """Return the model that a factory makes from ``params`` and the number of classes, after checking the model.
 
     Raises:
-        InputError: the factory or the model's forward raises, or their results cannot be trained.
+        InputError: the factory or the model's forward raises an exception, or the model cannot be trained.
     """
     factory = _import_factory(name)
     with guarded("model.name", f"{name} does not make a model"):
@@ -52,7 +52,7 @@ def call_factory(name: str, params: dict[str, Any], image_shape: tuple[int, int,
 
 
 _returned_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models that factories returned. A model that is returned again would start a round with trained weights."""
+"""Models that factories have returned. A factory that returned one again would start a round with trained weights."""
 
 
 def _import_factory(name: str) -> Callable[..., object]:

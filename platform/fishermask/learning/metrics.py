@@ -1,4 +1,4 @@
-"""Classification metrics, including those in which a rare class counts as much as a common one."""
+"""Classification metrics. Balanced accuracy and macro F1 weight all classes equally, whatever their sizes."""
 
 from typing import NamedTuple
 

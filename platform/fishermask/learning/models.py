@@ -15,7 +15,7 @@ from fishermask.learning.factories import FORMS, call_factory, is_factory
 
 MAX_DEPTH = 1000
 MAX_WIDTH = 10**9
-"""More units than any memory holds, and fewer than the size of a tensor can count."""
+"""Maximum number of units in a layer: more than fit in memory, and few enough for the size of a tensor."""
 
 
 class BasicBlock(nn.Module):
@@ -51,7 +51,7 @@ class SmallCNNParams(Config):
     """Parameters of ``small_cnn``."""
 
     width: int = Field(16, ge=1, le=MAX_WIDTH)
-    """Channels of the first convolution; the others have twice as many, the hidden layer four times as many units."""
+    """Channels of the first convolution. The other two have twice as many; the hidden layer has four times as many."""
 
 
 def small_cnn(channels: int, size: int, num_classes: int, width: int = 16) -> nn.Module:
@@ -113,7 +113,7 @@ def build(
 ) -> nn.Module:
     """Return a newly initialized model for images of ``image_shape`` (channels, height, width).
 
-    The initial weights depend on ``seed`` alone, and the global random state is restored.
+    The initial weights depend on ``seed`` only. The global random state is restored.
 
     Raises:
         InputError: the name or a parameter is not valid, or the user's factory fails.
@@ -153,7 +153,7 @@ def parameter_bytes(name: str, params: dict[str, Any], image_shape: tuple[int, i
     """Return the size of a model's parameters without allocating them; 0 for a user's factory.
 
     Raises:
-        InputError: as ``build``; or there are more parameters than a tensor can hold.
+        InputError: the name or a parameter is not valid, or a layer has more parameters than a tensor can hold.
     """
     if is_factory(name):
         return 0

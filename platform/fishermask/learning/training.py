@@ -1,4 +1,4 @@
-"""Train a classifier on the labeled images until it fits them, and predict with it."""
+"""Train a classifier on the labeled images up to a target accuracy, and predict with it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class TrainingReport(NamedTuple):
 
     epochs: int
     accuracy: float
-    """Training accuracy of the last epoch, counted during the epoch, on augmented images if there is augmentation."""
+    """Training accuracy of the last epoch, counted during the epoch, on the augmented images if any."""
     ended_by: str
     """``target`` if ``target_accuracy`` was reached, ``cap`` after ``max_epochs``."""
 
@@ -78,9 +78,9 @@ def fit(
 
 
 def _split_batches(order: Tensor, size: int) -> list[Tensor]:
-    """Return ``order`` [n] in batches of ``size``, without batches of one image, which batch norm cannot train on.
+    """Return ``order`` [n] in batches of ``size``. No batch has one image, because batch norm cannot train on it.
 
-    A single last image is added to the batch before it. With ``size`` 1, or a single image, each image is repeated.
+    A single last image is added to the batch before it. If ``size`` or n is 1, each image is repeated in its batch.
     """
     batches = list(order.split(size))
     if len(batches) > 1 and len(batches[-1]) == 1 and size > 1:

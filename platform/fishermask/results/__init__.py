@@ -1,1 +1,1 @@
-"""Results on disk, and the tables and pictures made of them. Needs neither Ray nor torch."""
+"""Results on disk, and the tables and pictures made from them. Needs neither Ray nor PyTorch."""

@@ -23,9 +23,9 @@ from fishermask.results.tables import (
 
 MAX_COLUMNS = 3
 MAX_PANELS = 30
-"""A picture with more would be too large to open."""
+"""Maximum number of panels; a picture with more would be too large to open."""
 PANEL_WIDTH, PANEL_HEIGHT = 4.6, 3.4
-"""In inches."""
+"""Size of a panel in inches."""
 MIN_WIDTH = 6.4
 DPI = 130
 
@@ -35,11 +35,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
 LINE_STYLES = ("-", "-.", ":", (0, (6, 1)))
 BASELINE_STYLE = {"color": "#7F7F7F", "marker": ".", "linestyle": "--"}
 NAMES = ("fisher_mask", "margin", "bait", "badge", "coreset", "entropy", "least_confidence")
-"""Strategies with a style of their own in all pictures. Others, and variants, take the next styles in their order."""
+"""Strategies with a fixed style in all pictures. Other strategies and variants get the next styles, sorted by label."""
 
 
 def style(number: int) -> dict[str, Any]:
-    """Return color, marker and line style; different for each ``number`` below 77."""
+    """Return color, marker and line style, which differ for all values of ``number`` below 77."""
     color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
     return {"color": color, "marker": marker, "linestyle": LINE_STYLES[number // len(COLORS) % len(LINE_STYLES)]}
 
@@ -48,23 +48,23 @@ def strategy_styles(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Return the style of each strategy of a sweep by its label, in the order of labels."""
     names = table.drop_duplicates("strategy").set_index("strategy")["strategy_name"].sort_index()
     styles: dict[str, dict[str, Any]] = {}
-    taken = set()
-    additional = len(NAMES)
+    styled_names = set()
+    next_number = len(NAMES)
     for label, name in names.items():
-        number = NAMES.index(name) if name in NAMES and name not in taken else additional
-        if name == BASELINE and name not in taken:
+        number = NAMES.index(name) if name in NAMES and name not in styled_names else next_number
+        if name == BASELINE and name not in styled_names:
             styles[str(label)] = BASELINE_STYLE
         else:
             styles[str(label)] = style(number)
-            additional += number == additional
-        taken.add(name)
+            next_number += number == next_number
+        styled_names.add(name)
     return styles
 
 
 def draw(table: pd.DataFrame, metric: str, title: str) -> Figure:
-    """Return the figure: lines are means over seeds, bands one standard deviation to each side.
+    """Return the figure: lines are means over seeds, bands are one standard deviation to each side.
 
-    Curves are of finished runs, or of all runs in a cell without a finished run.
+    The curves show finished runs. For a strategy and settings without a finished run, they show all its runs.
     """
     styles = strategy_styles(table)
     table = rounds_to_show(table)
@@ -94,7 +94,7 @@ def draw(table: pd.DataFrame, metric: str, title: str) -> Figure:
 
 
 def _draw_panel(axis: Axes, panel: pd.DataFrame, metric: str, styles: dict[str, dict[str, Any]]) -> None:
-    # The baseline is drawn last, because its thin marks would not hide what lies below.
+    # The baseline is drawn last, because its thin marks do not hide the other curves.
     for label in sorted(styles, key=lambda label: styles[label] == BASELINE_STYLE):
         curve = panel[panel["strategy"] == label].groupby("labels")[metric].agg(["mean", "std"])
         if curve.empty:

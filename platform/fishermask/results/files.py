@@ -1,4 +1,4 @@
-"""The folder of one sweep and the folder of each run. Every file can be read while a sweep writes.
+"""The folder of one sweep and the folders of its runs. Every file can be read while a sweep writes it.
 
 results/<sweep>/config.yaml                   the sweep with all overrides
 results/<sweep>/pools/<hash>.csv              id and class of each image of a pool; runs of one pool share it
@@ -38,7 +38,7 @@ ROUND_TABLES = ("recall", "batch_classes", "seconds")
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a sweep's folder, so that no second process writes there. A process that ends releases it.
+    """Hold the lock of a sweep's folder, so that no other process writes to it. The end of the process releases it.
 
     Raises:
         InputError: another process holds the lock.
@@ -52,7 +52,7 @@ def locked(folder: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             raise InputError(
-                f"name: another process is writing to {folder}; wait for it, or choose name=NAME"
+                f"name: another process is writing to {folder}; wait until it ends, or choose another name=NAME"
             ) from None
     try:
         yield
@@ -62,7 +62,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a disk error of the block into an ``InputError``.
+    """Convert a disk error in the block to an ``InputError``.
 
     Raises:
         InputError: the disk is full, the folder cannot be written to, or a folder has the file's name.
@@ -71,12 +71,12 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"output: cannot write {path} ({error.strerror}); make room, or choose another folder with output=DIR"
+            f"output: cannot write {path} ({error.strerror}); free disk space, or choose another folder with output=DIR"
         ) from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write to a temporary name, then rename: a reader sees the old content or the new content.
+    """Write to a temporary file and rename it, so that a reader sees the old content or the new content.
 
     Raises:
         InputError: the file cannot be written.
@@ -95,8 +95,8 @@ def read_lines(path: Path) -> list[str]:
     """Return the lines of a text file without an incomplete last line, which a killed process may leave.
 
     Raises:
-        InputError: it is no regular file, or cannot be read.
-        UnicodeDecodeError: it is not UTF-8.
+        InputError: the file is not a regular file, or cannot be read.
+        UnicodeDecodeError: the content is not UTF-8.
     """
     require_file(path)
     try:
@@ -110,9 +110,9 @@ def _partial(path: Path) -> Path:
 
 
 def append_line(path: Path, content: Any) -> None:
-    """Add a line of JSON and flush it to disk. An incomplete last line is overwritten.
+    """Append a line of JSON and flush it to disk. An incomplete last line is overwritten.
 
-    Values that JSON lacks (NaN and infinities) become null.
+    NaN and infinity, which JSON does not have, become null.
 
     Raises:
         InputError: the file cannot be written.
@@ -221,7 +221,7 @@ class RunFolder:
         make_folder(self.path)
         provenance = self.provenance()
         if provenance.identity != identity:
-            self.journal.path.unlink(missing_ok=True)  # picks of another identity
+            self.journal.path.unlink(missing_ok=True)  # its picks belong to another identity
         if not self.rounds.exists():
             provenance = Provenance()
         if provenance.pool not in ("", pool):
@@ -252,9 +252,9 @@ class RunFolder:
         raise InputError(f"{self.rounds}: is damaged, its lines are not rounds 0, 1, 2, ...; remove it to run again")
 
     def append(self, result: dict[str, Any]) -> None:
-        """Add a round and flush it to disk; remove the journal of its picks.
+        """Append a round and flush it to disk; remove the journal of its picks.
 
-        A round's ``environment`` is written to ``provenance.json``; the round refers to it by its hash.
+        The ``environment`` of the round is written to ``provenance.json``, and the round contains its hash.
         """
         environment = result.get("environment")
         if isinstance(environment, dict):
@@ -271,7 +271,7 @@ class RunFolder:
 class JournalFile:
     """The picks of a run's round in progress, one line per ``append``.
 
-    Entries are numbered, so that a late write by a process that was presumed dead neither shifts nor repeats entries.
+    Entries are numbered. If a process that was considered lost writes late, no entry is shifted or repeated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -279,7 +279,7 @@ class JournalFile:
         self._next = ("", 0)  # the query that was read last, and the number of its next entry
 
     def read(self, query: str) -> list[list[Any]]:
-        """Return the entries of ``query``. Entries of other queries and an incomplete last line do not count.
+        """Return the entries of ``query``. Ignore the entries of other queries and an incomplete last line.
 
         Raises:
             InputError: the file is damaged.
@@ -299,7 +299,7 @@ class JournalFile:
         return entries
 
     def append(self, query: str, entries: list[list[Any]], first: int | None = None) -> None:
-        """Add entries to ``query`` after those that were read or added last, or from entry number ``first`` on."""
+        """Append entries to ``query``, from entry number ``first`` on; by default, after the last known entry."""
         if first is None:
             if self._next[0] != query:
                 self.read(query)

@@ -12,12 +12,12 @@ COLUMNS = ("fishermask", "torch", "ray", "python", "device", "cpu", "cpu_capabil
 
 @dataclass(frozen=True)
 class Provenance:
-    """The content of ``provenance.json``. A round refers to its identity and its environment by their hashes."""
+    """The content of ``provenance.json``. Each round contains the hashes of its identity and its environment."""
 
     pool: str = ""
     """File name of the run's pool in the sweep's folder ``pools``."""
     identities: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The current identity is the last one."""
+    """Identities by their hashes. The last one is the current identity."""
     environments: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod

@@ -23,7 +23,7 @@ from fishermask.results.tables import (
 )
 
 MIN_SEEDS = 5
-"""With fewer seeds, a note says that they are too few."""
+"""With fewer seeds, the report notes that they are too few."""
 NO_VALUE = "–"
 
 COLUMN_NOTES = """\
@@ -42,7 +42,7 @@ gain: difference in mean from random with the same seed; gain > 0: seeds with a 
 
 
 class Report(NamedTuple):
-    """What a report shows of a sweep."""
+    """The content of a report."""
 
     summary: pd.DataFrame
     """As ``tables.summarize`` returns it."""
@@ -125,7 +125,7 @@ def _wins(summary: pd.DataFrame) -> list[str]:
 
 
 def format_notes(report: Report) -> list[str]:
-    """Return sentences that say how far the numbers can be trusted."""
+    """Return sentences about the reliability of the numbers."""
     seeds = report.summary["seeds"]
     notes = []
     if report.unfinished:

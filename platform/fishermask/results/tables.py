@@ -17,7 +17,7 @@ from fishermask.yaml_files import read_yaml
 METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
 """Column of each metric -> its name in text."""
 BASELINE = "random"
-"""Name of the strategy that others are compared with."""
+"""Name of the strategy that the other strategies are compared with."""
 
 
 class UnfinishedRun(NamedTuple):
@@ -32,7 +32,7 @@ class UnfinishedRun(NamedTuple):
 
 
 def setting(config: ExperimentConfig, path: str) -> Any:
-    """Return the value at a dotted path of a config as one cell: lists and mappings as text, others unchanged."""
+    """Return the value at a dotted path of a config as one table cell; convert lists and mappings to text."""
     value: Any = config.model_dump()
     for part in path.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -56,7 +56,7 @@ def format_value(value: Any) -> str:
 
 
 def strategy_label(strategy: StrategyConfig) -> str:
-    """Return the label of a strategy, or else its name with the parameters that its settings list."""
+    """Return the label of a strategy; without a label, its name with the parameters in its settings."""
     return strategy.label or _with_params(strategy, strategy.short_name)
 
 
@@ -66,9 +66,9 @@ def _with_params(strategy: StrategyConfig, name: str) -> str:
 
 
 def display_labels(strategies: Iterable[StrategyConfig]) -> dict[StrategyConfig, str]:
-    """Return the label of each strategy in tables and pictures, distinct even where two strategies share a label.
+    """Return the label of each strategy in tables and pictures. Labels are distinct, even if settings share a label.
 
-    That is its label or name, where no other strategy has it; else its name with parameters.
+    A strategy keeps its label, or its name, if no other strategy has it. Otherwise, its parameters are added.
     """
     forms: dict[StrategyConfig, list[str]] = {}
     for strategy in strategies:
@@ -82,7 +82,7 @@ def display_labels(strategies: Iterable[StrategyConfig]) -> dict[StrategyConfig,
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """Return the shortest suffix of each dotted path that no other path ends with; else the whole path."""
+    """Return the shortest suffix of each dotted path that no other path ends with; the whole path if there is none."""
     parts = {path: path.split(".") for path in paths}
     counts = Counter(".".join(names[i:]) for names in parts.values() for i in range(len(names)))
     suffixes = {path: [".".join(names[i:]) for i in reversed(range(len(names)))] for path, names in parts.items()}
@@ -90,23 +90,23 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def varied_settings(sweep: Path) -> list[str]:
-    """Return the dotted paths that a sweep varies, except for strategy and seed, which have columns of their own."""
+    """Return the dotted paths that a sweep varies, except for strategy and seed, which have separate columns."""
     path = sweep / "config.yaml"
     if not path.exists() and not path.is_symlink():
         raise InputError(f"{sweep}: holds no results of a sweep (no config.yaml)")
     content = read_yaml(path)
     grid = content.get("grid") if isinstance(content, dict) else None
     if not isinstance(grid, dict) or not all(isinstance(key, str) for key in grid):
-        raise InputError(f"{path}: is damaged, it has no grid; run the sweep again to write it anew")
+        raise InputError(f"{path}: is damaged, it has no grid; run the sweep again to rewrite it")
     return [key for key in grid if key not in ("strategy", "strategy.name", "seed")]
 
 
 def read_rounds(sweep: Path) -> tuple[pd.DataFrame, list[UnfinishedRun]]:
     """Return the rounds of all runs of a sweep, and its unfinished runs.
 
-    A row is one round. Its columns: the run; the strategy's name and its label in tables; each setting that the sweep
-    varies; the seed; whether the run is finished; all that ``rounds.jsonl`` has of the round, except for ids; and how
-    it was computed (see ``Provenance.round_columns``). A missing value is NaN or None.
+    Each row is one round. The columns are: the run; the strategy's name and its label in tables; each setting that the
+    sweep varies; the seed; whether the run is finished; all values of the round in ``rounds.jsonl`` except for ids; and
+    the columns of ``Provenance.round_columns``. A missing value is NaN or None.
 
     Raises:
         InputError: the folder holds no finished round.
@@ -132,7 +132,7 @@ def read_rounds(sweep: Path) -> tuple[pd.DataFrame, list[UnfinishedRun]]:
             rows.append(start | row | origin)
     if not rows:
         raise InputError(f"{sweep}: no round is finished yet")
-    return pd.DataFrame(rows).apply(_of_one_type), unfinished
+    return pd.DataFrame(rows).apply(_unify_type), unfinished
 
 
 def _last_error(folder: RunFolder) -> str:
@@ -148,8 +148,8 @@ def error_line(traceback: str) -> str:
     return lines[-1] if lines else "unknown error"
 
 
-def _of_one_type(column: "pd.Series[Any]") -> "pd.Series[Any]":
-    """Return a column whose values have one type, as Parquet requires: numbers, or else text."""
+def _unify_type(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Return ``column`` with values of a single type, as Parquet requires: numbers if possible, otherwise text."""
     if column.dtype != object:
         return column
     values = column.dropna()
@@ -166,17 +166,17 @@ def setting_columns(table: pd.DataFrame) -> list[str]:
 
 
 def summarize(table: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each cell, which is a strategy under one combination of settings.
+    """Return one row for each cell. A cell is the runs of a strategy with one combination of settings.
 
-    Only finished runs count, those with all rounds of their budget. Columns:
+    Only finished runs, which have all rounds of their budget, are included. Columns:
 
-    * ``seeds``: finished runs of the cell. ``labels``: labels of their last round.
+    * ``seeds``: number of finished runs of the cell. ``labels``: number of labels in their last round.
     * ``final_METRIC``: metric of the last round, at the end of the budget; the mean over seeds.
     * ``mean_METRIC``: mean of the metric over the rounds after round 0; the mean over seeds. All strategies of a seed
-      share round 0, its labeled set and its model, so it says nothing of a strategy.
+      share the labeled set and the model of round 0, so that round does not depend on the strategy.
     * ``gain``, except for ``random``: difference in ``mean_balanced_accuracy`` between the run and the run of
-      ``random`` with the same settings and seed; the mean over seeds with both runs finished, of which there are
-      ``pairs``.
+      ``random`` with the same settings and seed; the mean over the seeds for which both runs are finished.
+    * ``pairs``: number of these seeds.
     * ``wins``: pairs with a positive difference.
 
     ``*_sd`` is the standard deviation over seeds. Cells are sorted by settings, then by ``mean_balanced_accuracy``.
@@ -207,7 +207,7 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def rounds_to_show(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rounds that curves show: of finished runs, and of every run in a cell that has no finished run."""
+    """Return the rounds that curves show: those of finished runs, and those of all runs of a cell without any."""
     finished = table.groupby([*setting_columns(table), "strategy"], dropna=False)["finished"].transform("any")
     return table[table["finished"] | ~finished]
 

@@ -1,1 +1,1 @@
-"""Sweeps: a YAML file becomes runs, Ray Tune runs them, their results are written as they come."""
+"""Sweeps: read a YAML file, execute its runs on Ray Tune or in this process, and write each round when it finishes."""

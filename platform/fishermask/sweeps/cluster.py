@@ -22,8 +22,8 @@ from fishermask import stopping
 from fishermask.errors import InputError
 from fishermask.planning.placement import UNKNOWN_NODE, Bundle, Cluster
 
-# Ray reads these when it is imported. They switch off telemetry, Ray's own TensorBoard files, progress display and
-# printed tracebacks, keep the working folder of trials, so that relative paths stay valid, and leave Ctrl-C to us.
+# Ray reads these when it is imported. They switch off telemetry, and the TensorBoard files, the progress display, the
+# tracebacks and the handling of Ctrl-C of Tune. Trials stay in the working folder: relative paths remain valid.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
@@ -31,8 +31,8 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 if not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & os.environ.keys() and "ray" not in sys.modules:
-    # A local cluster listens on this machine's network address and accepts only clients with this token, which exists
-    # as long as this process. Without it, Ray would write a token to the home folder.
+    # A local cluster listens on this machine's network address and accepts only clients with this token, which is valid
+    # for this process only. Without it, Ray would write a token to the home folder.
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
@@ -43,7 +43,7 @@ from fishermask.environment import loaded_version  # noqa: E402
 from fishermask.sweeps import source_version  # noqa: E402
 
 VITAL = ("gcs_server", "raylet")
-"""Names of the processes that a cluster cannot work without."""
+"""Names of the processes that a cluster needs."""
 CHECK_SECONDS = 0.5
 """Time between two checks of these processes."""
 REACTION_SECONDS = 10.0
@@ -72,14 +72,14 @@ def connect(local: Cluster | None = None) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
         check_address(address)
-    sizes: dict[str, Any] = {}
+    resources: dict[str, Any] = {}
     if address == "local" and local is not None:
-        # By default Ray reserves a third of the memory for its object store, which runs use little of.
-        sizes = {"num_cpus": int(local.total("CPU")), "_memory": int(local.total("memory"))}
+        # By default Ray reserves a third of the memory for its object store, of which runs use little.
+        resources = {"num_cpus": int(local.total("CPU")), "_memory": int(local.total("memory"))}
     try:
         ray.init(
             address=address,
-            **sizes,
+            **resources,
             include_dashboard=False if address == "local" else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -124,7 +124,7 @@ class ClusterMonitor:
         while not self._stopping.wait(CHECK_SECONDS):
             self._processes |= set(driver.children(recursive=True))
             ended = [name for process, name in vital.items() if not _is_alive(process)]
-            # A signal to the whole process group ends Ray's processes too: leave the main thread time to handle it.
+            # A signal to the whole process group also ends Ray's processes. Give the main thread time to handle it.
             if not ended or self._stopping.wait(2 * CHECK_SECONDS):
                 continue
             self._broken = True
@@ -161,7 +161,7 @@ def check_address(address: str) -> None:
     """Check within seconds that a cluster answers at ``address``; Ray itself would try for minutes.
 
     Raises:
-        InputError: nothing answers there, or not a Ray cluster, or the address is for Ray Client.
+        InputError: no Ray cluster answers at the address, or the address is for Ray Client.
     """
     if address.startswith("ray://"):
         raise InputError(
@@ -170,7 +170,7 @@ def check_address(address: str) -> None:
         )
     if match := re.fullmatch(r"([^:/]+):(\d+)", address):
         host, port = match[1], int(match[2])
-        is_local = host in ("localhost", "127.0.0.1")  # Ray replaces these by the address that other nodes know
+        is_local = host in ("localhost", "127.0.0.1")  # Ray replaces these by the machine's network address
         try:
             host = ray.util.get_node_ip_address() if is_local else host
             socket.create_connection((host, port), CONNECTION_TIMEOUT).close()
@@ -211,9 +211,9 @@ def connected_cluster() -> Cluster:
 
 
 def autoscaler_nodes() -> tuple[tuple[Bundle, ...], int]:
-    """Return the nodes that an autoscaler on this machine may start, and the largest number of nodes at once.
+    """Return the nodes that an autoscaler on this machine may start, and the maximum number of worker nodes.
 
-    Both come from the autoscaler's configuration file. Without an autoscaler, there are none.
+    Both are read from the autoscaler's configuration file. Without an autoscaler, return no nodes and 0.
     """
     for process in psutil.process_iter(["cmdline"]):
         for argument in process.info["cmdline"] or ():
@@ -238,7 +238,7 @@ def _read_node_types(file: Path) -> tuple[tuple[Bundle, ...], int]:
 
 
 def is_autoscaled() -> bool:
-    """Return whether the connected cluster may get further nodes."""
+    """Return whether an autoscaler may add nodes to the connected cluster."""
     v2_enabled = _internal_kv_get("__autoscaler_v2_enabled", namespace="__autoscaler")
     return reports_autoscaler(_internal_kv_get("__autoscaling_status"), v2_enabled)
 
@@ -252,5 +252,5 @@ def reports_autoscaler(status: bytes | None, v2_enabled: bytes | None) -> bool:
     if v2_enabled == b"1":
         return True
     types = json.loads(status or "{}").get("autoscaler_report", {}).get("node_type_mapping") or {}
-    # In a cluster without an autoscaler, the monitor makes up one type per node.
+    # In a cluster without an autoscaler, the monitor invents one type per node.
     return any(kind != f"node_{node}" for node, kind in types.items())

@@ -1,4 +1,4 @@
-"""Estimates of the time until all runs are finished: from plans, measured rounds and current stages."""
+"""Estimates of the time until all runs are finished, from plans, measured rounds and current stages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,20 +40,22 @@ def planned_rounds(plan: RunPlan) -> list[RoundSeconds]:
 
 @dataclass
 class _Stage:
-    """What a run does now."""
+    """The current stage of a run. Times are seconds of one clock."""
 
     name: str
     done: int
     total: int
     first_done: int
-    """Parts that were done when the stage was reported first, at ``since``."""
+    """Parts that were done at the first report of the stage."""
     since: float
+    """Time of the first report."""
     updated: float
+    """Time of the last report."""
     part_since: float
-    """Start of training, or of the query."""
+    """Start of the current part of the round: training and evaluation, or the query."""
 
     def seconds_left(self, now: float) -> float | None:
-        """Return the time that the stage still takes at the speed so far; None before there is a speed."""
+        """Return the remaining time of the stage at its speed so far; None before the speed is known."""
         if self.done <= self.first_done:
             return None
         seconds = (self.updated - self.since) / (self.done - self.first_done) * (self.total - self.done)
@@ -71,7 +73,7 @@ class _Ratio:
         self.sums[strategy] = sums[0] + measured, sums[1] + planned
 
     def get(self, strategy: str) -> float:
-        """Return the ratio of a strategy, or else of all, or else 1."""
+        """Return the ratio of a strategy; without its measurements, the ratio of all strategies; without any, 1."""
         all_sums = tuple(map(sum, zip(*self.sums.values(), strict=True))) or (0.0, 0.0)
         measured, planned = self.sums.get(strategy, all_sums)
         return measured / planned if planned else 1.0
@@ -92,15 +94,15 @@ class TimeEstimator:
         self.strategies = strategies
         self.next_round = dict(finished)
         self.planned = dict(planned)
-        # Planned duration of the rounds from each number on.
+        # For each run and each round, the planned duration of this round and all later ones.
         self.planned_from = {name: _sums_from(rounds) for name, rounds in planned.items()}
         self.model_ratio, self.query_ratio = _Ratio(), _Ratio()
         self.stages: dict[str, _Stage] = {}
-        self.most_active = 0
-        """The largest number of runs in progress at once."""
+        self.max_concurrent = 0
+        """Largest number of concurrent runs so far."""
 
     def start_stage(self, run: str, stage: str, done: int, total: int, now: float) -> None:
-        """Note that ``done`` of ``total`` parts of a stage are done."""
+        """Record that ``done`` of ``total`` parts of a stage are done."""
         last = self.stages.get(run)
         if last is not None and last.name == stage and done >= last.done:
             last.done, last.total, last.updated = done, total, now
@@ -109,10 +111,10 @@ class TimeEstimator:
         if last is not None and (stage in MODEL_STAGES) == (last.name in MODEL_STAGES):
             part_since = last.part_since
         self.stages[run] = _Stage(stage, done, total, done, now, now, part_since)
-        self.most_active = max(self.most_active, len(self.stages))
+        self.max_concurrent = max(self.max_concurrent, len(self.stages))
 
     def finish_round(self, run: str, seconds: RoundSeconds, now: float) -> None:
-        """Note how long the current round of a run took; the next round begins."""
+        """Record the duration of the current round of a run, and begin the next round."""
         planned, strategy = self.planned[run][self.next_round[run]], self.strategies[run]
         self.model_ratio.add(strategy, seconds.model, planned.model)
         self.query_ratio.add(strategy, seconds.query, planned.query)
@@ -131,22 +133,22 @@ class TimeEstimator:
     def seconds_left(self, now: float) -> float | None:
         """Return the time until all runs are finished; None before the first run has begun.
 
-        As many runs proceed at once as did so far.
+        Assume that as many runs are concurrent as the most so far.
         """
-        if not self.most_active:
+        if not self.max_concurrent:
             return None
         seconds = [self._run_seconds(run, now) for run in self.planned]
-        return max(sum(seconds) / self.most_active, max(seconds, default=0.0))
+        return max(sum(seconds) / self.max_concurrent, max(seconds, default=0.0))
 
     def round_fraction(self, run: str, now: float) -> float:
-        """Return how much of the current round of a run is done, from 0 to 1."""
+        """Return the finished fraction of a run's current round, from 0 to 1."""
         stage = self.stages.get(run)
         if stage is None:
             return 0.0
-        elapsed, left = now - stage.part_since, self._round_seconds(run, now)
+        elapsed, remaining = now - stage.part_since, self._round_seconds(run, now)
         if stage.name not in MODEL_STAGES:
             elapsed += self._expected(run, self.planned[run][self.next_round[run]]).model
-        return elapsed / (elapsed + left) if elapsed else 0.0
+        return elapsed / (elapsed + remaining) if elapsed else 0.0
 
     def _expected(self, run: str, planned: RoundSeconds) -> RoundSeconds:
         strategy = self.strategies[run]
@@ -155,28 +157,28 @@ class TimeEstimator:
         )
 
     def _run_seconds(self, run: str, now: float) -> float:
-        later = self.planned_from[run][self.next_round[run] + 1]
-        return self._round_seconds(run, now) + sum(self._expected(run, later))
+        later_rounds = self.planned_from[run][self.next_round[run] + 1]
+        return self._round_seconds(run, now) + sum(self._expected(run, later_rounds))
 
     def _round_seconds(self, run: str, now: float) -> float:
-        """Return the time that the current round of a run still takes."""
+        """Return the remaining time of a run's current round."""
         expected = self._expected(run, self.planned[run][self.next_round[run]])
         stage = self.stages.get(run)
         if stage is None:
             return sum(expected)
         elapsed, stage_left = now - stage.part_since, stage.seconds_left(now)
         if stage.name in MODEL_STAGES:
-            left = max(0.0, expected.model - elapsed)
-            if stage.name == "train" and stage_left is not None and (not left or not self.model_ratio.sums):
-                left = EPOCHS_SHARE * stage_left
-            return left + expected.query
+            remaining = max(0.0, expected.model - elapsed)
+            if stage.name == "train" and stage_left is not None and (not remaining or not self.model_ratio.sums):
+                remaining = EPOCHS_SHARE * stage_left
+            return remaining + expected.query
         if stage.name == "pick" and stage_left is not None:
             return stage_left
         return max(expected.query - elapsed, stage_left or 0.0)
 
 
 def _sums_from(rounds: list[RoundSeconds]) -> list[RoundSeconds]:
-    """Return for each index, and for the length of ``rounds``, the sum from there on."""
+    """Return the sums of ``rounds[i:]`` for i from 0 to the length of ``rounds``."""
     sums = [RoundSeconds(0.0, 0.0)]
     for seconds in reversed(rounds):
         sums.append(RoundSeconds(sums[-1].model + seconds.model, sums[-1].query + seconds.query))

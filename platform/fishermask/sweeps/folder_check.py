@@ -12,13 +12,13 @@ from fishermask.sweeps.sweep_file import Run, Sweep, SweepConfig, expand
 from fishermask.yaml_files import read_yaml
 
 MAX_DIFFERENCES = 5
-"""Values that a message lists."""
+"""Maximum number of differing values that a message lists."""
 
 
 def check_folder(sweep: Sweep, continue_anyway: bool = False) -> list[str]:
-    """Check that the folder of ``sweep`` is empty or holds its results; return notes for the user.
+    """Check that the folder of ``sweep`` is empty or holds results of the same sweep; return notes for the user.
 
-    The same base and the same varied paths make it the same sweep: values may be added to a path at any time.
+    Two sweeps are the same if they have the same base and vary the same paths. The values of a path may differ.
 
     Args:
         continue_anyway: whether runs whose rounds have another identity may be continued.
@@ -46,9 +46,9 @@ def check_folder(sweep: Sweep, continue_anyway: bool = False) -> list[str]:
 
 
 def _check_writable(folder: Path) -> None:
-    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        # Permissions do not say whether root may write, for example to a read-only file system.
+        # Create a folder, because permissions do not show whether root can write, as on a read-only file system.
         Path(tempfile.mkdtemp(prefix=".writable.", dir=existing)).rmdir()
     except OSError as error:
         raise InputError(
@@ -57,7 +57,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _check_identities(sweep: Sweep, stored: SweepConfig, continue_anyway: bool) -> list[str]:
-    """Return a note on the rounds in the folder whose identity is not the current one."""
+    """Return notes on the rounds in the folder that have another identity than the current one."""
     varied = set(stored.grid) | ({"strategy.params"} if "strategy.name" in stored.grid else set())
     try:
         recorded = identify(expand(stored).runs[0].config)
@@ -68,16 +68,16 @@ def _check_identities(sweep: Sweep, stored: SweepConfig, continue_anyway: bool) 
         ) from error
     current = identify(sweep.runs[0].config)
     problems = [describe_differences({"settings": recorded["settings"]}, {"settings": current["settings"]}, varied)]
-    finished_before: dict[str, int] = {}
+    finished_counts: dict[str, int] = {}
     for run in sweep.runs:
         rounds = run.folder.history()
         differences, same_settings = _compare(run) if rounds else ([], True)
         if differences and same_settings and len(rounds) >= run.config.budget.num_rounds:
             reason = _join(differences)
-            finished_before[reason] = finished_before.get(reason, 0) + 1
+            finished_counts[reason] = finished_counts.get(reason, 0) + 1
         else:
             problems.append([f"{run.name}: {differences[0]}", *differences[1:]] if differences else [])
-    notes = [f"{count} finished runs differ: {reason}" for reason, count in finished_before.items()]
+    notes = [f"{count} finished runs differ: {reason}" for reason, count in finished_counts.items()]
     problem = next((_join(differences) for differences in problems if differences), None)
     if problem is None:
         return notes
@@ -90,9 +90,9 @@ def _check_identities(sweep: Sweep, stored: SweepConfig, continue_anyway: bool) 
 
 
 def _compare(run: Run) -> tuple[list[str], bool]:
-    """Return the differences between the identity of a run's rounds and the current one; whether settings agree."""
+    """Return how the identity of a run's rounds differs from the current one, and whether the settings are equal."""
     current, recorded = identify(run.config), run.folder.provenance().identity
-    if recorded is None:  # of a version that did not record it
+    if recorded is None:  # written by a version that did not record identities
         config = run.folder.config()
         recorded = (current if config is None else identify(config)) | {"fishermask": "of an unknown version"}
     return describe_differences(recorded, current), recorded.get("settings") == current["settings"]

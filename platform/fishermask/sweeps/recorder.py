@@ -15,7 +15,7 @@ from fishermask.sweeps.sweep_file import Run
 from fishermask.sweeps.tensorboard import RunEvents
 
 QUIET_SECONDS, MAX_QUIET_SECONDS = 10.0, 300.0
-"""Without a terminal, a line shows progress when there was no line for this long: at first, and after hours."""
+"""Without a terminal, seconds after the last line at which a line shows progress: at the start, and after hours."""
 REFRESH_SECONDS = 0.2
 """In a terminal, time between two updates of the display."""
 STAGE_NAMES = {
@@ -30,7 +30,7 @@ STAGE_NAMES = {
 
 
 def quiet_seconds(elapsed: float) -> float:
-    """Return how long no line is printed without a terminal, ``elapsed`` seconds after the start."""
+    """Return the time between two lines of progress without a terminal, ``elapsed`` seconds after the start."""
     return min(MAX_QUIET_SECONDS, max(QUIET_SECONDS, elapsed / 20))
 
 
@@ -53,8 +53,8 @@ class Recorder:
         runs: the runs to finish, with the finished rounds of each.
         plans: the plan of each run.
         varied: dotted paths that the sweep varies.
-        finished: number of other runs of the sweep, which are finished.
-        every_round: print a line for each round rather than for each run.
+        finished: number of runs of the sweep that were finished before.
+        every_round: whether to print a line for each round instead of each run.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Recorder:
     def record(self, name: str, result: dict[str, Any]) -> None:
         """Write a round of the run ``name`` to its folder and to TensorBoard, and show it.
 
-        A round that was recorded before is ignored: a process may be lost after it reported a round.
+        A round that was recorded before is ignored, because a process may report a round, be lost, and report it again.
         """
         if result["round"] < len(self.history[name]):
             return
@@ -167,9 +167,9 @@ class Recorder:
         if not self.console.is_terminal:
             return
         now = self.last_refresh = self.clock()
-        part = sum(self.estimator.round_fraction(run, now) for run in self.estimator.stages)
+        fractions = sum(self.estimator.round_fraction(run, now) for run in self.estimator.stages)
         description = f"{self.finished}/{self.total_runs} runs  {text}"
-        self.bar.update(self.task, completed=self.done + part, description=description, eta=self.eta())
+        self.bar.update(self.task, completed=self.done + fractions, description=description, eta=self.eta())
 
 
 def _format(metric: float | None) -> str:

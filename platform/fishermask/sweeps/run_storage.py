@@ -11,7 +11,7 @@ from fishermask.results.files import RunFolder
 
 
 class RunStorage:
-    """Reads and writes the run folders on its node. Its only state besides the files is the progress of each run.
+    """Reads and writes the run folders on its node. Besides these files, it holds only the progress of each run.
 
     Args:
         folders: run folders by the name of the run.
@@ -46,9 +46,9 @@ class RunStorage:
 def start(folders: dict[str, Path]) -> Any:
     """Start a ``RunStorage`` as an actor on the node of this process. It reserves no resources."""
     driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # Entries are numbered, so a restarted actor may repeat a call.
-    restarting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-    return ray.remote(RunStorage).options(scheduling_strategy=driver_node, **restarting).remote(folders)
+    # Ray may repeat a call after it restarts the actor. This is safe because journal entries are numbered.
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(RunStorage).options(scheduling_strategy=driver_node, **options).remote(folders)
 
 
 class StoredJournal:

@@ -1,4 +1,4 @@
-"""Plans the runs of a sweep, finds the unfinished ones, and runs them in this process."""
+"""Plan the runs of a sweep, list the unfinished runs, and compute them in this process."""
 
 import functools
 import os
@@ -74,22 +74,22 @@ def plan_sweep(
 
 
 def _check_gpus(resources: ResourcesConfig, in_process: bool) -> None:
-    local = {"gpus": in_process or not joins_cluster(), "gpus_per_shard": not joins_cluster()}
-    for field in (field for field, on_this_machine in local.items() if on_this_machine):
-        if getattr(resources, field) and not torch.cuda.is_available():
+    is_local = {"gpus": in_process or not joins_cluster(), "gpus_per_shard": not joins_cluster()}
+    for field in is_local:
+        if is_local[field] and getattr(resources, field) and not torch.cuda.is_available():
             raise InputError(f"resources.{field}: this machine has no GPU that PyTorch can use; set it to 0")
 
 
 def requested_bundles(plan: RunPlan, in_process: bool = False) -> list[Bundle]:
-    """Return the bundles that a run reserves on a cluster; the first is empty if the run is in this process."""
-    run, *shards = bundles(plan.config.resources, plan.query)
-    return [{} if in_process else run, *shards]
+    """Return the bundles that a run reserves on a cluster. The first bundle is empty if the run is in this process."""
+    trial, *shards = bundles(plan.config.resources, plan.query)
+    return [{} if in_process else trial, *shards]
 
 
 def describe_plans(plans: Plans) -> list[str]:
-    """Return a line for each size of pool and a line for each strategy.
+    """Return one line for each distinct pool and one line for each strategy.
 
-    The line of a strategy has the estimated time and memory of the run that needs the most.
+    The line of a strategy shows the estimated time and memory of its run with the largest process.
     """
     largest: Plans = {}
     for plan in plans.values():
@@ -140,14 +140,14 @@ def run_in_process(sweep: Sweep, plans: Plans, console: Console) -> Recorder:
                     run.folder.journal,
                     functools.partial(recorder.show_stage, run.name),
                 )
-            # The error is shown at the end, and other runs continue. A model may try to exit.
+            # The other runs continue, and the error is shown at the end. SystemExit: a model may try to exit.
             except (Exception, SystemExit) as error:
                 recorder.fail(run.name, describe_failure(error))
     return recorder
 
 
 def describe_failure(error: BaseException) -> str:
-    """Return the traceback of ``error``, whose last line is the message in one line."""
+    """Return the traceback of ``error``. Its last line is the whole message of the error."""
     text, line = "".join(traceback.format_exception(error)), reason(error)
     return text if text.rstrip().endswith(line) else f"{text}{line}\n"
 
@@ -163,7 +163,7 @@ def compute_rounds(
     """Compute the rounds of a run after those in ``history``; pass each to ``record``.
 
     Args:
-        shard_memory: bytes that each Ray shard reserves; those of the plan by default.
+        shard_memory: bytes that each Ray shard reserves; by default, the number in the plan.
     """
     resources = plan.config.resources
     torch.set_num_threads(num_threads(resources))
@@ -171,13 +171,13 @@ def compute_rounds(
         "identity": hash_json(identify(plan.config)),
         "environment": describe_environment(devices(resources)["trial"]),
     }
-    make_shards = shard_maker(plan, shard_memory)
+    make_shards = bind_shards(plan, shard_memory)
     for result in loop.run(plan.load_inputs(), make_shards, history, progress, journal, plan.query):
         record(result.as_dict() | origin)
 
 
-def shard_maker(plan: RunPlan, shard_memory: float | None = None) -> MakeShards:
-    """Return a function that makes the shards of a run, in its own process or as Ray actors."""
+def bind_shards(plan: RunPlan, shard_memory: float | None = None) -> MakeShards:
+    """Return a function that creates the shards of a run, in the calling process or as Ray actors."""
     resources, count = plan.config.resources, plan.query.num_shards
 
     def make_shards(images: Images, statistics: Any) -> Shards:

@@ -1,4 +1,4 @@
-"""Checks that the nodes of a cluster have the same fishermask as this process: other code gives other rounds."""
+"""Check that all nodes of a cluster have the same version of fishermask, because other code gives other rounds."""
 
 import ray
 from ray import cloudpickle
@@ -9,7 +9,7 @@ from fishermask import environment
 from fishermask.errors import InputError
 
 TIMEOUT = 60
-"""Seconds that a node has to start a process and answer."""
+"""Maximum number of seconds for a node to start a process and answer."""
 
 
 def check_nodes(expected: str) -> None:
@@ -21,7 +21,7 @@ def check_nodes(expected: str) -> None:
     Raises:
         InputError: a node has another fishermask or none, or does not answer.
     """
-    # By value, so that a node without fishermask can answer.
+    # Pickle the function by value, so that a node without fishermask can answer.
     cloudpickle.register_pickle_by_value(environment)
     try:
         probe = ray.remote(environment.installed_version)

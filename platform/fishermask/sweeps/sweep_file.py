@@ -30,11 +30,11 @@ from fishermask.user_modules import absolute_file_name, split_file_name
 from fishermask.yaml_files import parse_yaml, read_yaml
 
 MAX_RUNS = 10_000
-"""Runs of a sweep, which are all checked before the first one starts."""
+"""Maximum number of runs in a sweep. All runs are checked before the first run starts."""
 NAMED = ("model", "strategy")
 """Sections of the settings that may name a file of the user."""
 MAX_KEY = 500
-"""Characters of a dotted path in an override."""
+"""Maximum number of characters of a dotted path in an override."""
 
 
 class SweepConfig(Config):
@@ -46,7 +46,7 @@ class SweepConfig(Config):
     base: dict[str, Any] = {}
     """Settings of every run."""
     grid: dict[str, list[Any]] = {}
-    """Dotted paths into ``base``, each with the values that it takes."""
+    """Dotted paths into ``base``, each with a list of its values."""
     output: PathText = "results"
 
 
@@ -72,10 +72,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     """Read a sweep file and apply ``key=value`` overrides to it.
 
     A key is ``name``, ``output``, ``description`` or a dotted path into ``base``. For a path that the grid varies, a
-    list replaces its values, and any other value becomes its only one. ``grid.PATH=[...]`` varies another path.
+    list replaces its values, and any other value becomes its only value. ``grid.PATH=[...]`` varies another path.
 
     Raises:
-        InputError: the file or an override is wrong.
+        InputError: the file or an override is invalid.
     """
     content = read_yaml(path)
     if not isinstance(content, dict):
@@ -117,7 +117,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
 
 def absolute_files(config: SweepConfig, folder: Path) -> SweepConfig:
-    """Return ``config`` with absolute paths of the user's files of strategies and models, relative to ``folder``."""
+    """Return ``config`` with absolute paths of the user's strategy and model files, relative to ``folder``."""
 
     def absolute(value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("name"), str):
@@ -136,28 +136,28 @@ def expand(config: SweepConfig) -> Sweep:
     """Return all runs of a sweep, the seed varying slowest and the strategy fastest.
 
     Raises:
-        InputError: a combination is not valid, two are the same, or two strategies have the same label.
+        InputError: a combination is not valid, two combinations are equal, or two strategies have the same label.
     """
-    # Seeds outermost: an interrupted sweep has compared all strategies on the seeds that it reached.
+    # The seed varies slowest, so that an interrupted sweep has compared all strategies on its first seeds.
     keys = sorted(config.grid, key=lambda key: (key.startswith("strategy"), key != "seed"))
     count = math.prod(len(config.grid[key]) for key in keys)
     if count > MAX_RUNS:
         raise InputError(f"grid: describes {count:,} runs, and a sweep has at most {MAX_RUNS:,}; vary fewer values")
-    configs, values_of = [], []
+    configs, varied_values = [], []
     for values in itertools.product(*(config.grid[key] for key in keys)):
         settings = copy.deepcopy(config.base)
         for key, value in zip(keys, values, strict=True):
             _set_value(settings, key, copy.deepcopy(value))
         configs.append(parse(ExperimentConfig, settings))
-        values_of.append(dict(zip(keys, values, strict=True)))
+        varied_values.append(dict(zip(keys, values, strict=True)))
     _check_labels([run_config.strategy for run_config in configs])
     folder = Path(config.output).expanduser().absolute() / config.name
     runs: dict[str, Run] = {}
-    for run_config, varied in zip(configs, values_of, strict=True):
+    for run_config, varied in zip(configs, varied_values, strict=True):
         name = _run_name(run_config, varied)
         if name in runs:
             same = runs[name].config == run_config
-            problem = "is twice in the grid" if same else "is the name of two runs; give them labels (strategy.label)"
+            problem = "occurs twice in the grid" if same else "is the name of two runs; set strategy.label of each"
             raise InputError(f"grid: {name} {problem}")
         runs[name] = Run(name, run_config, RunFolder(folder / "runs" / name))
     return Sweep(config, folder, list(runs.values()))
@@ -173,10 +173,10 @@ def _check_labels(strategies: list[StrategyConfig]) -> None:
                 f"strategy.label: {short(strategy.label)} is the name of another strategy than {strategy.name}; choose "
                 "another label"
             )
-        other = variants.setdefault(label, strategy)
-        if (other.name, other.params) != (strategy.name, strategy.params):
+        first = variants.setdefault(label, strategy)
+        if (first.name, first.params) != (strategy.name, strategy.params):
             raise InputError(
-                f"strategy.label: {short(label)} names two strategies, {_describe(other)} and {_describe(strategy)}; "
+                f"strategy.label: {short(label)} names two strategies, {_describe(first)} and {_describe(strategy)}; "
                 "give each its own label"
             )
 
@@ -188,8 +188,8 @@ def _describe(strategy: StrategyConfig) -> str:
 def select_first_run(config: SweepConfig) -> SweepConfig:
     """Return the sweep of one run that ``fishermask run`` computes: the first value of each path that the grid varies.
 
-    The sweep's name ends with a hash of the settings that are not defaults, so that its folder never mixes with a
-    sweep's results, and another version of fishermask finds the folder of the same settings.
+    Its name ends with a hash of the settings that are not defaults. Its folder therefore differs from the folder of the
+    whole sweep, and another version of fishermask uses the same folder for the same settings.
     """
     config = config.model_copy(update={"grid": {key: values[:1] for key, values in config.grid.items()}})
     excluded = {"resources": SHARDING, "strategy": {"label"}}

@@ -11,16 +11,16 @@ from fishermask.results.tables import METRICS, format_value, setting, strategy_l
 
 
 class RunEvents:
-    """Writer of one run's events, beside its other files.
+    """Writer of the event file in a run's folder.
 
-    It replaces the events of an earlier attempt by those of ``history``, so that no round appears twice.
+    It replaces the events of an earlier attempt by the rounds in ``history``, so that no round appears twice.
     """
 
     def __init__(
         self, folder: RunFolder, config: ExperimentConfig, varied: list[str], history: list[dict[str, Any]]
     ) -> None:
-        for old in folder.path.glob("events.out.tfevents.*"):
-            old.unlink()
+        for old_file in folder.path.glob("events.out.tfevents.*"):
+            old_file.unlink()
         self.config, self.varied = config, varied
         self.results: list[dict[str, Any]] = []
         self.writer = SummaryWriter(str(folder.path))
@@ -42,7 +42,7 @@ class RunEvents:
         self.results.append(result)
 
     def finish(self) -> None:
-        """Write the hyper-parameters with the metrics of the last round and their means, and close.
+        """Write the hyperparameters, the metrics of the last round and the mean metrics, and close the file.
 
         The means are over the rounds after round 0, as in ``results.tables.summarize``.
         """
@@ -54,8 +54,8 @@ class RunEvents:
         last = self.results[-1]
         metrics = {f"final/{metric}": _mean([last[metric]]) for metric in METRICS}
         metrics |= {f"mean/{metric}": _mean([r[metric] for r in self.results[1:]]) for metric in METRICS}
-        known = {tag: value for tag, value in metrics.items() if math.isfinite(value)}
-        self.writer.add_hparams(columns, known, run_name=".", global_step=last["labels"])
+        finite_metrics = {tag: value for tag, value in metrics.items() if math.isfinite(value)}
+        self.writer.add_hparams(columns, finite_metrics, run_name=".", global_step=last["labels"])
         self.writer.close()
 
 

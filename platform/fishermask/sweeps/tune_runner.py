@@ -1,4 +1,4 @@
-"""Runs a sweep as trials of Ray Tune, as many at once as the cluster holds."""
+"""Run a sweep as trials of Ray Tune, as many concurrently as fit on the cluster."""
 
 import functools
 import json
@@ -48,7 +48,7 @@ STAGE_SECONDS = 2.0
 def run_on_ray(sweep: Sweep, plans: Plans, nodes: Cluster, console: Console) -> Recorder:
     """Compute the unfinished runs of a sweep. Ray must be connected to the cluster of ``nodes``.
 
-    Trials send their rounds to this process, which alone writes files: workers need no common file system. A trial
+    Trials send their rounds to this process, which writes the files, so the nodes need no shared file system. A trial
     whose process is lost restarts after the last written round.
 
     Raises:
@@ -62,7 +62,7 @@ def run_on_ray(sweep: Sweep, plans: Plans, nodes: Cluster, console: Console) -> 
     restarts = max((run.config.resources.restarts for run, _ in runs), default=0)
     recorder = Recorder(runs, plans, varied_settings(sweep.folder), console, len(sweep.runs) - len(runs))
     configs = {run.name: (plans[run.name], requests[run.name][-1]["memory"]) for run, _ in runs}
-    first_nodes = {node["NodeID"] for node in ray.nodes()}
+    checked_nodes = {node["NodeID"] for node in ray.nodes()}
     storage = run_storage.start({run.name: run.folder.path for run, _ in runs})
     trainable = tune.with_resources(
         functools.partial(
@@ -71,17 +71,17 @@ def run_on_ray(sweep: Sweep, plans: Plans, nodes: Cluster, console: Console) -> 
             storage=storage,
             folder=str(Path.cwd()),
             version=loaded_version(),
-            nodes=first_nodes,
+            nodes=checked_nodes,
         ),
         lambda settings: tune.PlacementGroupFactory(
             [{kind: amount for kind, amount in bundle.items() if amount} for bundle in requests[settings["run"]]]
         ),
     )
-    # Tune's own records are not needed: the rounds are written elsewhere.
-    with recorder, tempfile.TemporaryDirectory(prefix="fishermask-") as scratch:
+    # Tune's own files are temporary, because the recorder writes the rounds.
+    with recorder, tempfile.TemporaryDirectory(prefix="fishermask-") as temporary_folder:
         run_config = tune.RunConfig(
             name="trials",
-            storage_path=scratch,
+            storage_path=temporary_folder,
             verbose=0,
             callbacks=[_Listener(recorder, restarts, storage)],
             failure_config=tune.FailureConfig(max_failures=restarts),
@@ -95,12 +95,12 @@ def run_on_ray(sweep: Sweep, plans: Plans, nodes: Cluster, console: Console) -> 
         try:
             tuner.fit()
         except TuneError as error:  # wraps errors of the recorder, such as a full disk
-            raise (_input_error(error) or error) from None
+            raise (_find_input_error(error) or error) from None
     ray.kill(storage)
     return recorder
 
 
-def _input_error(error: BaseException | None) -> InputError | None:
+def _find_input_error(error: BaseException | None) -> InputError | None:
     """Return the input error among the causes of ``error``; None if there is none."""
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
@@ -115,7 +115,7 @@ class _Listener(tune.Callback):
         self.last_update = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks to restore them. Nothing restores this one, and a terminal cannot be pickled.
+        # Tune pickles its callbacks to restore them. This one is never restored, and a terminal cannot be pickled.
         return {}
 
     def on_step_end(self, iteration: int, trials: Any, **_: Any) -> None:
@@ -183,6 +183,6 @@ def trial(
         raise
     except (Exception, SystemExit) as error:
         tune.report({"error": describe_failure(error)})
-        # Ends this process, whose device may be in a bad state, so that no other run uses it. An exit would count as
-        # a lost process.
+        # An exception ends this process, whose device may be in a bad state, so that no other run uses it. If the
+        # process exited instead, Tune would treat it as lost and restart the trial.
         raise RuntimeError("the run failed") from error

@@ -213,7 +213,7 @@ MUTANTS = [
     ),
     Mutant(
         "tensors/distances.py",
-        "manual_seed(self.noise_seed(step, first))",
+        "manual_seed(self.noise_seed(step, first_position))",
         "manual_seed(self.noise_seed(step, 0))",
         "BADGE draws with the same noise in each block",
         "parameters",

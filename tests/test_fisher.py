@@ -140,7 +140,7 @@ def test_random_mask_has_the_requested_size_and_is_uniform():
 def test_too_small_fraction_is_refused_with_the_smallest_that_works():
     model = cases.model("mlp")
     layout = plan_gradients(model, cases.images("mlp", 2))
-    with pytest.raises(InputError, match="the smallest that works is (.*)") as caught:
+    with pytest.raises(InputError, match="the smallest fraction that works is (.*)") as caught:
         mask_size(model, layout, 0.001)
     smallest = float(str(caught.value).rsplit(" ", 1)[1])
     needed, total = head_size(model, layout), sum(p.numel() for p in model.parameters())

@@ -115,7 +115,7 @@ def test_wrong_sweep_file_is_refused_in_one_line_with_field_value_and_remedy(tmp
         ({"strategy": {"name": "bait", "params": {"lambda": 1}}}, "strategy.params.lambda: unknown key; .* damping"),
         ({"strategy": {"name": "margin", "params": {"x": 1}}}, "strategy.params.x: unknown key"),
         ({"strategy": {"name": "fisher_mask", "params": {"fraction": 0.01}}},
-         "strategy.params.fraction: 0.01 of 33,194 .* the smallest that works is 0.01959"),
+         "strategy.params.fraction: 0.01 of 33,194 .* the smallest fraction that works is 0.01959"),
         ({"model": "vgg"}, "model.name: unknown model 'vgg'"),
         ({"data": {"name": "celeba"}}, "data.name: unknown data set 'celeba'"),
         ({"budget": {"total": 20000}}, "budget.total: 20000 exceeds the pool of 10000 images"),

@@ -1,1 +1,1 @@
-"""The pool in shards: the computations that strategies need, and the greedy selection loop."""
+"""The pool, divided into shards: the computations that strategies need, and the greedy selection loop."""

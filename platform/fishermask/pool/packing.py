@@ -1,7 +1,7 @@
-"""Small messages between a coordinator and its shards, packed so that Ray sends them with the call.
+"""Serialization of small messages between a coordinator and its shards, in pieces that Ray sends with a call.
 
-Ray sends arguments of up to 100 kB with a call, and stores larger ones first, which takes milliseconds. Pickling a
-tensor is slow too. Both matter for each pick. These bytes are exchanged between processes of this package only.
+Ray sends arguments of up to 100 kB with a call. It puts larger arguments into its object store first, which takes
+milliseconds for each pick. Pickling a tensor is slow too. Only processes of this package exchange these bytes.
 """
 
 import io
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 PIECE = 64 * 1024
-"""Largest size of an argument in bytes."""
+"""Largest size of a piece in bytes."""
 
 
 class _Packer(pickle.Pickler):

@@ -1,6 +1,6 @@
-"""What a strategy sees of the pool.
+"""The pool as strategies use it.
 
-There is one index space: *positions* in the pool, 0 to ``size - 1``. Positions become ids only in files and messages.
+Strategies work with *positions*, the indices 0 to ``size - 1`` in the pool. Only files and messages contain ids.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from fishermask.tensors.precision import Precision
 from fishermask.tensors.runtime import return_memory
 
 NUM_PIECES = 20
-"""Number of calls that a pass over the pool is divided into, so that its progress can be shown."""
+"""Number of calls per shard in a pass over the pool; progress is reported after each call."""
 
 Progress = Callable[[str, int, int], None]
-"""Receives the stage, the number of steps done and the number of steps in all."""
+"""Function that receives the stage, the number of finished steps, and the total number of steps."""
 
 Result = TypeVar("Result")
 Args = TypeVarTuple("Args")
@@ -36,42 +36,43 @@ class Rescore(IntEnum):
 
     NONE = 0
     SAME_TYPE = 1
+    """Scores were recomputed in their data type."""
     FLOAT64 = 2
-    """They were recomputed in float64, and stay in float64 for the rest of the query."""
+    """Scores were recomputed in float64, and stay in float64 for the rest of the query."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How a query is computed. Strategies need not know any of it."""
+    """Settings of the computation of a query; strategies do not need them."""
 
     precision: Precision = Precision()
     drift: float = 1e-3
-    """Relative error of a pick's gain above which all scores are recomputed."""
+    """Scores are recomputed if the relative error of the gain of a pick exceeds this limit."""
     chunk: int = CHUNKS[0]
     """Number of images differentiated at once."""
     diagonal_batch: int = DIAGONAL_BATCH
     """Number of images whose Fisher diagonal is computed at once."""
     past_picks: list[tuple[int, Rescore]] = field(default_factory=list)
-    """Picks of this query that an earlier process made: position, and whether scores were recomputed before it."""
+    """Picks of this query that an earlier process made: positions, and whether scores were recomputed before each."""
     record_pick: Callable[[int, Rescore], None] = lambda position, rescore: None
-    """Receives each pick when it is made."""
+    """Function that receives each pick when it is made."""
 
 
 class Pool:
     """The pool in one round, with the model trained on the images labeled so far.
 
     Attributes:
-        candidates: positions that may be queried, ascending, [u].
-        labeled: positions that are labeled, in the order of labeling, [l].
-        labels: their labels, [l].
-        generator: the strategy's own random stream of this round.
+        candidates: positions that may be queried, ascending, [n - n_L].
+        labeled: positions that are labeled, in the order of labeling, [n_L].
+        labels: labels of the labeled positions, [n_L].
+        generator: random stream of the strategy in this round.
         model: the trained model, in eval mode.
-        shards: the pool's shards, which hold the same model.
-        notes: figures about the query to record with the round, by name.
-        gains: gain of each pick in the order of choice, float64 [b]: the exact decrease of the objective, or the score
-            of a strategy by distance (NaN for a pick replayed from a journal). With ``oversample``, the gains of the
-            picks that remain. None for a strategy that does not choose by gain.
-        objective: the objective before the first pick and after the last. None for a strategy that has none.
+        shards: shards of the pool, which hold copies of the model.
+        notes: numbers about the query, by name; they are recorded with the round.
+        gains: gain of each pick of the batch in the order of choice, float64 [b]; None for a strategy that does not
+            choose by gain. For a trace objective, the gain is the exact decrease of the objective. For a strategy by
+            distance, it is the score (NaN for a pick replayed from a journal).
+        objective: the objective before the first and after the last pick; None for a strategy without an objective.
     """
 
     def __init__(
@@ -109,11 +110,11 @@ class Pool:
         self.notes[name] = combine(self.notes[name], value) if name in self.notes else value
 
     def store_embeddings(self, mask: Mask, weighting: Weighting = "sqrt", top_classes: int | None = None) -> None:
-        """Let the shards embed all images and keep the embeddings; see ``tensors.embedding.embed``."""
+        """Let the shards compute and store the embeddings of all images; see ``tensors.embedding.embed``."""
         self.call_in_pieces("embed", Shard.store_embeddings, mask, weighting, top_classes, self.engine.chunk)
 
     def embeddings_at(self, positions: Tensor) -> list[Embedding]:
-        """Return the stored embeddings of single images, in the order of ``positions``."""
+        """Return the stored embedding of each image, in the order of ``positions``."""
         by_position = {k: v for part in self.shards.call(Shard.embeddings_at, positions) for k, v in part.items()}
         return [by_position[position] for position in positions.tolist()]
 
@@ -122,7 +123,7 @@ class Pool:
         self.shards.call(Shard.clear)
 
     def probabilities(self) -> Tensor:
-        """Return the predicted probabilities of the candidates, [u, C].
+        """Return the predicted probabilities of the candidates, [n - n_L, C].
 
         Raises:
             FloatingPointError: the model's outputs are not finite.
@@ -137,20 +138,21 @@ class Pool:
         return probabilities
 
     def plan_gradients(self) -> GradientPlan:
-        """Return how to differentiate the model by its parameters, verified on images spread over the pool."""
+        """Return how to compute the gradients of the model, verified on images spread over the pool."""
         positions = torch.linspace(0, self.size - 1, sum(VERIFICATION_SIZES)).long().unique()
         plan = plan_gradients(self.model, torch.cat(self.shards.call(Shard.inputs_at, positions)))
         return_memory()
         return plan
 
     def sample(self, count: int) -> Tensor:
-        """Return the positions of ``count`` random images of the whole pool, at most all of them, ascending."""
+        """Return the positions of ``count`` random images of the pool, or of all images if it has fewer, ascending."""
         return torch.randperm(self.size, generator=self._sample_generator)[:count].sort().values
 
     def fisher_diagonal(self, plan: GradientPlan, num_samples: int, which: str = "random") -> dict[str, Tensor]:
-        """Return the mean Fisher diagonal of the body's parameters over a ``random`` sample of the whole pool.
+        """Return the mean Fisher diagonal over a sample of the pool: body parameter -> flat tensor.
 
-        The paper's released code takes the ``first`` images instead.
+        Args:
+            which: ``random`` for random images, ``first`` for the first images, as in the paper's released code.
         """
         sample = self.sample(num_samples) if which == "random" else torch.arange(min(num_samples, self.size))
         batches = torch.cat(self.shards.call(Shard.images_at, sample)).split(self.engine.diagonal_batch)
@@ -158,7 +160,7 @@ class Pool:
         for first in range(0, len(batches), self.shards.count):
             self.progress("fisher diagonal", first, len(batches))
             args = [(batch, plan) for batch in batches[first : first + self.shards.count]]
-            # The sum is taken batch by batch in the sample's order, whichever shard computed a batch.
+            # Batches are added in the order of the sample, so the sum does not depend on the number of shards.
             for diagonal in self.shards.scatter(Shard.fisher_diagonal, args):
                 total = {name: total[name] + value if total else value for name, value in diagonal.items()}
         return {name: value / len(sample) for name, value in total.items()}
@@ -166,10 +168,10 @@ class Pool:
     def call_in_pieces(
         self, stage: str, method: Callable[[Shard, int, int, *Args], Result], *args: *Args
     ) -> list[list[Result]]:
-        """Call ``method`` on all shards with each piece in turn, and report progress.
+        """Call ``method`` on all shards once for each piece of their slices, and report progress.
 
         Args:
-            method: takes the index of a piece of the shard's slice and the number of pieces, then ``args``.
+            method: method of ``Shard`` that takes the index of a piece, the number of pieces, and ``args``.
 
         Returns:
             For each piece, the results of the shards in order.

@@ -1,7 +1,7 @@
-"""Shards as Ray actors: children of the process that creates them, inside its placement group if it has one.
+"""Shards as Ray actors, inside the placement group of the process that creates them, if it has one.
 
-A lost shard is rebuilt: a new actor replays the calls since the shard received the model that determine its state.
-These are deterministic to the last bit, so the batch is the one that an undisturbed run selects.
+If a shard is lost, it is rebuilt: a new actor replays the recorded calls that determine the state of the shard. Their
+results are equal to the last bit, so the query selects the same batch as without the loss.
 """
 
 import logging
@@ -24,16 +24,16 @@ from fishermask.tensors.images import Images, Preprocess
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 300
-"""Seconds to wait for an actor to be placed: an actor that stays pending raises no error by itself."""
+"""Seconds to wait for an actor to start; an actor that stays pending raises no error by itself."""
 LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
-"""Errors of a lost actor or a lost result. Ray's memory monitor ends actors with the last one."""
+"""Errors that mean that an actor or its result is lost. Ray's memory monitor raises ``OutOfMemoryError``."""
 MODEL, EMBEDDINGS, SELECTION, PICK = (
     method.__name__ for method in (Shard.set_model, Shard.store_embeddings, Shard.start_selection, Shard.apply_pick)
 )
 """Methods that change the state of a shard, and are replayed when it is rebuilt."""
 
 
-# The coordinator must see that a shard is lost: an actor that Ray restarts would be empty, and would still answer.
+# Ray must not restart an actor: the new actor would answer calls, but would have lost the state of the shard.
 @ray.remote(max_restarts=0, max_task_retries=0)
 class ShardActor(Shard):
     def __init__(self, images: Images, start: int, preprocess: Preprocess, device: str) -> None:
@@ -48,7 +48,7 @@ class ShardActor(Shard):
 class _Call(NamedTuple):
     method: str
     args: list[Any]
-    """The arguments themselves, references into Ray's object store, or, of ``PICK``, packed pieces."""
+    """Plain values and references into Ray's object store; for ``PICK``, packed pieces."""
 
     def submit(self, actor: Any) -> Any:
         """Send the call to ``actor`` and return a reference to its result."""
@@ -58,13 +58,17 @@ class _Call(NamedTuple):
 
 
 class RayShards:
-    """``count`` actors with ``cpus``, ``gpus`` (fractions allowed) and ``memory`` (bytes) each.
+    """Shards as Ray actors.
 
     Args:
-        images: the whole pool, [n, ...]. An actor gets a view of its slice. A view of a data set travels as row
-            numbers, and the actor maps the pixels from its own node's disk, or reads them from their source there.
-        preprocess: makes the model's inputs from images.
-        restarts: how many lost shards are rebuilt in all before the run fails.
+        images: the whole pool, [n, ...]. An actor gets a view of its slice. A view of a data set is sent as row
+            numbers; the actor maps the pixels from the disk of its node, or decodes them from their source there.
+        preprocess: function from images to inputs of the model.
+        count: number of shards.
+        cpus: CPUs of each actor; may be a fraction.
+        gpus: GPUs of each actor; may be a fraction.
+        restarts: total number of lost shards that are rebuilt before the run fails.
+        memory: bytes of main memory of each actor.
     """
 
     def __init__(
@@ -122,7 +126,7 @@ class RayShards:
         """Return a call to send to all actors, and record it if the state of a shard depends on it."""
         name = method.__name__
         call = _Call(name, list(pack(args)) if name == PICK else [self._store(arg) for arg in args])
-        # Keep no more calls than determine the present state.
+        # Remove the calls that no longer affect the state of a shard.
         if name == MODEL:
             self._replayed_calls = []
         elif name == SELECTION:
@@ -134,7 +138,7 @@ class RayShards:
         return call
 
     def _store(self, arg: Any) -> Any:
-        """Put ``arg`` into the object store: once a node, not once a shard, nor once a piece of a call in pieces."""
+        """Put ``arg`` into the object store, once for all shards and for consecutive calls with the same argument."""
         if isinstance(arg, int | float | str | None):
             return arg
         if self._last_stored[0] is not arg:
@@ -142,20 +146,20 @@ class RayShards:
         return self._last_stored[1]
 
     def _get(self, index: int, reference: Any, call: _Call) -> Any:
-        """Return the result of a call; where the shard is lost, rebuild it and repeat the call."""
+        """Return the result of a call. If the shard is lost, rebuild it and repeat the call."""
         while True:
             try:
                 result = ray.get(reference if reference is not None else self._rebuild_and_repeat(index, call))
                 return unpack(result) if call.method == PICK else result
-            except RayTaskError as error:  # an exception of the shard's code would come again
+            except RayTaskError as error:  # the code of the shard raised it, and would raise it again
                 raise _cause(error) from None
             except LOST as error:
                 self._count_loss(index, error)
                 reference = None
 
     def _rebuild_and_repeat(self, index: int, call: _Call) -> Any:
-        """Create shard ``index`` again, replay its calls, repeat ``call`` and return a reference to the result."""
-        ray.kill(self.actors[index])  # it may only seem to be lost
+        """Create shard ``index`` again, replay its calls, repeat ``call``, and return a reference to the result."""
+        ray.kill(self.actors[index])  # it may be alive and out of reach
         self.actors[index] = self._create[index]()
         self._wait_until_started(index)
         for replayed in self._replayed_calls:
@@ -164,17 +168,19 @@ class RayShards:
         return call.submit(self.actors[index])
 
     def _wait_until_started(self, index: int) -> None:
-        """Wait until an actor runs, and create it again where it is lost before.
+        """Wait until an actor runs. If it is lost before, create it again.
 
         Raises:
-            RuntimeError: no node has room for it, or it is lost too often.
+            RuntimeError: no node has room for the actor, or too many shards were lost.
         """
         while True:
             try:
                 ray.get(self.actors[index].clear.remote(), timeout=START_TIMEOUT)
                 return
             except GetTimeoutError:
-                raise RuntimeError(f"shard {index}: no node had room for it within {START_TIMEOUT} seconds") from None
+                raise RuntimeError(
+                    f"shard {index}: no node had room for its process within {START_TIMEOUT} seconds"
+                ) from None
             except LOST as error:
                 if getattr(error, "actor_init_failed", False):  # its constructor raised an exception
                     last_line = str(error).strip().splitlines()[-1]
@@ -191,8 +197,8 @@ class RayShards:
         """
         if self.num_rebuilt == self.restarts:
             raise RuntimeError(
-                f"shard {index} was lost after {self.num_rebuilt} lost shards had been rebuilt, as many as "
-                f"resources.restarts allows: {_first_line(error)}"
+                f"shard {index} was lost after {self.num_rebuilt} lost shards were rebuilt; raise resources.restarts or "
+                f"remove the cause: {_first_line(error)}"
             ) from None
         self.num_rebuilt += 1
         logger.warning("shard %d was lost; rebuilding it: %s", index, _first_line(error))

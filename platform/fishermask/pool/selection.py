@@ -1,7 +1,7 @@
 """Greedy batch selection over shards.
 
-In each step every shard returns its best candidate, the coordinator picks the best of these, and broadcasts the update
-that the pick makes to all scores.
+In each step, every shard returns its best candidate, and the coordinator picks the best of them. It then broadcasts the
+update of the scores to all shards.
 """
 
 import math
@@ -25,18 +25,18 @@ TOO_SMALL = "strategy.params.damping: too small for the information matrix to be
 MIN_RESCORE_INTERVAL = 16
 """Smallest number of picks between two rescores because of errors of the gains."""
 MAX_RESCORE_INTERVAL = 256
-"""Number of picks after which scores are always recomputed: it bounds what a lost shard or a resumed query repeats."""
+"""Largest number of picks between two rescores. It limits the work that a lost shard or a resumed query repeats."""
 IMPRECISE = 10
-"""An error of the gain of this many times ``Engine.drift`` within ``MIN_RESCORE_INTERVAL`` picks shows that float32 is
-too imprecise."""
+"""If a gain error exceeds this many times ``Engine.drift`` fewer than ``MIN_RESCORE_INTERVAL`` picks after a rescore,
+float32 is too imprecise."""
 MAX_FLOAT64_ERROR = 0.1
-"""Largest error of the gain of scores just computed in float64; above it the matrix is nearly singular."""
+"""If a gain error exceeds this limit immediately after a rescore in float64, M is nearly singular."""
 NEGLIGIBLE = 1e-9
-"""Gains below this share of the objective count as this share when their relative error is computed."""
+"""The relative error of a gain is computed with at least this share of the objective as the divisor."""
 
 
 class Criterion(Protocol):
-    """What a greedy strategy maximizes in each step, given all picks so far. Shards compute its ``Scorer``."""
+    """The gain that a greedy strategy maximizes in each step. Shards compute it with a ``Scorer``."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,25 +46,26 @@ class Criterion(Protocol):
         """Return the scorer for the picks so far."""
 
     def use_float64(self) -> bool:
-        """Use float64 scores from now on; return False if they already are, or cannot be."""
+        """Change the scores to float64. Return whether this changed their type."""
 
     def gain_error(self, candidate: ScoredCandidate) -> float | None:
-        """Return the relative error of the gain of ``candidate``; None if the criterion's gains have no error.
+        """Return the relative error of the gain of ``candidate``; None if gains have no error.
 
-        The scores of a criterion without errors are computed once.
+        Without errors, scores are never recomputed.
         """
 
     def add(self, candidate: ScoredCandidate) -> tuple[float, Any]:
-        """Add ``candidate`` to the picks. Return its gain, exact if known, and the update of all scores."""
+        """Add ``candidate`` to the picks. Return its gain and the update of all scores."""
 
 
 def greedy(pool: Pool, criterion: Criterion, budget: int) -> list[ScoredCandidate]:
     """Return ``budget`` picks, each the candidate with the largest gain; ties go to the lowest position.
 
-    The shards must hold embeddings. Scores are recomputed when the relative error of a gain exceeds ``Engine.drift``,
-    and every ``MAX_RESCORE_INTERVAL`` picks. They are recomputed in float64, and stay so, when float32 is too
-    imprecise: when the error is too large for scores just computed, or very large a few picks later. Picks of
-    ``Engine.past_picks`` are replayed first.
+    The shards must hold embeddings. Picks of ``Engine.past_picks`` are replayed first. Section 7 of docs/method.md says
+    when scores are recomputed (rescored), and when they change to float64.
+
+    Raises:
+        FloatingPointError: gains are too imprecise even in float64.
     """
     picks, last_rescore, candidates = _replay(pool, criterion)
     rescore, limit = Rescore.SAME_TYPE, pool.engine.drift
@@ -72,7 +73,7 @@ def greedy(pool: Pool, criterion: Criterion, budget: int) -> list[ScoredCandidat
         best = best_candidate(candidates)
         error, age = criterion.gain_error(best), len(picks) - last_rescore
         if error is not None:
-            # Written so that NaN exceeds every limit.
+            # ``not error <= limit`` is true for NaN.
             imprecise = (age == 0 and not error <= limit) or (
                 age < MIN_RESCORE_INTERVAL and not error <= IMPRECISE * limit
             )
@@ -98,17 +99,17 @@ def greedy(pool: Pool, criterion: Criterion, budget: int) -> list[ScoredCandidat
 
 
 def _start(pool: Pool, criterion: Criterion, picks: list[ScoredCandidate]) -> list[ScoredCandidate | None]:
-    """Let the shards score all images after ``picks``. Return the best candidate of each shard."""
+    """Let the shards compute all scores after ``picks``. Return the best candidate of each shard."""
     picked = torch.tensor([pick.position for pick in picks], dtype=torch.long)
     remaining = pool.candidates[~torch.isin(pool.candidates, picked)]
     return pool.shards.call(Shard.start_selection, criterion.scorer(), remaining, len(picks), criterion.dtype)
 
 
 def _replay(pool: Pool, criterion: Criterion) -> tuple[list[ScoredCandidate], int, list[ScoredCandidate | None]]:
-    """Replay ``Engine.past_picks``, to the last bit.
+    """Replay ``Engine.past_picks``, equal to the last bit.
 
     Returns:
-        The picks, the number of picks before scores were last computed, and the best candidate of each shard.
+        The picks, the number of picks before the last rescore, and the best candidate of each shard.
     """
     positions = [position for position, _ in pool.engine.past_picks]
     rescores = [rescore for _, rescore in pool.engine.past_picks]
@@ -117,7 +118,7 @@ def _replay(pool: Pool, criterion: Criterion) -> tuple[list[ScoredCandidate], in
     last_rescore = max((i for i, rescore in enumerate(rescores) if rescore != Rescore.NONE), default=0)
     for i, pick in enumerate(picks[:last_rescore]):
         if rescores[i] != Rescore.NONE:
-            criterion.scorer()  # it may apply pending updates, which rounds: repeat everything that happened then
+            criterion.scorer()  # it may apply pending terms, whose rounding must be repeated
         picks[i] = pick._replace(gain=criterion.add(pick)[0])
     if Rescore.FLOAT64 in rescores:
         criterion.use_float64()
@@ -146,7 +147,7 @@ def record_picks(pool: Pool, picks: list[ScoredCandidate]) -> Tensor:
 
 @dataclass(frozen=True)
 class DistanceCriterion:
-    """Pick by distance to the nearest earlier pick. Distances to new picks do not accumulate errors."""
+    """Gain by distance to the nearest center. Such gains do not accumulate errors."""
 
     distance_scorer: Scorer
     dtype: torch.dtype
@@ -167,13 +168,13 @@ class DistanceCriterion:
 
 @dataclass
 class TraceCriterion:
-    """Minimize ``tr(M^-1 F)``."""
+    """Gain by the decrease of ``tr(M^-1 F)``."""
 
     objective: Objective
     dtype: torch.dtype
     """Data type of the scores."""
     _considered: tuple[int, Update] | None = None
-    """Position of the candidate that ``gain_error`` considered, and its update."""
+    """Position of the last candidate of ``gain_error``, and its update."""
 
     def scorer(self) -> TraceScorer:
         return TraceScorer(*self.objective.matrices(self.dtype))
@@ -184,10 +185,10 @@ class TraceCriterion:
         return changed
 
     def gain_error(self, candidate: ScoredCandidate) -> float:
-        # The update contains the exact gain. It is kept because ``add`` nearly always follows.
+        # The update contains the exact gain. It is stored because ``add`` nearly always needs it next.
         update = self.objective.consider(candidate.embedding)
         self._considered = candidate.position, update
-        # The relative error of a gain that is negligible against the objective means nothing.
+        # If a gain is negligible compared with the objective, its relative error has no meaning.
         smallest = max(NEGLIGIBLE * abs(self.objective.value), 1e-300)
         return abs(candidate.gain - update.gain) / max(abs(update.gain), smallest)
 
@@ -206,26 +207,26 @@ class TraceOptions:
     """Definition of M and F in ``tr(M^-1 F)``. The defaults are BAIT's (Ash et al. 2021) without oversampling."""
 
     damping: float = 1.0
-    """lambda: M starts as lambda times the identity ..."""
+    """lambda: M includes lambda times the identity."""
     initial_information: bool = True
-    """... plus the information of the labeled images."""
+    """Whether M includes the information of the labeled images."""
     class_weighting: Weighting = "sqrt"
-    """``sqrt``: V^T V is the Fisher information. ``none``: all classes have the same weight, however probable."""
+    """``sqrt``: V^T V is the Fisher information. ``none``: all classes have the same weight."""
     top_classes: int | None = None
-    """q: an approximation that keeps the q most probable classes of each image, renormalized."""
+    """q: an approximation that uses only the q most probable classes of each image, renormalized."""
     batch_weighting: Literal["bait", "per_sample"] = "bait"
-    """Weight of a candidate: K / (n_L + K), as in BAIT's code, or 1 / (n_L + K), as that of a labeled image."""
+    """w, the weight of a picked image in M. ``bait``: b, as in BAIT's code. ``per_sample``: 1, like a labeled image."""
     target: Literal["pool", "identity"] = "pool"
-    """F: the mean information of the whole pool, or the identity (A-optimal design)."""
+    """F. ``pool``: the mean information of the pool. ``identity``: the identity (A-optimal design)."""
     oversample: float = 1.0
-    """Pick this many times the budget, then prune, one by one, the picks that contribute least."""
+    """Number of picks divided by the budget. The picks beyond the budget that contribute least are pruned."""
 
 
 def minimize_trace(pool: Pool, mask: Mask, budget: int, options: TraceOptions) -> Tensor:
     """Return ``budget`` candidates, in the order of choice, that greedily minimize ``tr(M^-1 F)`` (Ash et al. 2021).
 
     Raises:
-        FloatingPointError: the information is not finite, or the objective is smaller than its rounding errors.
+        FloatingPointError: the information is not finite, or ``damping`` is too small for float64.
     """
     pool.store_embeddings(mask, options.class_weighting, options.top_classes)
     objective = initial_objective(pool, budget, options)
@@ -247,11 +248,11 @@ def minimize_trace(pool: Pool, mask: Mask, budget: int, options: TraceOptions) -
 def _prune(
     pool: Pool, objective: Objective, picks: list[ScoredCandidate], budget: int
 ) -> tuple[Objective, list[ScoredCandidate]]:
-    """Prune, one by one, the pick whose loss raises the objective least, until ``budget`` picks remain.
+    """Prune, one by one, the pick whose removal raises the objective least, until ``budget`` picks remain.
 
-    Pruning prefers directions in which M is nearly singular, and every pruned pick makes errors grow. So everything is
-    computed in float64, and recomputed from the remaining picks where the estimated error of the objective exceeds
-    ``Engine.drift``, and at the end.
+    Pruning prefers directions in which M is nearly singular, and errors grow with every pruned pick. So the objective
+    and the scores are computed in float64. They are recomputed from the remaining picks when the estimated error of the
+    objective exceeds ``Engine.drift``, and the objective is recomputed at the end.
     """
     count = len(picks)
     embedding = concatenate([pick.embedding for pick in picks]).to(torch.float64)
@@ -282,12 +283,12 @@ def _prune(
 
 
 def least_contributing(scores: Tensor) -> int:
-    """Return the image in M that raises the trace least when removed, the first of equal ones: ``tr((I - P)^-1 Q)``."""
+    """Return the index of the image whose removal raises the trace least, by ``tr((I - P)^-1 Q)``."""
     return int(gains(torch.stack([-scores[0], scores[1]])).argmin())
 
 
 def approximation_error(pool: Pool, mask: Mask, options: TraceOptions) -> float:
-    """Return the relative error, by ``top_classes``, of ``tr((lambda I + F)^-1 F)`` with F the information of a sample.
+    """Return the relative error of ``tr((lambda I + F)^-1 F)`` that ``top_classes`` causes, with F of a sample.
 
     The shards must hold the approximate embeddings.
     """
@@ -307,8 +308,11 @@ def initial_objective(pool: Pool, budget: int, options: TraceOptions = TraceOpti
     pool.progress("information", 0, 1)
     largest = pool.shards.call(Shard.largest_information)
     if not all(map(math.isfinite, largest)):
-        raise FloatingPointError("the pool's Fisher information is not finite: the model's outputs overflow")
-    # Every sum over parts is at most the number of parts times the largest entry, which must fit into 62 bits.
+        raise FloatingPointError(
+            "the Fisher information of the pool is not finite, because outputs of the model overflow; "
+            "lower training.learning_rate"
+        )
+    # A sum over parts is at most the number of parts times the largest entry of a part, and must fit into 62 bits.
     num_parts = -(-pool.size // NARROW)
     quantum = 2.0 ** (math.ceil(math.log2(max(*largest, 1e-200) * num_parts)) - 62)
     total = len(pool.labeled) + budget
@@ -322,7 +326,7 @@ def initial_objective(pool: Pool, budget: int, options: TraceOptions = TraceOpti
     start = labeled_information.mul_(quantum / total if options.initial_information else 0.0)
     add_identity(start, options.damping, *sizes)
     weight = budget if options.batch_weighting == "bait" else 1
-    # With the target identity, the trace includes the E directions that no embedding reaches.
+    # The trace with the identity as F includes the E directions that no embedding reaches.
     constant = len(first_embedding.hidden) / options.damping if options.target == "identity" else 0.0
     try:
         return Objective(start, target, math.sqrt(weight / total), constant, options.oversample > 1)

@@ -1,8 +1,8 @@
-"""A contiguous slice of the pool and all work on it. The same class runs in this process and as a Ray actor.
+"""A shard: a contiguous slice of the pool and all computations on it, in this process or as a Ray actor.
 
-Every computation goes block by block, and blocks are aligned to positions in the whole pool: the number of shards
-decides where a block is computed, never its result. For the same reason a shard computes on one CPU thread, whoever
-calls it: the rounding of a sum over threads depends on their number. More shards use more cores.
+Every computation goes block by block, and blocks are aligned to positions in the whole pool, so the number of shards
+does not affect the result of a block. For the same reason, a shard always computes on one CPU thread: the rounding of a
+sum over threads depends on their number. To use more cores, use more shards.
 """
 
 import math
@@ -24,15 +24,15 @@ from fishermask.tensors.slow_gradients import copy_model
 
 
 class Scorer(Protocol):
-    """The part of a greedy criterion that shards compute: a state for each image, from which its gain follows."""
+    """The part of a greedy criterion that shards compute: a state (the scores) of each image, and its gain."""
 
-    def initial_state(self, embedding: Embedding, first: int) -> Tensor:
-        """Return the state of the images of ``embedding``, whose first image is at position ``first``."""
+    def initial_state(self, embedding: Embedding, first_position: int) -> Tensor:
+        """Return the state of the images of ``embedding``, which begin at pool position ``first_position``."""
 
     def update_state(self, state: Tensor, embedding: Embedding, update: Any, step: int) -> None:
-        """Update the state in place for the pick number ``step``, counted from 1."""
+        """Update the state in place for pick number ``step``, counted from 1; ``Criterion.add`` made ``update``."""
 
-    def gains(self, state: Tensor, step: int, first: int) -> Tensor:
+    def gains(self, state: Tensor, step: int, first_position: int) -> Tensor:
         """Return the gain of each image after ``step`` picks, [n]."""
 
 
@@ -43,17 +43,17 @@ class ScoredCandidate(NamedTuple):
     position: int
     """Position in the whole pool."""
     embedding: Embedding
-    """The embedding of this one image."""
+    """Embedding of this image alone."""
 
 
 class Shard:
-    """The pool's images ``start`` to ``start + n - 1``.
+    """The images at pool positions ``start`` to ``start + n - 1``.
 
     Args:
         images: samples [n, ...] of any shape, a tensor or a view of a data set on disk.
-        start: the pool position of the first image, a multiple of ``BLOCK``.
-        preprocess: makes the model's inputs from images.
-        device: where to compute.
+        start: pool position of the first image, a multiple of ``BLOCK``.
+        preprocess: function from images to inputs of the model.
+        device: device of the computations.
     """
 
     def __init__(self, images: Images, start: int, preprocess: Preprocess, device: str) -> None:
@@ -64,7 +64,7 @@ class Shard:
         self.model: nn.Module = nn.Identity()
         self.embeddings: list[Embedding] = []
         self.parts: list[slice] = []
-        """Rows that each of ``embeddings`` and of ``scores`` covers; padding may follow them."""
+        """Indices of the images in each element of ``embeddings`` and ``scores``, whose last columns may be padding."""
         self.scores: list[Tensor] = []
         self.available = torch.zeros(len(images), dtype=torch.bool)
         self.scorer: Scorer
@@ -75,7 +75,7 @@ class Shard:
 
     def set_model(self, model: nn.Module, precision: Precision) -> None:
         """Store a copy of ``model`` in eval mode, and free all results of an earlier model."""
-        # A copy: the hooks of one shard must not see the forward passes of another in the same process.
+        # A copy, because hooks of this shard must not run in forward passes of other shards of the process.
         self.model = copy_model(model).to(self.device).eval().requires_grad_(False)
         self.precision = precision
         self.scores_type = precision.scores or self._dtype()
@@ -89,24 +89,24 @@ class Shard:
         return_memory()
 
     def images_at(self, positions: Tensor) -> Tensor:
-        """Return the images at those of the ascending pool ``positions`` that lie in this slice."""
+        """Return the images at those ascending pool ``positions`` that are in this shard."""
         inside = (positions >= self.start) & (positions < self.start + len(self.images))
         return self.images[positions[inside] - self.start]
 
     def inputs_at(self, positions: Tensor) -> Tensor:
-        """Return the model's inputs at those of the ascending pool ``positions`` that lie in this slice."""
+        """Return the inputs of the model at those ascending pool ``positions`` that are in this shard."""
         return self.preprocess(self.images_at(positions), self._dtype())
 
     @torch.no_grad()
     def probabilities(self, piece: int, num_pieces: int) -> Tensor:
-        """Return the predicted probabilities [rows, C] of the images of one piece of this slice."""
+        """Return the predicted probabilities of the images of one piece of this shard, [m, C]."""
         blocks = self._blocks_of(piece, num_pieces)
         result, done = torch.empty(0), 0
         for block in blocks:
             for images in self.images[block].split(PREDICTED):
                 batch = self._predict(images)
                 if not done:
-                    # Allocated once: results between the chunks' memory would keep the heap from reusing its gaps.
+                    # Allocated once, because small results would fragment the heap.
                     result = batch.new_empty(blocks[-1].stop - blocks[0].start, batch.shape[1])
                 result[done : done + len(batch)] = batch
                 done += len(batch)
@@ -119,17 +119,17 @@ class Shard:
         return self.model(inputs).softmax(-1)[: len(images)].cpu()
 
     def fisher_diagonal(self, images: Tensor, plan: GradientPlan) -> dict[str, Tensor]:
-        """Return the sum of the Fisher diagonal over ``images``, by parameter."""
+        """Return the sum of the Fisher diagonal over ``images``: body parameter -> flat tensor."""
         diagonal = fisher_diagonal(self.model, self._inputs(images), plan)
         return {name: value.cpu() for name, value in diagonal.items()}
 
     def store_embeddings(
         self, piece: int, num_pieces: int, mask: Mask, weighting: Weighting, top_classes: int | None, chunk: int
     ) -> None:
-        """Embed the images of one piece of this slice and keep the embeddings; call with each piece in turn.
+        """Compute and store the embeddings of one piece of this shard. Pieces must be stored in order.
 
         Args:
-            chunk: images differentiated at once, a multiple of ``ALIGNMENT`` that divides ``NARROW``.
+            chunk: number of images differentiated at once, a multiple of ``ALIGNMENT`` that divides ``NARROW``.
         """
         mask = mask.to(self.device)
         num_rows = images_per_part(mask.body_size)
@@ -153,28 +153,29 @@ class Shard:
         return embed(self.model, inputs, mask, weighting, top_classes, self.precision.autocast)
 
     def embed_images(self, images: Tensor, mask: Mask, weighting: Weighting) -> Embedding:
-        """Return exact embeddings of any ``images``, with all classes; they are not stored."""
+        """Return the embeddings of any ``images``, with all classes; do not store them."""
         inputs, mask = self._inputs(images), mask.to(self.device)
         return concatenate([embed(self.model, part, mask, weighting) for part in inputs.split(ALIGNMENT)]).map(
             Tensor.cpu
         )
 
     def largest_information(self) -> float:
-        """Return the largest entry of any part's sum of ``V^T V``, which lies on its diagonal; NaN if any is NaN."""
+        """Return the largest entry of the sums of ``V^T V`` of all parts; NaN if an entry is NaN."""
+        # The largest entry of a positive semidefinite matrix is on its diagonal.
         largest = [information_diagonal(self._load(i)).max() for i in range(len(self.parts))]
         return float(torch.stack(largest).max()) if largest else 0.0
 
     def information(self, labeled: Tensor, quantum: float) -> tuple[Tensor, Tensor]:
-        """Return sums of ``V^T V`` over all images and over those at the pool positions ``labeled``.
+        """Return the sums of ``V^T V`` over all images and over the images at pool positions ``labeled``.
 
-        Both are [k - E, k - E] integers in units of ``quantum``: sums of integers are exact, so the order of parts and
-        shards changes nothing. A shard without images returns empty tensors [0, 0].
+        Both sums are [k - E, k - E] integers in units of ``quantum``. Sums of integers are exact, so the order of parts
+        and shards does not matter. A shard without images returns empty tensors [0, 0].
         """
         size = self.embeddings[0].size if self.embeddings else 0
         pool_sum = torch.zeros(size, size, dtype=torch.int64, device=self.device)
         labeled_sum = pool_sum.clone()
         for i, part in enumerate(self.parts):
-            # Sums in float32 have eigenvalues below zero, for which a small damping would not make up.
+            # A sum in float32 can have negative eigenvalues that are larger than a small damping.
             embedding = self.embeddings[i].to(torch.float64)
             _add_quantized(pool_sum, information(embedding), quantum)
             first, last = self.start + part.start, self.start + part.stop
@@ -184,16 +185,21 @@ class Shard:
         return pool_sum.cpu(), labeled_sum.cpu()
 
     def embeddings_at(self, positions: Tensor) -> dict[int, Embedding]:
-        """Return pool position -> embedding of that image, for those of ``positions`` that lie in this slice."""
+        """Return pool position -> embedding of this image alone, for those ``positions`` that are in this shard."""
         inside = [int(p) for p in positions if self.start <= p < self.start + len(self.images)]
         return {position: self._embedding_of(position - self.start) for position in inside}
 
     def start_selection(
         self, scorer: Scorer, candidates: Tensor, step: int, dtype: torch.dtype
     ) -> ScoredCandidate | None:
-        """Compute and keep the scores of all images, in ``dtype``, after ``step`` picks.
+        """Compute the scores of all images after ``step`` picks, and return the best candidate of this shard.
 
-        Return the best of the pool positions ``candidates`` that lie in this slice; None if none does.
+        Args:
+            candidates: pool positions that may be picked.
+            dtype: data type of the scores.
+
+        Returns:
+            The best of the candidates in this shard; None if the shard has no candidate.
         """
         self.scores_type = dtype
         inside = (candidates >= self.start) & (candidates < self.start + len(self.images))
@@ -205,8 +211,8 @@ class Shard:
             self.scores.append(self.scorer.initial_state(self._load(i), self.start + part.start))
         return self._best_candidate()
 
-    def apply_pick(self, update: Any, position: int, want_candidate: bool) -> ScoredCandidate | None:
-        """Update the scores for the pick at pool ``position``. Return the next best candidate if it is wanted."""
+    def apply_pick(self, update: Any, position: int, return_candidate: bool) -> ScoredCandidate | None:
+        """Update the scores for the pick at pool ``position``. Return the next best candidate if requested."""
         if self.embeddings:
             update = to_type(update, self.scores_type, self.device)
         self.step += 1
@@ -214,7 +220,7 @@ class Shard:
             self.available[position - self.start] = False
         for i, scores in enumerate(self.scores):
             self.scorer.update_state(scores, self._load(i), update, self.step)
-        return self._best_candidate() if want_candidate else None
+        return self._best_candidate() if return_candidate else None
 
     def _best_candidate(self) -> ScoredCandidate | None:
         if not self.scores:
@@ -222,7 +228,7 @@ class Shard:
         all_gains = torch.cat([self._gains(state, part) for state, part in zip(self.scores, self.parts, strict=True)])
         # ``max`` returns the first of equal gains, and NaN or infinity if there is any.
         gain, row = torch.where(self.available, all_gains, -torch.inf).max(0)
-        # Each copy from a GPU waits for it: make one copy, of numbers that float64 represents exactly.
+        # Each copy from a GPU waits for the GPU, so all values are copied at once; float64 represents them exactly.
         values = torch.stack([gain.double(), row.double(), self.available.any().double()])
         best_gain, best_row, any_available = values.tolist()
         if not any_available:
@@ -238,7 +244,7 @@ class Shard:
         return self.scorer.gains(state, self.step, self.start + part.start)[: part.stop - part.start]
 
     def _embedding_of(self, row: int) -> Embedding:
-        """Return the embedding of one image, as a copy: a view would keep its whole part in memory."""
+        """Return a copy of the embedding of one image; a view would keep its whole part in memory."""
         index = next(i for i, part in enumerate(self.parts) if row < part.stop)
         column = row - self.parts[index].start
         return take(self.embeddings[index], slice(column, column + 1)).map(lambda tensor: tensor.cpu().clone())
@@ -267,7 +273,7 @@ class Shard:
 
 
 def to_type(value: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
-    """Return a tensor, or a named tuple or dataclass of them, with its floating-point numbers in ``dtype``."""
+    """Return a tensor, or a named tuple or dataclass of tensors, on ``device`` and with real numbers in ``dtype``."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -278,21 +284,21 @@ def to_type(value: Any, dtype: torch.dtype, device: torch.device | str = "cpu") 
 
 
 def _pad(inputs: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Repeat the last input up to a multiple of ``ALIGNMENT``: smaller batches may round differently."""
+    """Return ``inputs``, with the last input repeated up to a multiple of ``ALIGNMENT``."""
     missing = -len(inputs) % ALIGNMENT
     padded = torch.cat([inputs, inputs[-1:].expand(missing, *inputs.shape[1:])]) if missing else inputs
     return padded.contiguous(memory_format=memory_format) if padded.dim() == 4 else padded.contiguous()
 
 
 def _zeros_like(embedding: Embedding, count: int) -> Embedding:
-    """Return an embedding of ``count`` images, all zeros, of the kind of ``embedding``."""
+    """Return embeddings of ``count`` images, filled with zeros, with the shapes and types of ``embedding``."""
     return embedding.map(lambda part: part.new_zeros(*part.shape[:-1], count))
 
 
 def _copy_into(target: Embedding, first: int, source: Embedding, limit: int) -> None:
-    """Copy ``source`` to the images of ``target`` from ``first`` on, but not beyond ``limit``.
+    """Copy the images of ``source`` to images ``first``, ``first + 1``, ... of ``target``, up to ``limit - 1``.
 
-    A list of chunks, joined at the end, would keep the heap from reusing the gaps between them.
+    Concatenating a list of chunks would fragment the heap.
     """
     count = min(source.hidden.shape[1], limit - first)
     for field in fields(Embedding):
@@ -301,6 +307,6 @@ def _copy_into(target: Embedding, first: int, source: Embedding, limit: int) -> 
 
 
 def _add_quantized(total: Tensor, share: Tensor, quantum: float) -> None:
-    """Add ``share``, rounded to multiples of ``quantum``, to ``total`` in place, a few rows at a time."""
+    """Add ``share`` to ``total`` in place, as integer multiples of ``quantum``, a few rows at a time."""
     for total_rows, share_rows in zip(total.split(512), share.split(512), strict=True):
         total_rows += (share_rows / quantum).round_().long()

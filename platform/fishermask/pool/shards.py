@@ -1,7 +1,7 @@
-"""Calls to all shards of a pool, and the simplest kind of shards: those in this process.
+"""The interface of the shards of a pool, and shards in this process.
 
-Callers name a method of ``Shard`` itself, as in ``shards.call(Shard.embeddings_at, positions)``, so that type checkers
-check the arguments and the result, and editors find the method.
+Callers pass a method of the class ``Shard``, as in ``shards.call(Shard.embeddings_at, positions)``, so that type
+checkers can check the arguments and the result.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,17 +33,17 @@ class Shards(Protocol):
         """Call ``method`` on the first ``len(args)`` shards, with one element of ``args`` each."""
 
     def sum_results(self, method: Callable[[Shard, *Args], tuple[Tensor, ...]], *args: *Args) -> list[Tensor]:
-        """Call ``method`` on every shard and return the sums of the tensors that it returns.
+        """Call ``method`` on every shard. Return the sum over the shards for each tensor that it returns.
 
-        Shards without images return empty tensors, which do not count.
+        Shards without images return empty tensors, which are skipped.
         """
 
     def close(self) -> None:
-        """Free everything that the shards hold."""
+        """End the shards and free their memory."""
 
 
 def sum_rows(rows: Iterable[Sequence[Tensor]]) -> list[Tensor]:
-    """Return the sum of ``rows``, tensor by tensor, in the memory of the first; rows of empty tensors do not count."""
+    """Return the sum of ``rows``, tensor by tensor; overwrite the first row, and skip rows of empty tensors."""
     totals: list[Tensor] = []
     for row in rows:
         if len(row[0]) and totals:
@@ -59,7 +59,7 @@ class LocalShards:
 
     Args:
         images: the whole pool, [n, ...]; no shard copies its slice.
-        preprocess: makes the model's inputs from images.
+        preprocess: function from images to inputs of the model.
     """
 
     def __init__(self, images: Images, preprocess: Preprocess, count: int = 1, device: str = "cpu") -> None:
@@ -68,7 +68,7 @@ class LocalShards:
             Shard(images.narrow(0, start, end - start), start, preprocess, device)
             for start, end in shard_slices(len(images), count)
         ]
-        # Torch's number of threads is a setting of each thread: that of the caller does not change.
+        # ``torch.set_num_threads`` changes only the thread that calls it, and so not the thread of the caller.
         self.threads = ThreadPoolExecutor(count, "shard", torch.set_num_threads, (1,))
 
     def call(self, method: Callable[[Shard, *Args], Result], *args: *Args) -> list[Result]:

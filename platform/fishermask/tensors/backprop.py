@@ -1,10 +1,10 @@
-"""Gradients of the logits with respect to the *output* of every layer, for all samples of a batch.
+"""Gradients of the logits with respect to the *outputs* of layers, for all samples of a batch.
 
 In eval mode no sample of a batch affects another, so one backward pass gives the gradients of all samples. Gradients
-with respect to *parameters* follow from a layer's input and output gradient (``layer_rules``).
+with respect to *parameters* follow from a layer's input and the gradient of its output (``layer_rules``).
 
-Letters in shapes: n samples, C classes, E inputs of the last layer, k masked parameters, r rows of an embedding. All
-symbols are in docs/method.md.
+Letters in shapes: n samples, C classes, E inputs of the last layer, k masked parameters, r rows of an embedding.
+docs/method.md defines all symbols.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,9 +22,9 @@ class ForwardPass(NamedTuple):
     """Results of a forward pass of one batch."""
 
     logits: Tensor
-    """[n, C], with a graph to ``outputs``."""
+    """[n, C], with an autograd graph that leads to ``outputs``."""
     hidden: Tensor
-    """[n, E] input of the last layer, [n, E + 1] with ones where it has a bias, [n, 0] without a linear last layer."""
+    """[n, E], input of the last layer, with a column of ones if it has a bias; [n, 0] without a linear last layer."""
     inputs: dict[str, Tensor]
     """Layer name -> its input [n, ...]."""
     outputs: dict[str, Tensor]
@@ -34,15 +34,15 @@ class ForwardPass(NamedTuple):
 
     @property
     def probabilities(self) -> Tensor:
-        """softmax of the logits, [n, C], without a graph."""
+        """The softmax of the logits, [n, C], without a graph."""
         return self.logits.detach().softmax(-1)
 
 
 def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence[str]) -> ForwardPass:
     """Run ``model`` (in eval mode) on ``images`` [n, ...] and return the inputs and outputs of ``layers``.
 
-    The graph starts at the earliest of ``layers``, if no parameter requires a gradient. Without ``layers`` there is no
-    graph. ``layers`` must be among ``GradientPlan.layers``.
+    If no parameter requires a gradient, the autograd graph begins at the output of the earliest of ``layers``. If
+    ``layers`` is empty, there is no graph. ``layers`` must be among ``GradientPlan.layers``.
 
     Raises:
         InputError: the logits of the batch are not the output of a single call of ``head``.
@@ -52,7 +52,7 @@ def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence
     called: set[str] = set()
 
     def record(name: str, args: tuple[Any, ...], output: Any) -> Tensor | None:
-        # Where the route depends on the data, as in a mixture of experts, a layer may get only some of the images.
+        # If the control flow depends on the data, as in a mixture of experts, a layer may get only some of the images.
         irregular = name in called or not is_per_sample(args, output, len(images))
         called.add(name)
         if irregular:
@@ -63,7 +63,7 @@ def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence
         if not output.requires_grad:
             output.requires_grad_()
         outputs[name] = output
-        # Later layers get a copy: an in-place activation would overwrite the tensor that is differentiated.
+        # The next layer gets a copy, because an in-place activation would overwrite the tensor in ``outputs``.
         return output.clone()
 
     modules = dict(model.named_modules())
@@ -81,16 +81,16 @@ def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence
     ]
     try:
         with torch.set_grad_enabled(bool(layers)), plain_attention:
-            returned = model(images)
+            model_output = model(images)
     finally:
         for handle in handles:
             handle.remove()
     irregular = tuple(name for name in layers if name not in outputs)
-    logits = returned.to(images.dtype)  # autocast may change the type
+    logits = model_output.to(images.dtype)  # autocast may change the type
     if head is None:
         return ForwardPass(logits, logits.new_empty(len(logits), 0), inputs, outputs, irregular)
     regular = len(head_calls) == 1 and is_per_sample(*head_calls[0][:2], len(images))
-    if not regular or head_calls[0][1] is not returned or returned._version != head_calls[0][2]:
+    if not regular or head_calls[0][1] is not model_output or model_output._version != head_calls[0][2]:
         raise InputError(
             f"model: for some images the logits of {type(model).__name__} are not the output of its last layer {head}, "
             "called once with all images of a batch; change its forward method so that they always are"
@@ -102,17 +102,19 @@ def forward(model: nn.Module, images: Tensor, head: str | None, layers: Sequence
 
 
 def is_per_sample(args: tuple[Any, ...], output: Any, count: int) -> bool:
-    """Return whether a layer got one tensor and returned one, both with ``count`` images in the first dimension."""
+    """Return whether a layer took one tensor and returned one tensor, both with ``count`` images in dimension 0."""
     tensors = len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor)
     return tensors and all(tensor.dim() > 0 and len(tensor) == count for tensor in (args[0], output))
 
 
 def output_gradients(forward_pass: ForwardPass, cotangents: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Compute the gradients of ``cotangent * logits`` by the outputs of the layers, in one backward pass per cotangent.
+    """Compute the gradients of ``(cotangent * logits).sum()`` with respect to the outputs of the layers.
+
+    Each cotangent takes one backward pass.
 
     Args:
-        cotangents: [r, n, C]. They include the derivative of the softmax, which therefore costs nothing, and loses no
-            digits where a prediction is nearly certain.
+        cotangents: [r, n, C]. They include the derivative of the softmax, which therefore costs nothing and loses no
+            digits if a prediction is nearly certain.
 
     Yields:
         Layer name -> gradient, of the shape of the layer's output; zero if the logits do not depend on the layer.

@@ -1,15 +1,17 @@
 """Contrasts between classes: C - 1 rows that carry all Fisher information of a softmax over C classes.
 
-With J = d z / d theta the gradients of an image's logits, its Fisher information is ``J^T (diag(p) - p p^T) J``. The
-matrix in the middle has rank C - 1, and its Cholesky factor is known in closed form (Tanabe, Sagae 1992, J. R. Stat.
-Soc. B 54): ``A^T A = diag(p) - p p^T``, where row c of A contrasts class c with the classes after it,
+The Fisher information of an image is ``J^T (diag(p) - p p^T) J``, where J = dz / d theta holds the gradients of its
+logits z. The matrix in the middle has rank C - 1, and its Cholesky factor is known in closed form (Tanabe, Sagae 1992,
+J. R. Stat. Soc. B 54): ``diag(p) - p p^T = A^T A``, where row c of A contrasts class c with the classes after it:
 
-    A_c = sqrt(p_c tail_(c+1) / tail_c) (e_c - sum_(i>c) p_i / tail_(c+1) e_i),    tail_c = p_c + p_(c+1) + ...
+    A_cc = sqrt(p_c tail_(c+1) / tail_c),    where tail_c = p_c + p_(c+1) + ... + p_C
+    A_co = -A_cc p_o / tail_(c+1)  for o > c,    and A_co = 0 for o < c
 
-A is applied class by class and never formed: the weighted mean over the classes after c takes one step from the mean
-over the classes after c + 1.
+``apply`` forms no matrix A. It goes from the last class to the first, because the weighted mean over the classes after
+c follows in one step from the mean over the classes after c + 1.
 
-With the weighting ``none``, as in the paper's released code, the classes count alike: ``A = I - 1 p^T``, with C rows.
+With the weighting ``none``, all classes have the same weight, as in the paper's released code: ``A = I - 1 p^T``, with
+C rows.
 """
 
 from typing import Literal
@@ -26,7 +28,7 @@ def num_rows(num_classes: int, weighting: Weighting) -> int:
 
 
 def apply(p: Tensor, by_class: Tensor, weighting: Weighting) -> Tensor:
-    """Return ``A @ by_class``, [r, m, n], from p [C, n] and ``by_class`` [C, m, n], whose memory it overwrites."""
+    """Return ``A @ by_class``, [r, m, n], from p [C, n] and ``by_class`` [C, m, n]; overwrite ``by_class``."""
     if weighting == "none":
         return by_class.sub_((p[:, None] * by_class).sum(0))
     share, scale = _share_and_scale(p)
@@ -45,7 +47,7 @@ def apply_transposed(p: Tensor, rows: Tensor, weighting: Weighting) -> Tensor:
     share, scale = _share_and_scale(p)
     result = rows.new_empty(len(p), *rows.shape[1:])
     torch.mul(rows, scale[:, None], out=result[:-1])
-    # What the rows so far subtract from all later classes together; each class takes its share of it.
+    # ``pending`` sums what the rows so far subtract from the classes after them; each class takes its share.
     pending = torch.zeros_like(result[0])
     for c in range(len(share)):
         scaled_row = result[c].clone()

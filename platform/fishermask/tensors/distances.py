@@ -1,7 +1,8 @@
 """Scores by distance to the images chosen so far: k-center (Sener, Savarese 2018) and BADGE (Ash et al. 2020).
 
 Both store the squared distance of each image to its nearest center, and update it for each new center. The gradient
-embedding of BADGE, ``(p - e_y) (x) h`` with y the predicted class, is stored as its two factors, never as [n, C E].
+embedding of BADGE is the outer product of p - one_hot(y) and h, where y is the most probable class. It is stored as
+these two factors, never as [n, C E].
 """
 
 from dataclasses import dataclass
@@ -14,16 +15,16 @@ from fishermask.tensors.embedding import Embedding
 
 @dataclass(frozen=True)
 class KCenterScorer:
-    """Squared distance of the last hidden layer's output to the nearest labeled or chosen image.
+    """Squared distance between inputs of the last layer: of each image to the nearest labeled or picked image.
 
     Attributes:
-        centers: hidden outputs of the labeled images, [E, l].
+        centers: inputs of the last layer for the labeled images, [E, n_L].
     """
 
     centers: Tensor
 
-    def initial_state(self, embedding: Embedding, first: int) -> Tensor:
-        """Return the squared distance to the nearest labeled image, [n]; infinite if none is labeled."""
+    def initial_state(self, embedding: Embedding, first_position: int) -> Tensor:
+        """Return the squared distance to the nearest labeled image, [n]; infinity if no image is labeled."""
         state = embedding.hidden.new_full((embedding.hidden.shape[1],), torch.inf)
         for center in self.centers.unbind(1):
             _keep_nearest(state, (embedding.hidden - center[:, None]).square().sum(0))
@@ -31,36 +32,38 @@ class KCenterScorer:
 
     def update_state(self, state: Tensor, embedding: Embedding, update: Embedding, step: int) -> None:
         """Add the pick, ``update``, to the centers."""
-        # From differences: expanding the square could give a negative distance by rounding.
+        # The square is not expanded, because rounding could then give a negative distance.
         _keep_nearest(state, (embedding.hidden - update.hidden).square().sum(0))
 
-    def gains(self, state: Tensor, step: int, first: int) -> Tensor:
-        """Return the distances. Without any center all are equal, and the first image is picked."""
+    def gains(self, state: Tensor, step: int, first_position: int) -> Tensor:
+        """Return the distances as gains, [n]. Without a center, all gains are equal."""
         return state.clamp_max(torch.finfo(state.dtype).max)
 
 
 @dataclass(frozen=True)
 class BadgeScorer:
-    """k-means++ seeding on gradient embeddings: first the longest, then draws in proportion to the squared distance.
+    """k-means++ seeding on gradient embeddings.
 
-    ``argmax(log d + g)`` with independent Gumbel noise g draws in proportion to d. The noise belongs to the step and to
-    pool positions, so the draw does not depend on the number of shards.
+    The first pick has the longest embedding. Each later pick is drawn with probability proportional to its squared
+    distance d: it is the argmax of log d plus independent Gumbel noise. The noise depends on the step and on the pool
+    position only, so the draw does not depend on the number of shards.
     """
 
     seed: int
 
-    def noise_seed(self, step: int, first: int) -> int:
-        """Return the seed of the noise of one step, for the images from pool position ``first``."""
-        return ((self.seed * 1_000_003 + step) * 1_000_003 + first) % 2**63
+    def noise_seed(self, step: int, first_position: int) -> int:
+        """Return the seed of the noise of one step, for images that begin at pool position ``first_position``."""
+        return ((self.seed * 1_000_003 + step) * 1_000_003 + first_position) % 2**63
 
-    def initial_state(self, embedding: Embedding, first: int) -> Tensor:
+    def initial_state(self, embedding: Embedding, first_position: int) -> Tensor:
         """Return the squared lengths of the gradient embeddings, [n]."""
         return _residual(embedding).square().sum(0) * embedding.hidden.square().sum(0)
 
     def update_state(self, state: Tensor, embedding: Embedding, update: Embedding, step: int) -> None:
-        """Add the pick, ``update``, to the centers. At step 1 it replaces the lengths by distances."""
+        """Add the pick, ``update``, to the centers. Step 1 replaces the squared lengths with squared distances."""
         center = _residual(update)
-        # |u (x) h - v (x) w|^2 = |v (x) (h - w) + (u - v) (x) h|^2, which subtracts no large squares.
+        # For residuals u, u' and inputs h, h' of an image and the center, the difference of the outer products u (x) h
+        # and u' (x) h' is u' (x) (h - h') + (u - u') (x) h. Its square subtracts no large numbers.
         residual_change, hidden_change = _residual(embedding) - center, embedding.hidden - update.hidden
         squares = center.square().sum(0) * hidden_change.square().sum(0)
         squares += residual_change.square().sum(0) * embedding.hidden.square().sum(0)
@@ -71,22 +74,22 @@ class BadgeScorer:
         else:
             _keep_nearest(state, distance)
 
-    def gains(self, state: Tensor, step: int, first: int) -> Tensor:
-        """Return the lengths, or after a pick log distances with noise. Images equal to a center come last."""
+    def gains(self, state: Tensor, step: int, first_position: int) -> Tensor:
+        """Return the squared lengths at step 0, else log squared distances plus noise; low if equal to a center."""
         if step == 0:
             return state
-        generator = torch.Generator().manual_seed(self.noise_seed(step, first))
+        generator = torch.Generator().manual_seed(self.noise_seed(step, first_position))
         uniform = torch.rand(len(state), generator=generator, dtype=torch.float64).clamp_min(1e-300).to(state.device)
         noise = -torch.log(-torch.log(uniform))
         return (state.double().log() + noise).clamp_min(-1e300)
 
 
 def _residual(embedding: Embedding) -> Tensor:
-    """Return p - e_y with y the most probable class, [C, n]: gradient of the loss by the logits for the label y."""
+    """Return p - one_hot(y), [C, n]: the gradient of the loss for label y with respect to the logits."""
     p = embedding.probabilities
     return p - torch.zeros_like(p).scatter_(0, p.argmax(0, keepdim=True), 1.0)
 
 
 def _keep_nearest(state: Tensor, distance: Tensor) -> None:
-    """Replace each distance in ``state`` by a smaller one."""
+    """Replace each distance in ``state`` with the smaller of it and ``distance``, in place."""
     torch.minimum(state, distance, out=state)

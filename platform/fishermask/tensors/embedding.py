@@ -1,20 +1,21 @@
 """Fisher embeddings in factored form, and their products with matrices.
 
-The embedding of an image is ``V = A J`` [r, k], where J is the gradient of its logits by the masked parameters and A
-contains the contrasts between classes (``contrasts``). ``V^T V`` is the Fisher information of the image, and r = C - 1.
-The last layer is linear, so its columns are an outer product, ``V_head[c, (o, e)] = A_co h_e``. An embedding stores p,
-from which A follows, h, and the dense columns of the body: ``r k_body + E + C`` numbers per image instead of C k.
+The embedding of an image is ``V = A J`` [r, k], where J holds the gradients of its logits with respect to the masked
+parameters, and A the contrasts between classes (``contrasts``). ``V^T V`` is the Fisher information of the image, and
+r = C - 1. The last layer is linear, so its columns are an outer product, ``V_head[c, (o, i)] = A_co h_i``. An embedding
+stores p, from which A follows, h, and the dense columns of the body: ``r k_body + E + C`` numbers per image instead of
+C k.
 
-The rows of A sum to zero over the classes, so the columns of the last class are minus the sum of the other classes'
-columns, and matrices omit them. Their k - E columns are those of the last layer, (o, e) with e fastest and a bias as
-the last e, then those of the body in the order of the mask. ``add_identity`` adds the equivalent of the identity of all
-k columns.
+Each row of A sums to zero over the classes, so the E columns of the last class are minus the sum of the columns of the
+other classes. All matrices omit them, and V in this package is V' of docs/method.md, [r, k - E]. Its columns are those
+of the last layer, (o, i) with i fastest and a bias as the last i, then those of the body in the order of the mask.
+``add_identity`` adds the equivalent of the identity of all k columns.
 
 Images are the *last* axis of every tensor. Elementwise operations then run along contiguous memory, and products are a
 few large matrix products instead of many small ones.
 
-As an *approximation* for many classes, an embedding may use the q most probable classes of each image, renormalized, as
-if the other classes were impossible. Then q replaces C below, and ``classes`` lists the classes of each image.
+As an *approximation* for many classes, an embedding may use only the q most probable classes of each image,
+renormalized, as if the other classes were impossible. Then r = q - 1, and ``classes`` lists the classes of each image.
 """
 
 from collections.abc import Callable
@@ -32,12 +33,12 @@ from fishermask.tensors.mask import Mask
 from fishermask.tensors.slow_gradients import pair, slow_gradients
 
 STRIP = 1024
-"""Columns of the body whose products are computed at once."""
+"""Number of columns of the body whose information is computed at once."""
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """Fisher embeddings of n images, with q = C classes, or fewer with ``top_classes``."""
+    """Fisher embeddings of n images that use q classes of each image: all C, or fewer with ``top_classes``."""
 
     probabilities: Tensor
     """[q, n]"""
@@ -46,7 +47,7 @@ class Embedding:
     body: Tensor
     """[r, k_body, n]"""
     classes: Tensor | None = None
-    """[q, n], the classes of each image in use, ascending; None for all classes."""
+    """[q, n], the classes that the embedding of each image uses, ascending; None for all classes."""
     all_classes: int = 0
     """C, if ``classes`` is not None."""
     weighting: Weighting = "sqrt"
@@ -73,12 +74,12 @@ class Embedding:
 
     @property
     def head_size(self) -> int:
-        """Number of columns of the last layer, without the last class."""
+        """Number of columns of the last layer, without those of the last class."""
         return (self.num_classes - 1) * len(self.hidden)
 
     @property
     def size(self) -> int:
-        """Number of all columns, k - E."""
+        """Number of columns, k - E."""
         return self.head_size + self.body.shape[1]
 
 
@@ -95,8 +96,8 @@ def embed(
     Args:
         weighting: ``sqrt``: V^T V is the Fisher information. ``none``: all classes have the same weight, as in the
             paper's released code.
-        top_classes: q, an approximation that treats the other classes as impossible.
-        autocast: type in which layers compute; results are in the type of the images.
+        top_classes: q, the number of classes of each image to use; None for all classes.
+        autocast: data type in which layers compute. Results have the type of the images.
     """
     count, images = len(images), pair(images)
     with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
@@ -162,30 +163,30 @@ def concatenate(parts: list[Embedding]) -> Embedding:
 
 
 def _select_classes(embedding: Embedding, by_class: Tensor) -> Tensor:
-    """Return the rows [q, m, n] of ``by_class`` [C, m, n] that belong to the classes in use."""
+    """Return the rows [q, m, n] of ``by_class`` [C, m, n] for the classes that each embedding uses."""
     if embedding.classes is None:
         return by_class
     return by_class.gather(0, embedding.classes[:, None].expand(-1, by_class.shape[1], -1))
 
 
 def _contrast(embedding: Embedding, by_class: Tensor) -> Tensor:
-    """Return the contrasts [r, m, n] of ``by_class`` [q, m, n], in its memory."""
+    """Return ``A @ by_class``, [r, m, n], for ``by_class`` [q, m, n]; overwrite ``by_class``."""
     return contrasts.apply(embedding.probabilities, by_class, embedding.weighting)
 
 
 def dense(embedding: Embedding) -> Tensor:
     """Return V itself, [n, r, k - E]."""
     p, n, rows = embedding.probabilities, embedding.hidden.shape[1], embedding.rows
-    between = contrasts.dense(p, embedding.weighting)
+    contrast_rows = contrasts.dense(p, embedding.weighting)
     if embedding.classes is not None:
-        all_classes = between.new_zeros(rows, embedding.num_classes, n)
-        between = all_classes.scatter_(1, embedding.classes.expand(rows, -1, -1), between)
-    head = between[:, :-1, None] * embedding.hidden
+        all_classes = contrast_rows.new_zeros(rows, embedding.num_classes, n)
+        contrast_rows = all_classes.scatter_(1, embedding.classes.expand(rows, -1, -1), contrast_rows)
+    head = contrast_rows[:, :-1, None] * embedding.hidden
     return torch.cat([head.flatten(1, 2), embedding.body], dim=1).permute(2, 0, 1)
 
 
 def every_column(embedding: Embedding) -> Tensor:
-    """Return V with the columns of the last class, [n, r, k]."""
+    """Return V with all columns, those of the last class included, [n, r, k]."""
     v, width = dense(embedding), len(embedding.hidden)
     head, body = v.split([embedding.head_size, embedding.body.shape[1]], dim=2)
     last = -head.unflatten(2, (embedding.num_classes - 1, width)).sum(2)
@@ -195,9 +196,8 @@ def every_column(embedding: Embedding) -> Tensor:
 def add_identity(matrix: Tensor, weight: float, num_classes: int, width: int) -> None:
     """Add to ``matrix`` [k - E, k - E], in place, the equivalent of ``weight`` times the identity of all k columns.
 
-    With L [k - E, k], which maps the last class to minus the sum of the other classes, ``V_all = V L``. The inverse is
-    ``L (w I + L^T X L)^-1 L^T = (w (L L^T)^-1 + X)^-1``, and ``(L L^T)^-1 = I - 1 1^T / C`` between the classes of the
-    last layer.
+    This is ``weight (L L^T)^-1``, where L [k - E, k] maps V to all k columns (docs/method.md, section 4). Between the
+    classes of the last layer, ``(L L^T)^-1 = I - 1 1^T / C``.
     """
     matrix.diagonal().add_(weight)
     head_size = (num_classes - 1) * width
@@ -215,7 +215,7 @@ def product(embedding: Embedding, matrix: Tensor) -> Tensor:
 
 
 def _by_class(head: Tensor, hidden: Tensor) -> Tensor:
-    """Return ``head`` [C - 1, m, E] times ``hidden`` [E, n] for each class, and zero for the last: [C, m, n]."""
+    """Return ``head`` [C - 1, m, E] times ``hidden`` [E, n] for each class, and zero for the last class: [C, m, n]."""
     result = hidden.new_empty(len(head) + 1, head.shape[1], hidden.shape[1])
     torch.mm(head.flatten(0, 1), hidden, out=result[:-1].flatten(0, 1))
     result[-1] = 0
@@ -223,7 +223,7 @@ def _by_class(head: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _images_with_class(embedding: Embedding, o: int) -> tuple[int | Tensor, slice | Tensor]:
-    """Return the place of class o among the classes of each image that uses it, and these images: two indices."""
+    """Return two indices: of class o among the classes of each image that uses it, and of these images."""
     if embedding.classes is None:
         return o, slice(None)
     places, images = (embedding.classes == o).nonzero(as_tuple=True)
@@ -232,31 +232,32 @@ def _images_with_class(embedding: Embedding, o: int) -> tuple[int | Tensor, slic
 
 def quadratic(embedding: Embedding, matrix: Tensor) -> Tensor:
     """Return ``V @ matrix @ V^T`` for a symmetric ``matrix`` [k - E, k - E]: [r, r, n]."""
-    others, (q, n) = embedding.num_classes - 1, embedding.probabilities.shape
+    stored_classes, (q, n) = embedding.num_classes - 1, embedding.probabilities.shape
     hidden, body, head_size = embedding.hidden, embedding.body, embedding.head_size
     width = len(hidden)
-    pairs = matrix[:head_size, :head_size].view(others, width, others, width)
+    pairs = matrix[:head_size, :head_size].view(stored_classes, width, stored_classes, width)
     head = hidden.new_zeros(q, q, n)
-    for o in range(others):  # h^T matrix[o, o'] h, and zero if o or o' is the last class
+    for o in range(stored_classes):  # head[o, o'] is h^T pairs[o, :, o'] h, or zero if o or o' is the last class
         if embedding.classes is None:  # every pair of classes once
-            right = (pairs[o, :, o:].flatten(1).mT @ hidden).view(others - o, width, n)
-            head[o, o:-1] = head[o:-1, o] = (right * hidden).sum(1)
+            by_class = (pairs[o, :, o:].flatten(1).mT @ hidden).view(stored_classes - o, width, n)
+            head[o, o:-1] = head[o:-1, o] = (by_class * hidden).sum(1)
         else:
             places, images = _images_with_class(embedding, o)
             inputs = hidden[:, images]
-            by_class = inputs.new_zeros(others + 1, inputs.shape[1])
-            by_class[:-1] = ((pairs[o].flatten(1).mT @ inputs).view(others, width, inputs.shape[1]) * inputs).sum(1)
+            by_class = inputs.new_zeros(stored_classes + 1, inputs.shape[1])
+            products = (pairs[o].flatten(1).mT @ inputs).view(stored_classes, width, inputs.shape[1])
+            by_class[:-1] = (products * inputs).sum(1)
             head[places, :, images] = by_class.gather(0, embedding.classes[:, images]).mT
     if embedding.classes is not None:
-        head = (head + head.transpose(0, 1)) / 2  # a pair is rounded differently in its two places
+        head = (head + head.transpose(0, 1)) / 2  # the two entries of a pair are rounded differently
     result = _contrast(embedding, _contrast(embedding, head).transpose(0, 1).contiguous())
     if body.shape[1]:
-        across = matrix[:head_size, head_size:].view(others, width, body.shape[1]).mT
-        mixed = _contrast(embedding, _select_classes(embedding, _by_class(across, hidden)))
+        cross_block = matrix[:head_size, head_size:].view(stored_classes, width, body.shape[1]).mT
+        head_products = _contrast(embedding, _select_classes(embedding, _by_class(cross_block, hidden)))
         for r in range(embedding.rows):
-            # Cross terms, which are added with their transpose, and half of the body's term on each side.
-            right = torch.addmm(mixed[r], matrix[head_size:, head_size:], body[r], alpha=0.5)
-            products = torch.stack([(right * other).sum(0) for other in body])
+            # The products are added with their transpose, so they contain half of the body's symmetric term.
+            half = torch.addmm(head_products[r], matrix[head_size:, head_size:], body[r], alpha=0.5)
+            products = torch.stack([(half * body_row).sum(0) for body_row in body])
             result[r] += products
             result[:, r] += products
     return result
@@ -277,24 +278,25 @@ def information_diagonal(embedding: Embedding) -> Tensor:
 
 def information(embedding: Embedding) -> Tensor:
     """Return the sum over images of ``V^T V``: [k - E, k - E] in float64."""
-    others, hidden, body = embedding.num_classes - 1, embedding.hidden, embedding.body
+    stored_classes, hidden, body = embedding.num_classes - 1, embedding.hidden, embedding.body
     width, head_size = len(hidden), embedding.head_size
     result = torch.zeros(embedding.size, embedding.size, dtype=torch.float64, device=hidden.device)
-    mixing = contrasts.dense(embedding.probabilities, embedding.weighting)
-    # B = A^T A [q, q, n]; the head block is sum_n B_n (x) h_n h_n^T, and V_head^T V_body is (A^T V_body)_n (x) h_n.
-    between = torch.einsum("ron,rpn->opn", mixing, mixing)
-    across = contrasts.apply_transposed(embedding.probabilities, body, embedding.weighting)
-    head = result[:head_size, :head_size].view(others, width, others, width)
-    for o in range(others):
+    contrast_rows = contrasts.dense(embedding.probabilities, embedding.weighting)
+    # For each image, the block of the last layer is the Kronecker product of A^T A [q, q] and h h^T, and the block
+    # V_head^T V_body is the outer product of h and A^T V_body.
+    covariance = torch.einsum("ron,rpn->opn", contrast_rows, contrast_rows)
+    class_gradients = contrasts.apply_transposed(embedding.probabilities, body, embedding.weighting)
+    head = result[:head_size, :head_size].view(stored_classes, width, stored_classes, width)
+    for o in range(stored_classes):
         places, images = _images_with_class(embedding, o)
         inputs = hidden[:, images]
         if embedding.classes is None:
-            coefficients, gradients = between[o, o:-1], across[o]
+            coefficients, gradients = covariance[o, o:-1], class_gradients[o]
         else:
-            coefficients = inputs.new_zeros(others + 1, inputs.shape[1])
-            coefficients = coefficients.scatter_(0, embedding.classes[:, images], between[places, :, images].mT)[o:-1]
-            gradients = across[places, :, images].mT
-        block = ((coefficients[:, None] * inputs).flatten(0, 1) @ inputs.mT).view(others - o, width, width)
+            coefficients = inputs.new_zeros(stored_classes + 1, inputs.shape[1])
+            coefficients.scatter_(0, embedding.classes[:, images], covariance[places, :, images].mT)
+            coefficients, gradients = coefficients[o:-1], class_gradients[places, :, images].mT
+        block = ((coefficients[:, None] * inputs).flatten(0, 1) @ inputs.mT).view(stored_classes - o, width, width)
         head[o, :, o:] = block.transpose(0, 1)
         head[o:, :, o] = block
         if body.shape[1]:

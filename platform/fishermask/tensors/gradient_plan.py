@@ -1,12 +1,12 @@
-"""How to differentiate a model by each of its parameters, verified with plain autograd.
+"""The choice of how to compute gradients with respect to each parameter of a model, verified with plain autograd.
 
-A layer that has a gradient rule (``layer_rules``) and is called once, with all images, is differentiated by its rule.
-All other parameters (of attention layers, tied weights, layers called twice) are differentiated image by image
-(``slow_gradients``).
+If a layer has a gradient rule (``layer_rules``) and is called once, with all images, its rule gives the gradients. For
+all other parameters (of attention layers, tied weights, layers called twice), ``slow_gradients`` computes the gradients
+image by image.
 
-Both are verified (``verification``): for a few images, in batches of two sizes, the gradients by every parameter must
-equal those of plain autograd. A layer that differs is differentiated image by image; if that differs, the model is
-refused.
+Both ways are verified (``verification``): for a few images, in batches of two sizes, the gradients with respect to
+every parameter must equal those of plain autograd. If the rule of a layer fails, its gradients are computed image by
+image. If these fail too, the model is refused.
 """
 
 import functools
@@ -37,31 +37,31 @@ from fishermask.tensors.verification import (
 logger = logging.getLogger(__name__)
 
 VERIFICATION_SIZES = (2, 5)
-"""Sizes of the two batches of the verification. No other dimension of a layer's input can have both sizes."""
+"""Sizes of the two batches of the verification. They differ, so that only the batch dimension can have both sizes."""
 
 
 @dataclass(frozen=True)
 class GradientPlan:
-    """How a model's parameters are differentiated."""
+    """How gradients with respect to each parameter of a model are computed."""
 
     head: str | None
-    """Name of the linear layer whose output is the logits, the last layer; None if there is none."""
+    """Name of the last layer, the linear layer whose output is the logits; None if the model has none."""
     layers: tuple[str, ...]
-    """Names of the other layers whose gradient rule is right."""
+    """Names of the other layers whose gradient rule passed the verification."""
     slow: tuple[str, ...]
-    """Names of the other trained parameters, which are differentiated image by image."""
+    """Names of all other trained parameters; their gradients are computed image by image."""
     frozen: tuple[str, ...] = ()
-    """Names of the parameters that are not trained: they do not count and are never masked."""
+    """Names of the parameters that are not trained: they are never masked, and sizes of masks do not count them."""
     vectorized: bool = True
-    """Whether ``vmap`` differentiates by ``slow`` correctly."""
+    """Whether ``vmap`` gives correct gradients with respect to ``slow``."""
 
 
 def plan_gradients(model: nn.Module, images: Tensor) -> GradientPlan:
-    """Return how to differentiate ``model``, in eval mode, by each of its trained parameters.
+    """Return how to compute the gradients of ``model``, in eval mode, with respect to each trained parameter.
 
     Args:
         model: its trained parameters are those with ``requires_grad``.
-        images: inputs [m, ...] of a few images of the pool.
+        images: model inputs of a few images of the pool, [m, ...].
 
     Raises:
         InputError: no parameter is trained, or the model does not return finite logits [n, C], mixes the images of a
@@ -77,7 +77,7 @@ def plan_gradients(model: nn.Module, images: Tensor) -> GradientPlan:
             f"model: parameter {complex_names[0]} is complex; only real parameters can be ranked and masked"
         )
     refuse_batch_statistics(model)
-    subject, results = _examine(model, _distinct(images), trained)
+    subject, results = _examine(model, _make_distinct(images), trained)
     batches = [result.batch for result in results]
     refuse_mixing(subject, batches)
     refuse_closures(model, subject, batches[0])
@@ -96,8 +96,8 @@ def plan_gradients(model: nn.Module, images: Tensor) -> GradientPlan:
     )
 
 
-def _distinct(images: Tensor) -> Tensor:
-    """Return as many distinct inputs as the batches of ``VERIFICATION_SIZES`` hold together."""
+def _make_distinct(images: Tensor) -> Tensor:
+    """Return distinct inputs for all batches of ``VERIFICATION_SIZES``: ``images``, repeated and with noise."""
     count = sum(VERIFICATION_SIZES)
     noise = torch.randn(count, *images.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     repeated = images[torch.arange(count, device=images.device) % len(images)]
@@ -106,7 +106,7 @@ def _distinct(images: Tensor) -> Tensor:
 
 
 class _BatchResult(NamedTuple):
-    """Findings about a model from one batch."""
+    """Results of the verification of a model on one batch."""
 
     batch: Batch
     layers: list[str]
@@ -116,9 +116,9 @@ class _BatchResult(NamedTuple):
 
 
 def _examine(model: nn.Module, images: Tensor, trained: Sequence[str]) -> tuple[nn.Module, list[_BatchResult]]:
-    """Return a copy of ``model``, in float64 if the model works in float64, and the results of each batch.
+    """Verify a copy of ``model``. Return the copy, in float64 if the model supports it, and the results of each batch.
 
-    The copy keeps side effects of forward passes away from ``model``.
+    Forward passes of the copy have no side effects on ``model``.
     """
 
     def examine(subject: nn.Module, images: Tensor) -> tuple[nn.Module, list[_BatchResult]]:
@@ -131,7 +131,7 @@ def _examine(model: nn.Module, images: Tensor, trained: Sequence[str]) -> tuple[
         except InputError:
             raise
         except Exception as error:
-            # Some models and devices support one type only. Rounding then hides small mistakes.
+            # Some models and devices do not support float64. In their own type, rounding may hide small differences.
             logger.debug("model: cannot be verified in float64: %s", error)
     return examine(copy_model(model).eval(), images)
 
@@ -143,17 +143,17 @@ def _examine_batch(model: nn.Module, images: Tensor, row: int, trained: Sequence
     model.requires_grad_(False)
     layers, plain_head = agreeing_layers(model, batch, candidates, head)
     for name in {name for layer in layers for name in direct_parameters(model, layer)}:
-        batch.gradients.pop(name, None)  # large models have large gradients
+        batch.gradients.pop(name, None)  # to free memory
     return _BatchResult(batch, layers, head if plain_head else None)
 
 
 def _observe_batch(
     model: nn.Module, images: Tensor, row: int, trained: Sequence[str]
 ) -> tuple[Batch, list[str], str | None]:
-    """Run plain autograd on one batch. Return its gradients, the layers whose rule may apply, and the last layer.
+    """Run plain autograd on one batch. Return the batch, the layers whose rule may apply, and the last layer.
 
-    The rule of a layer may apply if the layer is called once, with one tensor [n, ...] that is not overwritten later,
-    and shares no parameter.
+    The rule of a layer may apply if the layer is called once, its only argument is a tensor [n, ...] that is not
+    overwritten later, and it shares no parameter with another layer.
     """
     calls: dict[str, list[tuple[Any, Any]]] = {}
     versions: dict[str, int] = {}
@@ -213,7 +213,7 @@ def _observe_batch(
 
 @functools.cache
 def warn_about_slow_parameters(names: tuple[str, ...]) -> None:
-    """Warn, once per process, about parameters without a gradient rule."""
+    """Warn about parameters without a gradient rule, once per process."""
     if names:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         logger.warning(

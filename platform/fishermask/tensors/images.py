@@ -14,7 +14,7 @@ READ_BATCH = 256
 
 
 class Images(Protocol):
-    """Samples [n, ...]: a tensor, or an object that reads a tensor when it is indexed.
+    """Samples [n, ...]: a tensor, or an object that returns a tensor when it is indexed.
 
     Images of a data set are uint8 [n, channels, height, width]. Other samples, such as features, may have any shape.
     """
@@ -33,7 +33,7 @@ class Images(Protocol):
 
 
 class Preprocess(Protocol):
-    """Turns samples of the pool into inputs of the model. Ray pickles it: use an object or a function of a module."""
+    """Function from samples of the pool to inputs of the model. Ray must be able to pickle it."""
 
     def __call__(self, samples: Tensor, dtype: torch.dtype, /) -> Tensor:
         """Return the inputs [n, ...] for ``samples`` [n, ...], of type ``dtype`` and on the same device.
@@ -54,9 +54,9 @@ class Statistics(NamedTuple):
 
 
 def channel_statistics(images: Images) -> Statistics:
-    """Return the statistics of ``images``, which are read once, one batch at a time."""
+    """Return the channel statistics of uint8 ``images``; read them once, one batch at a time."""
     count, channels, height, width = images.shape
-    # Counts of each gray level in each channel: exact for any batch size, in one pass.
+    # Integer counts of each gray level in each channel are exact for any batch size.
     levels, counts = torch.arange(256), torch.zeros(channels, 256, dtype=torch.int64)
     for start in range(0, count, READ_BATCH):
         batch = images[start : start + READ_BATCH].transpose(0, 1).flatten(1)
@@ -64,24 +64,24 @@ def channel_statistics(images: Images) -> Statistics:
     total, squares = (counts * levels).sum(1), (counts * levels.square()).sum(1)
     count *= height * width
     mean = total.double() / count
-    # At least one gray level, so that a constant channel does not divide by zero.
+    # The deviation is at least one gray level, because a constant channel would divide by zero.
     std = (squares.double() / count - mean.square()).clamp_min(1.0).sqrt()
     return Statistics(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
 
 
 def normalize(images: Tensor, statistics: Statistics, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return uint8 images as ``(x / 255 - mean) / std``. Allocates no other tensor of the size of the result."""
+    """Return ``(x / 255 - mean) / std`` of uint8 images; allocate no other tensor of the size of the result."""
     shape = (1, -1, 1, 1)
     mean = torch.tensor(statistics.mean, dtype=dtype, device=images.device).view(shape)
     std = torch.tensor(statistics.std, dtype=dtype, device=images.device).view(shape)
-    # A dimension of size one may have any stride, and convolutions round differently for some strides. The result must
-    # depend on the pixels only.
+    # The result must depend on the pixels only, but a dimension of size one may have any stride, and convolutions round
+    # differently for some strides.
     images = images.reshape(-1).view(images.shape)
     return images.to(dtype, copy=True).div_(255).sub_(mean).div_(std)
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return each image shifted by up to 4 pixels, filled with zeros, and flipped horizontally with probability 1/2."""
+    """Return each image, shifted by up to 4 pixels with zeros at the borders, and mirrored with probability 1/2."""
     n, _, height, width = images.shape
     span = 2 * CROP_PADDING + 1
     top = torch.randint(span, (n,), generator=generator).to(images.device)

@@ -1,12 +1,13 @@
-"""Gradients of each sample by the parameters of a layer, in closed form from the layer's input and output gradient.
+"""Gradient rules: the gradients of each sample with respect to the parameters of a layer, in closed form.
 
-All rules use one format: output gradients ``g`` [n, O, S] and input rows ``a`` [n, I, S], with S positions (pixels or
-tokens; 1 for a linear layer on vectors). For one sample,
+The rules take the gradients of a layer's output as ``g`` [n, O, S] and its input as rows ``a`` [n, I, S], with O
+outputs, I inputs and S positions (pixels or tokens; 1 for a linear layer on vectors). The gradients of one sample are
 
-* linear, convolution: ``dW[o, i] = sum_s g[o, s] a[i, s]``, where i runs over channels and kernel positions of a
-  convolution, and in a grouped convolution over the channels of the group of o;
-* batch norm in eval mode, layer norm, group norm: ``dW[o] = sum_s g[o, s] ahat[o, s]`` with the normalized input ahat;
-* bias: ``db[o] = sum_s g[o, s]``.
+* ``sum_s g[o, s] a[i, s]`` for weight [o, i] of a linear layer or a convolution. In a convolution, i runs over input
+  channels and kernel positions; in a grouped convolution, over the channels of the group of o.
+* ``sum_s g[o, s] ahat[o, s]`` for weight [o] of batch norm in eval mode, layer norm and group norm, with the normalized
+  input ahat.
+* ``sum_s g[o, s]`` for bias [o] of any of these layers.
 """
 
 import math
@@ -17,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DENSE_FACTOR = 16
-"""The product of the masked output rows and input rows is formed if it has at most this many times the number of masked
-entries: a matrix product does about this many more multiplications per second than a gathered sum."""
+"""Ratio of the speed of a matrix product to the speed of a gathered sum. The gradients of masked entries are read from
+the product of all output and input rows that hold masked entries, unless this product has more than ``DENSE_FACTOR``
+times as many entries as are masked."""
 PAIRS_FACTOR = 3
-"""The Fisher diagonal is summed over pairs of positions if S + 1 is at most this factor times C: S (S + 1) / 2 pairs
-against C S products, with a margin because one large product is faster than many small ones."""
+"""The Fisher diagonal is summed over the S (S + 1) / 2 pairs of positions, instead of r S products, if S + 1 is at most
+``PAIRS_FACTOR`` times r. The factor is larger than 2, because one large product is faster than many small ones."""
 CACHED_NUMBERS = 2**19
-"""Numbers that fit into the cache."""
+"""Number of gradient entries that fit into the CPU cache."""
 ELEMENTWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
 RULES = (nn.Linear, nn.Conv2d, *ELEMENTWISE)
 
@@ -34,7 +36,7 @@ def full_name(layer: str, leaf: str) -> str:
 
 
 def split_name(parameter: str) -> tuple[str, str]:
-    """Return the layer and the leaf of a full parameter name."""
+    """Return the layer and the leaf, its name within the layer, of a full parameter name."""
     layer, _, leaf = parameter.rpartition(".")
     return layer, leaf
 
@@ -45,10 +47,10 @@ def direct_parameters(model: nn.Module, layer: str) -> list[str]:
 
 
 def has_rule(module: nn.Module) -> bool:
-    """Return whether the gradients of the parameters of a layer have a closed form here.
+    """Return whether a layer has a gradient rule.
 
-    A subclass has a rule only if it inherits ``forward`` and has a weight, and at most a bias: weight norm, spectral
-    norm and pruning replace the weight by other parameters.
+    A subclass has a rule only if it inherits ``forward`` and its parameters are a weight and at most a bias: weight
+    norm, spectral norm and pruning derive the weight from other parameters.
     """
     leaves = {leaf for leaf, _ in module.named_parameters(recurse=False)}
     has_forward = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in RULES)
@@ -56,7 +58,7 @@ def has_rule(module: nn.Module) -> bool:
 
 
 def output_rows(module: nn.Module, gradient: Tensor) -> Tensor:
-    """Return the output gradient [n, ...] as [n, O, S]."""
+    """Return the gradient of the output, [n, ...], as [n, O, S]."""
     if isinstance(module, nn.Linear):
         return gradient.flatten(1, -2).mT if gradient.dim() > 2 else gradient.unsqueeze(-1)
     if isinstance(module, nn.LayerNorm):
@@ -65,7 +67,7 @@ def output_rows(module: nn.Module, gradient: Tensor) -> Tensor:
 
 
 def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the layer input [n, ...] as [n, I, S], or for a normalization layer the normalized input [n, O, S].
+    """Return the layer input [n, ...] as [n, I, S]; for a normalization layer, the normalized input [n, O, S].
 
     For a grouped convolution, I includes all groups.
     """
@@ -111,7 +113,7 @@ def _some_input_rows(module: nn.Module, inputs: Tensor, rows: Tensor) -> Tensor:
 
 
 def sample_gradients(module: nn.Module, inputs: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-    """Return leaf -> gradient of each sample, [n, size of the parameter]."""
+    """Return leaf -> gradients of each sample, [n, size of the parameter]; ``gradient`` is that of the output."""
     g, rows = output_rows(module, gradient), input_rows(module, inputs)
     if isinstance(module, ELEMENTWISE):
         weight = (g * rows).sum(-1)
@@ -123,11 +125,14 @@ def sample_gradients(module: nn.Module, inputs: Tensor, gradient: Tensor) -> dic
 
 
 def squared_sums(module: nn.Module, inputs: Tensor, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return leaf -> sum over samples and over ``gradients`` of the squared gradients of single samples, flat.
+    """Return leaf -> the sum over samples and cotangents of the squared gradients of single samples, flat.
 
-    For a matrix of weights this is ``sum (sum_s g[o, s] a[i, s])^2``. There are two orders of summation: form the
-    gradient of each sample and square it, or expand the square into pairs of positions, which is one matrix product
-    without any gradient, and cheaper for few positions.
+    For weight [o, i] this is the sum of ``(sum_s g[o, s] a[i, s])^2``. There are two orders of summation. The first
+    computes the gradient of each sample and squares it. The second expands the square into pairs of positions. It is
+    one matrix product, forms no gradient of a weight, and is cheaper for few positions.
+
+    Args:
+        gradients: gradients of the output for each of r cotangents, [n, ...] each.
     """
     g = torch.stack([output_rows(module, gradient) for gradient in gradients], dim=1)
     rows = input_rows(module, inputs)
@@ -144,23 +149,24 @@ def squared_sums(module: nn.Module, inputs: Tensor, gradients: Sequence[Tensor])
 
 
 def _squares_by_pairs(g: Tensor, rows: Tensor) -> Tensor:
-    """Return ``sum_n sum_(s, t) (sum_c g[n, c, o, s] g[n, c, o, t]) a[n, i, s] a[n, i, t]``, [O, I], over s <= t."""
+    """Return ``sum_n sum_(s, t) (sum_c g[n, c, o, s] g[n, c, o, t]) a[n, i, s] a[n, i, t]``, [O, I]."""
     s, t = torch.triu_indices(rows.shape[-1], rows.shape[-1], device=rows.device)
-    twice = torch.where(s == t, 1.0, 2.0).to(rows.dtype)
-    left = torch.einsum("ncos,ncot->onst", g, g)[..., s, t]
-    right = (rows[..., s] * rows[..., t] * twice).transpose(0, 1)
-    # A square can be negative only by rounding.
-    return (left.flatten(1) @ right.flatten(1).mT).clamp_min(0)
+    # Pairs with s < t count twice, for (s, t) and (t, s).
+    multiplicity = torch.where(s == t, 1.0, 2.0).to(rows.dtype)
+    gradient_pairs = torch.einsum("ncos,ncot->onst", g, g)[..., s, t]
+    input_pairs = (rows[..., s] * rows[..., t] * multiplicity).transpose(0, 1)
+    # Only rounding can make a sum of squares negative.
+    return (gradient_pairs.flatten(1) @ input_pairs.flatten(1).mT).clamp_min(0)
 
 
 def _squares_by_sample(g: Tensor, rows: Tensor) -> Tensor:
-    """Return the sum of squared gradients of samples, [O, I], formed for as many samples at once as fit the cache."""
-    n, num_classes, outputs, _ = g.shape
+    """Return the sum of squared gradients of single samples, [O, I], from the gradients of all samples."""
+    n, num_cotangents, outputs, _ = g.shape
     width = rows.shape[1]
-    group = max(1, CACHED_NUMBERS // (num_classes * outputs * width))
+    samples_at_once = max(1, CACHED_NUMBERS // (num_cotangents * outputs * width))
     weight = rows.new_zeros(outputs * width)
-    for first in range(0, n, group):
-        part = slice(first, first + group)
+    for first in range(0, n, samples_at_once):
+        part = slice(first, first + samples_at_once)
         product = torch.bmm(g[part].flatten(1, 2), rows[part].mT)
         weight += product.square_().view(-1, outputs * width).sum(0)
     return weight
@@ -170,7 +176,7 @@ def _squares_by_group(g: Tensor, rows: Tensor, groups: int) -> Tensor:
     """Return the sum of squared gradients of a grouped convolution, [O, I / groups]."""
     weight = None
     for sample_g, sample_rows in zip(g, rows, strict=True):
-        outputs = sample_g.unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, C, O / groups, S]
+        outputs = sample_g.unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, r, O / groups, S]
         inputs = sample_rows.unflatten(0, (groups, -1))  # [groups, I / groups, S]
         square = (outputs.flatten(1, 2) @ inputs.mT).square_().unflatten(1, outputs.shape[1:3]).sum(1)
         weight = square if weight is None else weight.add_(square)
@@ -179,9 +185,13 @@ def _squares_by_group(g: Tensor, rows: Tensor, groups: int) -> Tensor:
 
 
 def masked_entries(module: nn.Module, inputs: Tensor, parameter: str, entries: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function: output gradient -> gradients [n, m] of each sample by ``entries`` [m] of a parameter.
+    """Return a function from the gradient of the output to the gradients [n, m] with respect to ``entries`` [m].
 
-    ``entries`` are flat indices into the parameter. Work that depends only on the layer's input is done once.
+    The function can be called for many output gradients; work that depends on the layer's input is done once.
+
+    Args:
+        parameter: leaf of the parameter, ``weight`` or ``bias``.
+        entries: flat indices into the parameter.
     """
     if parameter == "bias":
         return lambda gradient: output_rows(module, gradient).sum(-1)[:, entries]

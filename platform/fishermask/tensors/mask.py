@@ -1,7 +1,7 @@
 """The Fisher diagonal, and masks of parameters (FISH mask, Sung et al. 2021; FisherMask, arXiv 2411.05752).
 
-A mask always contains the whole last layer. ``Mask.entries`` lists the masked entries of the body, which is all
-other parameters.
+A mask always contains the whole last layer. ``Mask.entries`` lists the masked entries of the body, that is, of all
+other trained parameters.
 """
 
 import math
@@ -19,7 +19,7 @@ from fishermask.tensors.layer_rules import full_name, split_name, squared_sums
 from fishermask.tensors.slow_gradients import pair, slow_gradients
 
 RELATIVE_THRESHOLD = 2.0
-"""Ratio to the mean of the layer above which ``relative_mask`` masks an entry."""
+"""``relative_mask`` masks only entries whose ratio to the mean of their layer is above this threshold."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Mask:
 
     plan: GradientPlan
     entries: dict[str, Tensor]
-    """Parameter name -> ascending flat indices; only parameters with masked entries."""
+    """Parameter name -> ascending flat indices of its masked entries; parameters without masked entries are absent."""
 
     def to(self, device: torch.device) -> "Mask":
         """Return the mask with its indices on ``device``."""
@@ -41,7 +41,7 @@ class Mask:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers with a gradient rule, except for the last layer, that hold masked parameters."""
+        """Names of the layers of the body that have a gradient rule and hold masked parameters."""
         with_rule = (split_name(name)[0] for name in self.entries if name not in self.plan.slow)
         return list(dict.fromkeys(with_rule))
 
@@ -52,7 +52,7 @@ class Mask:
 
 
 def head_size(model: nn.Module, plan: GradientPlan) -> int:
-    """Return the number of parameters of the last layer; 0 if it is not linear."""
+    """Return the number of parameters of the last layer; 0 without a linear last layer."""
     return 0 if plan.head is None else sum(p.numel() for p in model.get_submodule(plan.head).parameters())
 
 
@@ -68,8 +68,8 @@ def body_parameters(model: nn.Module, plan: GradientPlan) -> dict[str, Tensor]:
 def fisher_diagonal(model: nn.Module, images: Tensor, plan: GradientPlan) -> dict[str, Tensor]:
     """Return the sum over ``images`` [n, ...] of the Fisher diagonal: body parameter -> flat float64 tensor.
 
-    ``sum_x sum_c p_c (d log p_c / d theta_i)^2`` for parameter i: the expectation is over labels drawn from the model's
-    prediction. C - 1 contrasts between the classes give the same sum as C classes.
+    For parameter j this is ``sum_x sum_c p_c (d log p_c / d theta_j)^2``, an expectation over labels drawn from the
+    prediction of the model. C - 1 contrasts between the classes give the same sum as C classes.
     """
     count, images = len(images), pair(images)
     forward_pass = forward(model, images, plan.head, plan.layers)
@@ -93,10 +93,10 @@ def fisher_diagonal(model: nn.Module, images: Tensor, plan: GradientPlan) -> dic
 
 
 def mask_size(model: nn.Module, plan: GradientPlan, fraction: float) -> int:
-    """Return the size of a mask of a ``fraction`` of all trained parameters, the last layer included.
+    """Return the size of a mask that holds a ``fraction`` of all trained parameters, last layer included.
 
     Raises:
-        InputError: the fraction is too small to hold the last layer; the message gives the smallest that works.
+        InputError: the fraction is too small to hold the last layer; the message gives the smallest valid fraction.
     """
     total = sum(p.numel() for name, p in model.named_parameters() if name not in plan.frozen)
     size, needed = round(fraction * total), max(1, head_size(model, plan))
@@ -105,8 +105,8 @@ def mask_size(model: nn.Module, plan: GradientPlan, fraction: float) -> int:
         unit = 10.0 ** (math.floor(math.log10(needed / total)) - 3)
         smallest = math.ceil(needed / total / unit) * unit
         raise InputError(
-            f"fraction: {fraction:g} of {total:,} parameters is {size:,}, too small to hold the last layer's "
-            f"{needed:,}; the smallest that works is {smallest:g}"
+            f"fraction: {fraction:g} of {total:,} parameters is {size:,}, but the mask must hold the {needed:,} "
+            f"parameters of the last layer; the smallest fraction that works is {smallest:g}"
         )
     return size
 
@@ -117,9 +117,10 @@ def global_mask(diagonal: Mapping[str, Tensor], plan: GradientPlan, body_size: i
 
 
 def layerwise_mask(diagonal: Mapping[str, Tensor], plan: GradientPlan, body_size: int) -> Mask:
-    """Return the mask of the largest entries of each layer, with the same share of every layer: ``body_size`` in all.
+    """Return the mask of the largest entries of each layer, with the same share of every layer.
 
-    Shares are rounded down, and the layers with the largest remainders get one more, the first of equal ones first.
+    Shares are rounded down. To reach ``body_size`` entries in total, the layers with the largest remainders get one
+    entry more; ties go to the first layer.
     """
     layers = _by_layer(diagonal)
     total = sum(len(values) for values in layers.values())
@@ -135,7 +136,10 @@ def layerwise_mask(diagonal: Mapping[str, Tensor], plan: GradientPlan, body_size
 
 
 def relative_mask(diagonal: Mapping[str, Tensor], plan: GradientPlan, body_size: int) -> Mask:
-    """Return the mask of the ``body_size`` largest ratios to the mean of the layer, of ratios above 2 only."""
+    """Return the mask of the entries with the largest ratio to the mean of their layer.
+
+    It has at most ``body_size`` entries, and only entries whose ratio is above ``RELATIVE_THRESHOLD``.
+    """
     ratio = torch.cat([values / values.mean() for values in _by_layer(diagonal).values()]).nan_to_num(nan=0.0)
     chosen = _largest(ratio, body_size)
     return _entries(diagonal, plan, chosen[ratio[chosen] > RELATIVE_THRESHOLD])
@@ -156,7 +160,7 @@ def _largest(values: Tensor, count: int) -> Tensor:
 
 
 def _by_layer(diagonal: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return layer -> values of its parameters, concatenated. Parameters of a layer are adjacent in a model."""
+    """Return layer -> concatenated values of its parameters, which are adjacent in the order of the model."""
     layers: dict[str, Tensor] = {}
     for name, values in diagonal.items():
         layer = split_name(name)[0]
@@ -165,7 +169,7 @@ def _by_layer(diagonal: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _entries(parameters: Mapping[str, Tensor], plan: GradientPlan, chosen: Tensor) -> Mask:
-    """Return the mask of ascending indices into the concatenation of all body parameters."""
+    """Return the mask of ``chosen``: ascending indices into the concatenation of all ``parameters``."""
     entries, start = {}, 0
     for name, value in parameters.items():
         inside = chosen[(chosen >= start) & (chosen < start + len(value))] - start
@@ -182,5 +186,7 @@ def last_layer_mask(plan: GradientPlan) -> Mask:
         InputError: the model does not end in a linear layer.
     """
     if plan.head is None:
-        raise InputError("model: does not end in a linear layer, which a mask of the last layer needs")
+        raise InputError(
+            "model: it does not end in a linear layer, but the strategy needs one; return the output of nn.Linear"
+        )
     return Mask(plan, {})

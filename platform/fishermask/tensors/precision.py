@@ -10,7 +10,7 @@ class Precision:
     """Data types of a query; None stands for the model's own type."""
 
     storage: torch.dtype | None = None
-    """Type of the stored embeddings, the largest part of a shard's memory."""
+    """Type of the stored embeddings, which take most of the memory of a shard."""
     scores: torch.dtype | None = None
     """Type of the scores and of all products that update them."""
     autocast: torch.dtype | None = None

@@ -1,7 +1,7 @@
-"""Gradients of single images by any parameter: with ``torch.func.vmap`` if the model allows it, else image by image.
+"""Gradients of single images with respect to any parameter, by ``torch.func.vmap`` or by a loop over images.
 
-The loop makes one forward pass per image. It also works where ``vmap`` has no rule (recurrent layers), where control
-flow depends on the data (mixtures of experts), and with gradient checkpointing.
+The loop makes one forward pass per image. It also works if ``vmap`` has no rule for a layer (recurrent layers), if the
+control flow depends on the data (mixtures of experts), and with gradient checkpointing.
 """
 
 import copy
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fishermask.tensors.runtime import plain_attention
 
 CHUNK = 16
-"""Images that ``vmap`` differentiates at once. Each needs memory for a gradient of all parameters."""
+"""Number of images that ``vmap`` differentiates at once. Each image takes memory for all its gradients."""
 
 
 def slow_gradients(
@@ -25,14 +25,14 @@ def slow_gradients(
     vectorized: bool = True,
     chunk: int = CHUNK,
 ) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
-    """Compute d(cotangent . logits) / d parameter for each image and each cotangent.
+    """Compute the gradients of ``(cotangent * logits).sum()`` with respect to parameters, for each image and cotangent.
 
     Args:
         images: [n, ...]
-        names: parameters to differentiate by.
+        names: names of the parameters.
         cotangents: [r, n, C]
-        vectorized: whether ``vmap`` may be used.
-        chunk: images that ``vmap`` differentiates at once.
+        vectorized: whether to use ``vmap``.
+        chunk: number of images that ``vmap`` differentiates at once.
 
     Yields:
         Index of the cotangent, a slice of the images [m], and parameter name -> gradients [m, size of the parameter].
@@ -43,14 +43,14 @@ def slow_gradients(
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Return a deep copy. Tensors with a graph, which weight norm stores, are copied without their graph."""
-    computed = [
+    """Return a deep copy. Tensors with an autograd graph, which weight norm stores, are copied without it."""
+    derived_tensors = [
         leaf
         for module in model.modules()
         for leaf in tree_leaves(vars(module))
         if isinstance(leaf, Tensor) and not leaf.is_leaf
     ]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in derived_tensors})
 
 
 def clear_caches(model: nn.Module) -> None:
@@ -63,7 +63,7 @@ def clear_caches(model: nn.Module) -> None:
 
 
 def pair(images: Tensor) -> Tensor:
-    """Return ``images`` [n, ...], or a single image twice.
+    """Return ``images`` [n, ...] if n > 1, otherwise the single image twice.
 
     The backward pass of batch norm in eval mode is wrong for one image with a transposed gradient (docs/method.md,
     section 2), so a single image is never differentiated alone.
@@ -77,14 +77,14 @@ def _by_vmap(
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     differentiated = {name: parameters.pop(name) for name in names}
 
-    def weighted(values: dict[str, Tensor], image: Tensor, weights: Tensor) -> Tensor:
+    def weighted_logit(values: dict[str, Tensor], image: Tensor, weights: Tensor) -> Tensor:
         clear_caches(model)
         logits = torch.func.functional_call(model, {**parameters, **values}, (image[None],))
         return (logits[0] * weights).sum()
 
-    gradients = torch.func.vmap(torch.func.grad(weighted), in_dims=(None, 0, 0))
-    # functional_call changes some models with tied weights.
-    before = [(module, key, value) for module in model.modules() for key, value in module._parameters.items()]
+    gradients = torch.func.vmap(torch.func.grad(weighted_logit), in_dims=(None, 0, 0))
+    # ``functional_call`` changes some models with tied weights.
+    saved_parameters = [(module, key, value) for module in model.modules() for key, value in module._parameters.items()]
     try:
         for r, cotangent in enumerate(cotangents):
             for first in range(0, len(images), chunk):
@@ -94,7 +94,7 @@ def _by_vmap(
                     rows = gradients(differentiated, pair(images[part]), pair(cotangent[part]))
                 yield r, part, {name: value[:count].reshape(count, -1) for name, value in rows.items()}
     finally:
-        for module, key, value in before:
+        for module, key, value in saved_parameters:
             module._parameters[key] = value
         clear_caches(model)
 
@@ -104,7 +104,7 @@ def _by_loop(
 ) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
     by_name = dict(model.named_parameters())
     parameters = [by_name[name] for name in names]
-    before = [parameter.requires_grad for parameter in parameters]
+    saved_flags = [parameter.requires_grad for parameter in parameters]
     try:
         for parameter in parameters:
             parameter.requires_grad_()
@@ -116,15 +116,15 @@ def _by_loop(
                 gradients = logit_gradients(logits, parameters, cotangent, retain_graph=r + 1 < len(cotangents))
                 yield r, slice(i, i + 1), {n: g.reshape(1, -1) for n, g in zip(names, gradients, strict=True)}
     finally:
-        for parameter, required in zip(parameters, before, strict=True):
-            parameter.requires_grad_(required)
+        for parameter, flag in zip(parameters, saved_flags, strict=True):
+            parameter.requires_grad_(flag)
         clear_caches(model)
 
 
 def logit_gradients(
     logits: Tensor, tensors: Sequence[Tensor], cotangent: Tensor, retain_graph: bool = False
 ) -> Sequence[Tensor]:
-    """Return the gradients of ``(cotangent * logits).sum()`` by ``tensors``; zero if the logits do not depend on it."""
+    """Return the gradients of ``(cotangent * logits).sum()`` with respect to ``tensors``; zero if it uses none."""
     if not tensors or not logits.requires_grad:
         return [torch.zeros_like(tensor) for tensor in tensors]
     return torch.autograd.grad(

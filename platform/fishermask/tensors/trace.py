@@ -1,8 +1,9 @@
 """The objective ``tr(M^-1 F)`` of BAIT (Ash et al. 2021), and its exact update for each pick.
 
 The coordinator holds ``R = M^-1`` and ``H = R F R`` in an ``Objective``. A shard holds the scores of its images,
-``P = V R V^T`` and ``Q = V H V^T``, [r, r] each. A pick changes all of them by terms of rank r (Woodbury), so it costs
-one structured product with 2 r columns for the pool, and no k x k product for an image. See docs/method.md, section 5.
+``P = V R V^T`` and ``Q = V H V^T``, [r, r] each. A pick changes all of them by terms of rank r or 2 r (Woodbury), so it
+costs one structured product of the pool with 2 r columns, and no k x k product per image. See section 5
+of docs/method.md.
 """
 
 from dataclasses import dataclass
@@ -14,35 +15,36 @@ from torch import Tensor
 from fishermask.tensors.embedding import Embedding, dense, information, product, quadratic
 
 LAZY_PICKS = 16
-"""Picks whose terms are applied to R and H together: more take time for the terms, fewer for moving the matrices."""
+"""Number of picks whose terms are applied to R and H together. A larger number costs more work on pending terms
+in each pick, and a smaller number costs more reads and writes of the matrices."""
 ERROR_VECTORS = 4
-"""Number of random vectors for the estimate of an error."""
+"""Number of random vectors in ``Objective.error``."""
 
 
 class Update(NamedTuple):
     """The change that one pick makes to the objective and to all scores."""
 
     basis: Tensor
-    """[k - E, 2 r]: the columns U = R V^T and Z = H V^T, with the scale of candidates."""
+    """[k - E, 2 r]: U = R V^T and Z = H V^T of the pick, times the scale of candidates."""
     inner: Tensor
     """G = (I + V U)^-1, [r, r]."""
     middle: Tensor
     """K = V Z, [r, r]."""
     gain: float
-    """Decrease of the trace."""
+    """Decrease of the objective."""
 
 
 class Objective:
     """``tr(M^-1 F)`` with the matrices R and H, in float64.
 
-    A pick changes R and H by terms of rank r and 2 r. The terms of ``LAZY_PICKS`` picks are applied together: one large
-    product then moves each k x k matrix through memory once, not once for each pick.
+    A pick changes R and H by terms of rank r and 2 r. The terms of ``LAZY_PICKS`` picks are applied together, in one
+    large product that reads and writes each matrix once.
 
     Args:
         start: M before any pick, symmetric positive definite, [k - E, k - E].
         target: F, [k - E, k - E].
-        scale: factor of the embedding of every candidate.
-        constant: added to the trace, before and after every pick.
+        scale: factor of the embedding of every candidate: sqrt(w / (n_L + b)).
+        constant: number that is added to the trace.
         keep_inputs: whether to keep ``start`` and ``target``, which ``error`` and ``rebuild`` need.
 
     Raises:
@@ -80,7 +82,7 @@ class Objective:
         return update
 
     def rebuild(self, embedding: Embedding) -> "Objective":
-        """Return the objective with exactly the images of ``embedding`` added to ``start``, free of update errors.
+        """Return the objective with the images of ``embedding`` added to ``start``, computed without updates.
 
         Raises:
             torch.linalg.LinAlgError: M is not positive definite.
@@ -93,25 +95,25 @@ class Objective:
         return rebuilt
 
     def error(self, embedding: Embedding) -> float:
-        """Estimate the relative error of ``value``, where M is ``start`` and exactly the images of ``embedding``.
+        """Estimate the relative error of ``value``, where M is ``start`` plus the images of ``embedding``.
 
-        With R = M^-1 + D, the error of tr(R F) is tr(D F) = tr(F M^-1 (M R - I)), estimated by random vectors w as the
-        mean of ``(R F w)^T (M R - I) w`` (Hutchinson 1990). This takes a few products with matrices; inverting M again
-        would cost as much as many picks.
+        The error of tr(R F) is tr((R - M^-1) F) = tr(F M^-1 (M R - I)). For a random normal vector eps, the mean of
+        ``(R F eps)^T (M R - I) eps`` is about this trace (Hutchinson 1990). The estimate is its largest absolute value
+        over a few vectors. It takes a few products with matrices; inverting M would cost as much as many picks.
         """
         assert self._inputs is not None
         self._apply_pending()
         start, target = self._inputs
         generator = torch.Generator().manual_seed(0)
         vectors = torch.randn(len(start), ERROR_VECTORS, generator=generator, dtype=torch.float64).to(start.device)
-        right = self.inverse @ vectors
-        left = self.inverse @ (target @ vectors)
-        v_left, v_right = product(embedding, torch.cat([left, right], dim=1)).split(ERROR_VECTORS, dim=1)
-        residuals = (left * (start @ right - vectors)).sum(0) + self.scale**2 * (v_left * v_right).sum((0, 2))
-        return float(residuals.abs().max()) / max(abs(self.value), 1e-300)
+        r_eps = self.inverse @ vectors
+        r_f_eps = self.inverse @ (target @ vectors)
+        v_r_f_eps, v_r_eps = product(embedding, torch.cat([r_f_eps, r_eps], dim=1)).split(ERROR_VECTORS, dim=1)
+        estimates = (r_f_eps * (start @ r_eps - vectors)).sum(0) + self.scale**2 * (v_r_f_eps * v_r_eps).sum((0, 2))
+        return float(estimates.abs().max()) / max(abs(self.value), 1e-300)
 
     def consider(self, embedding: Embedding, sign: float = 1.0) -> Update:
-        """Return the update for adding the one image of ``embedding`` to M, or with ``sign`` -1 for removing it."""
+        """Return the update for adding the one image of ``embedding`` to M, or for removing it if ``sign`` is -1."""
         # (M + V^T V)^-1 = R - U (I + V U)^-1 U^T and (M - V^T V)^-1 = R - U (V U - I)^-1 U^T.
         v = dense(embedding.to(torch.float64))[0].mT * self.scale
         u, z = self.inverse @ v, self.sandwich @ v
@@ -148,22 +150,22 @@ class Objective:
 
 @dataclass(frozen=True)
 class TraceScorer:
-    """Scores images by the decrease of ``tr(M^-1 F)``; see ``pool.shard.Scorer``."""
+    """Scorer of the trace objective: P and Q of each image; see ``pool.shard.Scorer``."""
 
     inverse: Tensor
-    """R, in the type of the scores."""
+    """R times the squared scale of candidates, in the type of the scores."""
     sandwich: Tensor
-    """H, in the type of the scores."""
+    """H times the squared scale of candidates, in the type of the scores."""
 
-    def initial_state(self, embedding: Embedding, first: int) -> Tensor:
-        """Return P and Q of the images of ``embedding``."""
+    def initial_state(self, embedding: Embedding, first_position: int) -> Tensor:
+        """Return P and Q of the images of ``embedding``, [2, r, r, n]."""
         return initial_scores(embedding, self.inverse, self.sandwich)
 
     def update_state(self, state: Tensor, embedding: Embedding, update: Update, step: int) -> None:
         """Update P and Q in place for a pick."""
         update_scores(state, embedding, update)
 
-    def gains(self, state: Tensor, step: int, first: int) -> Tensor:
+    def gains(self, state: Tensor, step: int, first_position: int) -> Tensor:
         """Return the gain of each image, [n]."""
         return gains(state)
 
@@ -176,25 +178,25 @@ def initial_scores(embedding: Embedding, inverse: Tensor, sandwich: Tensor) -> T
 def update_scores(scores: Tensor, embedding: Embedding, update: Update) -> None:
     """Update P and Q [2, r, r, n] in place for a pick.
 
-    ``P -= YG Y^T`` and ``Q -= D YG^T + YG D^T``, with Y = V U, W = V Z, YG = Y G and D = W - YG K / 2. Because P is
-    symmetric, only the symmetric part of Q affects ``tr((I + P)^-1 Q)``, so ``Q -= 2 D YG^T`` is enough. Both are
-    computed as sums of outer products of rows, so that the images stay the contiguous axis.
+    With Y = V U and W = V Z, ``P -= Y G Y^T`` and ``Q -= 2 (W - Y G K / 2) (Y G)^T``. Only the symmetric part of
+    Q is exact, and only this part affects the gain ``tr((I + P)^-1 Q)``, because P is symmetric. Both updates are sums
+    of outer products of columns, so that the images stay the contiguous axis.
     """
     rows = scores.shape[1]
     products = product(embedding, update.basis)
     y, w = products[:, :rows], products[:, rows:]
     yg = update.inner @ y
-    twice_d = w.baddbmm_(-update.middle.expand(rows, -1, -1), yg, beta=2)
-    left, right = torch.stack([yg, twice_d]), torch.stack([y, yg])
-    for j in range(rows):
-        scores.addcmul_(left[:, :, None, j], right[:, None, :, j], value=-1)
+    doubled_w = w.baddbmm_(-update.middle.expand(rows, -1, -1), yg, beta=2)  # 2 W - Y G K
+    first_factors, second_factors = torch.stack([yg, doubled_w]), torch.stack([y, yg])
+    for c in range(rows):
+        scores.addcmul_(first_factors[:, :, None, c], second_factors[:, None, :, c], value=-1)
 
 
 def gains(scores: Tensor) -> Tensor:
     """Return the gain ``tr((I + P)^-1 Q)`` of each image, [n], from P and Q [2, r, r, n].
 
-    Symmetric elimination of I + P, applied to both sides of Q, for all images at once: at pivot i, ``Q_ii / pivot`` is
-    added to the trace. LAPACK takes longer for n small systems.
+    The computation is a symmetric elimination of I + P, applied to both sides of Q, for all images at once. Each pivot
+    adds the diagonal entry of Q divided by the pivot. LAPACK would take longer for n small systems.
     """
     rows = scores.shape[1]
     p, q = scores.clone()

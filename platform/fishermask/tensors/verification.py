@@ -1,7 +1,8 @@
 """Verification that gradient rules, ``vmap`` and copies of a model give the gradients of plain autograd.
 
-A rule cannot know what else a model does with a layer: it may read the weight elsewhere, replace ``forward``, or change
-inputs and outputs in hooks. So the gradients of a few images by every parameter are compared with plain autograd.
+A gradient rule cannot know what else a model does with a layer: the model may read the weight elsewhere, replace
+``forward``, or change inputs and outputs in hooks. So the gradients of a few images with respect to every parameter are
+compared with plain autograd.
 """
 
 import logging
@@ -21,23 +22,25 @@ from fishermask.tensors.slow_gradients import clear_caches, slow_gradients
 logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
-"""Largest difference between two gradients, relative to the largest entry, that counts as rounding."""
+"""Largest difference between two gradients, relative to their largest entry, that rounding may cause."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images, a random cotangent for one of them, and its gradients by plain autograd."""
+    """Images, a random cotangent for one of these images, and the gradients of this image by plain autograd."""
 
     images: Tensor
+    """Model inputs, [n, ...]."""
     row: int
+    """Index of the image whose gradients are compared."""
     weights: Tensor
-    """[C]"""
+    """Cotangent of the image, [C]."""
     logits: Tensor
     """[n, C]"""
     gradients: dict[str, Tensor]
-    """Parameter name -> gradient of ``weights . logits[row]``; without gradients that a rule gives."""
+    """Parameter name -> gradient of ``(weights * logits[row]).sum()``; parameters with a verified rule are removed."""
     scales: Mapping[str, float]
-    """Parameter name -> the largest entry of its gradient, at least 1e-4 of the largest of all parameters."""
+    """Parameter name -> the largest entry of its gradient, at least 1e-4 of the largest entry of all gradients."""
 
     def cotangents(self) -> Tensor:
         """Return cotangents [1, n, C] with ``weights`` at ``row`` and zero elsewhere."""
@@ -50,7 +53,7 @@ def refuse_batch_statistics(model: nn.Module) -> None:
     """Raise ``InputError`` if a batch norm layer has no running statistics."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise InputError(f"model: layer {name} normalizes by the batch itself, so images affect each other")
+            raise InputError(f"model: layer {name} normalizes by the batch itself; set track_running_stats to True")
 
 
 def check_logits(model: nn.Module, logits: Any, count: int) -> None:
@@ -69,10 +72,10 @@ def refuse_mixing(model: nn.Module, batches: Sequence[Batch]) -> None:
     first, second = batches
     with torch.no_grad(), plain_attention:
         mixed = model(torch.stack([second.images[0], first.images[0]]))
-        if _close(mixed, torch.stack([second.logits[0], first.logits[0]])):
+        if _is_close(mixed, torch.stack([second.logits[0], first.logits[0]])):
             return
         repeated = model(first.images)
-    if not _close(repeated, first.logits):
+    if not _is_close(repeated, first.logits):
         raise InputError(
             f"model: {type(model).__name__} is random in eval mode: the same images gave different logits in two "
             "passes; switch off all randomness, for example dropout that ignores self.training"
@@ -88,18 +91,18 @@ def refuse_closures(original: nn.Module, subject: nn.Module, batch: Batch) -> No
 
     A function stored in the model, such as a lambda over ``self``, is not copied with it and reads the original.
     """
-    before = [(parameter, parameter.detach().clone()) for parameter in original.parameters()]
+    saved_values = [(parameter, parameter.detach().clone()) for parameter in original.parameters()]
     clear_caches(subject)
     try:
         with torch.no_grad(), plain_attention:
-            for parameter, _ in before:
+            for parameter, _ in saved_values:
                 parameter.mul_(1.5).add_(0.1)
             logits = subject(batch.images)
     finally:
         with torch.no_grad():
-            for parameter, value in before:
+            for parameter, value in saved_values:
                 parameter.copy_(value)
-    if not _close(logits, batch.logits):
+    if not _is_close(logits, batch.logits):
         raise InputError(
             f"model: {type(original).__name__} holds a function that refers to the model itself, such as a lambda or a "
             "hook over self, and a copy of the model would still use the original; use a method, or the hook's argument"
@@ -107,36 +110,37 @@ def refuse_closures(original: nn.Module, subject: nn.Module, batch: Batch) -> No
 
 
 def agreeing_layers(model: nn.Module, batch: Batch, layers: Sequence[str], head: str | None) -> tuple[list[str], bool]:
-    """Return the layers whose rule gives the gradients of plain autograd for one image, and zero for the other images.
+    """Return the layers whose rule gives the gradients of plain autograd, and whether ``head`` is the last layer.
 
-    Also return whether the logits are the unchanged output of ``head``.
+    A rule must give the same gradients for the image ``batch.row``, and zero for the other images. ``head`` is the last
+    layer if the logits are its unchanged output.
     """
     try:
         forward_pass = forward(model, batch.images, None, layers)
         (gradients,) = output_gradients(forward_pass, batch.cotangents())
         reversed_pass = forward(model, batch.images.flip(0), None, layers)
     except Exception as error:
-        # With gradient checkpointing, for example, autograd cannot differentiate by the output of a layer.
+        # With gradient checkpointing, for example, autograd has no gradient with respect to the output of a layer.
         logger.debug("model: no gradient rule applies: %s", error)
         return [], False
-    if not _close(forward_pass.logits.detach(), batch.logits):
+    if not _is_close(forward_pass.logits.detach(), batch.logits):
         return [], False
     layers_that_agree = [
         layer
         for layer in layers
         if layer not in forward_pass.irregular + reversed_pass.irregular
         # A model may sort its images and restore their order at the end.
-        and _close(reversed_pass.inputs[layer].flip(0), forward_pass.inputs[layer])
+        and _is_close(reversed_pass.inputs[layer].flip(0), forward_pass.inputs[layer])
         and _agrees(model, layer, forward_pass.inputs[layer], gradients[layer], batch)
     ]
-    return layers_that_agree, head in gradients and _close(gradients[head], batch.cotangents()[0])
+    return layers_that_agree, head in gradients and _is_close(gradients[head], batch.cotangents()[0])
 
 
 def _agrees(model: nn.Module, layer: str, inputs: Tensor, gradient: Tensor, batch: Batch) -> bool:
     """Return whether the rule of a layer gives the gradients of ``batch``."""
     for i in range(len(batch.images)):
         if i != batch.row and not gradient[i].any():
-            continue  # zero, as it must be for the other images
+            continue  # the rule gives zero, as it must for the other images
         rows = sample_gradients(model.get_submodule(layer), inputs[i : i + 1], gradient[i : i + 1])
         for name in direct_parameters(model, layer):
             if name not in batch.gradients:
@@ -150,39 +154,42 @@ def _agrees(model: nn.Module, layer: str, inputs: Tensor, gradient: Tensor, batc
 
 
 def can_vectorize(model: nn.Module, batches: Sequence[Batch], slow: Sequence[str]) -> bool:
-    """Return whether ``vmap`` gives the gradients of plain autograd by the parameters ``slow``.
+    """Return whether ``vmap`` gives the gradients of plain autograd with respect to the parameters ``slow``.
 
     Raises:
-        InputError: neither ``vmap`` nor the loop over images gives them.
+        InputError: neither ``vmap`` nor the loop over images gives these gradients.
     """
     images = torch.stack([batch.images[batch.row] for batch in batches])
     cotangents = torch.stack([batch.weights for batch in batches])[None]
 
-    def first_difference(vectorized: bool) -> str | None:
-        # One image at a time, to detect a pass that changes the model for the next pass.
+    def find_difference(vectorized: bool) -> str | None:
+        """Return the name of a parameter whose gradients differ; None if all agree."""
+        # One image at a time, to detect a forward pass that changes the model for the next pass.
         for _, part, gradients in slow_gradients(model, images, slow, cotangents, vectorized, chunk=1):
             batch = batches[part.start]
             for name, gradient in gradients.items():
-                expected = batch.gradients.get(name)  # None if a rule gave it, for this batch only
-                if expected is not None and not _close(gradient.reshape(expected.shape), expected, batch.scales[name]):
+                expected = batch.gradients.get(name)  # None if a rule passed on this batch, but not on the other batch
+                if expected is not None and not _is_close(
+                    gradient.reshape(expected.shape), expected, batch.scales[name]
+                ):
                     return name
         return None
 
     try:
-        if first_difference(vectorized=True) is None:
+        if find_difference(vectorized=True) is None:
             return True
     except Exception as error:
-        # vmap supports neither recurrent layers nor control flow that depends on the data, among others.
+        # For example, vmap supports neither recurrent layers nor control flow that depends on the data.
         logger.debug("model: vmap cannot differentiate it: %s", error)
-    if (name := first_difference(vectorized=False)) is not None:
+    if (name := find_difference(vectorized=False)) is not None:
         raise InputError(
-            f"model: the gradient of one image by {name} depends on the other images of its batch, or on earlier "
-            "batches; in eval mode it must depend on this image only"
+            f"model: the gradient of one image with respect to {name} depends on the other images of its batch, or on "
+            "earlier batches; in eval mode it must depend on this image only"
         )
     return False
 
 
-def _close(actual: Tensor, expected: Tensor, scale: float | None = None) -> bool:
+def _is_close(actual: Tensor, expected: Tensor, scale: float | None = None) -> bool:
     """Return whether two tensors agree up to rounding, relative to ``scale`` or the largest entry of ``expected``."""
     scale = largest_entry(expected) if scale is None else scale
     return largest_entry(actual - expected) <= TOLERANCE.get(expected.dtype, 0.05) * scale

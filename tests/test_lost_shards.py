@@ -106,7 +106,9 @@ def test_too_many_lost_shards_raise(
 
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(RuntimeError, match=r"shard 1 was lost after 2 .* raise resources.restarts or .*: The actor died"),
+        pytest.raises(
+            RuntimeError, match=r"shard 1 was lost after 2 .* raise resources.restarts or .*: The actor died"
+        ),
     ):
         choose("bait", shards, setup, model, progress=progress)
     assert len([r for r in caplog.records if "shard 1 was lost; rebuilding it" in r.message]) == 2

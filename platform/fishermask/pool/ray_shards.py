@@ -197,8 +197,8 @@ class RayShards:
         """
         if self.num_rebuilt == self.restarts:
             raise RuntimeError(
-                f"shard {index} was lost after {self.num_rebuilt} lost shards were rebuilt; raise resources.restarts or "
-                f"remove the cause: {_first_line(error)}"
+                f"shard {index} was lost after {self.num_rebuilt} lost shards were rebuilt; raise "
+                f"resources.restarts or remove the cause: {_first_line(error)}"
             ) from None
         self.num_rebuilt += 1
         logger.warning("shard %d was lost; rebuilding it: %s", index, _first_line(error))

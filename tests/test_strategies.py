@@ -68,7 +68,11 @@ def test_changed_file_is_imported_again(tmp_path):
         ("x = 1", "mine.py", r"mine.py: needs a function query\(pool, budget, params\)"),
         ("def query(pool, budget): ...", "mine.py:best", "mine.py: needs a function best"),
         ("def query(pool): ...", "mine.py", "mine.py: needs a function query"),
-        ("def query(pool, budget): ...\nclass Params: ...", "mine.py", "Params a fishermask.StrategyParams"),
+        (
+            "def query(pool, budget): ...\nclass Params: ...",
+            "mine.py",
+            "class that derives from fishermask.StrategyParams",
+        ),
     ],
 )
 def test_file_without_a_usable_strategy_is_refused(tmp_path, content, name, message):

@@ -1,20 +1,20 @@
-"""The query strategies, one in each file. ``strategies/NAME.py`` is the strategy ``NAME``; no list names them.
+"""The query strategies. The file ``NAME.py`` in this package is the strategy ``NAME``; no registry is needed.
 
 A strategy is a module with
 
-* a docstring, whose first line says which samples the strategy chooses, and where it was published;
+* a docstring, whose first line says which samples the strategy chooses, and where the strategy was published;
 * ``query(pool, budget, params)`` or ``query(pool, budget)``: returns the positions of ``budget`` distinct candidates in
   the order of choice, as a tensor, a NumPy array or a list of integers;
 * ``class Params(StrategyParams)``, if the strategy has parameters;
-* ``check(params, model, images)``, if a query does more than predict the pool, or if some parameters do not suit some
-  models. It raises ``InputError``, and returns the workload that memory and time are estimated from:
-  ``Workload(gradient_plan, ...)`` of a query that embeds the pool, ``Workload()`` of a query that only predicts it (as
-  without ``check``), or None if the query reads no sample.
+* ``check(params, model, images)``, if a query does more than predict the pool, or if some models are not supported. It
+  raises ``InputError`` if the model or the parameters are not supported. It returns the workload, from which memory and
+  time are estimated: ``Workload(gradient_plan, ...)`` if a query embeds the pool, ``Workload()`` if it only predicts
+  the pool (the default without ``check``), or None if it reads no sample.
 
 Settings name a strategy in one of three ways:
 
-* ``NAME``: a file of this package, or an entry point ``NAME`` in the group ``fishermask.strategies`` of an installed
-  package, which refers to such a module;
+* ``NAME``: a file of this package.
+* ``NAME``: an entry point of an installed package in the group ``fishermask.strategies`` that refers to such a module.
 * ``./FILE.py``: a file beside the sweep file; ``./FILE.py:FUNCTION`` if its function is not called ``query``.
 
 ``fishermask.select`` also takes a function.
@@ -41,11 +41,12 @@ from fishermask.pool.pool import Pool
 from fishermask.user_modules import attribute_of, import_file, split_file_name
 
 GROUP = "fishermask.strategies"
-"""Group of the entry points by which installed packages add strategies."""
+"""Group of entry points with which installed packages add strategies."""
 
 Query = Callable[..., Any]
 """``query(pool, budget)`` or ``query(pool, budget, params)``."""
 Check = Callable[[Any, nn.Module, Tensor], Workload | None]
+"""``check(params, model, images)``."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Strategy:
     """A strategy with its parameters."""
 
     file: str
-    """The file or the function, as messages name it."""
+    """Name of the file or of the function in messages."""
     query_function: Query
     check_function: Check | None
     params: Any
@@ -72,7 +73,7 @@ class Strategy:
         return torch.from_numpy(np.array(positions)) if _holds_integers(positions) else positions
 
     def check(self, model: nn.Module, images: Tensor) -> Workload | None:
-        """Return the workload of a query with ``model``, which takes ``images`` [n, ...]; None if it reads no sample.
+        """Return the workload of a query with ``model`` for inputs ``images`` [n, ...]; None if it reads no sample.
 
         Raises:
             InputError: the parameters do not suit the model.
@@ -81,12 +82,12 @@ class Strategy:
             return Workload()
         workload = self.check_function(self.params, model, images)
         if not isinstance(workload, Workload | None):
-            raise InputError(f"strategy.name: {self.file} check returns {short(workload)}; expected a Workload or None")
+            raise InputError(f"strategy.name: {self.file} check returns {short(workload)}; return a Workload or None")
         return workload
 
 
 def available() -> list[str]:
-    """Return the names of all strategies: those of this package and those of installed packages."""
+    """Return the names of all strategies of this package and of installed packages."""
     return sorted({*_bundled(), *(point.name for point in entry_points(group=GROUP))})
 
 
@@ -100,7 +101,7 @@ def load(config: StrategyConfig) -> Strategy:
     """Return the strategy that ``config`` names, with its parameters.
 
     Raises:
-        InputError: no such strategy exists, or it has no such parameters.
+        InputError: the strategy does not exist, or does not have these parameters.
     """
     parts = split_file_name(config.name)
     if parts is None and config.name not in _bundled() and config.name not in available():
@@ -135,7 +136,7 @@ def _bundled() -> set[str]:
 
 
 def _import(name: str) -> tuple[ModuleType, str]:
-    """Return the module of a strategy, and its file as messages name it."""
+    """Return the module of a strategy, and the name of its file in messages."""
     function = "query"
     if (parts := split_file_name(name)) is not None:
         path, attribute = parts
@@ -151,8 +152,8 @@ def _import(name: str) -> tuple[ModuleType, str]:
     params = getattr(module, "Params", StrategyParams)
     if not _is_query(getattr(module, function, None)) or not (isinstance(params, type) and issubclass(params, Config)):
         raise InputError(
-            f"strategy.name: {file}: needs a function {function}(pool, budget, params), and Params a "
-            "fishermask.StrategyParams"
+            f"strategy.name: {file}: needs a function {function}(pool, budget, params); its Params, if any, must be a "
+            "class that derives from fishermask.StrategyParams"
         )
     return module, file
 
@@ -171,7 +172,7 @@ def _is_query(function: object) -> bool:
 
 
 def _num_arguments(function: Callable[..., Any]) -> int:
-    """Return how many of (pool, budget, params) ``function`` takes by position; more if it needs more."""
+    """Return how many of (pool, budget, params) ``function`` takes; a larger number if it requires more arguments."""
     parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return 3

@@ -1,4 +1,4 @@
-"""Uncertain and diverse images: k-means++ on gradients of the loss by the last layer (BADGE, Ash et al. 2020)."""
+"""Choose uncertain and diverse images: k-means++ on last-layer gradients of the loss (BADGE, Ash et al. 2020)."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from fishermask.tensors.mask import last_layer_mask
 
 
 def check(params: Config, model: nn.Module, images: Tensor) -> Workload:
-    """Require a model that ends in a linear layer."""
+    """Require a model that ends in a linear layer; return the workload of a query."""
     return Workload(last_layer_mask(plan_gradients(model, images)).plan, trace=False)
 
 

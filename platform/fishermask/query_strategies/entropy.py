@@ -1,4 +1,4 @@
-"""Largest entropy of the predicted probabilities (Shannon 1948; Settles 2009, section 3.1)."""
+"""Choose images with the largest entropy of the predicted probabilities (Shannon 1948; Settles 2009, section 3.1)."""
 
 import torch
 from torch import Tensor

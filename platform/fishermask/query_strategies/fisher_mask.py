@@ -1,4 +1,4 @@
-"""Batch that best covers the pool's Fisher information on the few parameters that matter (arXiv 2411.05752)."""
+"""Choose the batch that best covers the pool's Fisher information on the most informative parameters (arXiv 2411.05752)."""
 
 from dataclasses import fields
 from typing import Any, Literal
@@ -21,32 +21,35 @@ PRESETS: dict[str, dict[str, Any]] = {"fishermask-released": {"class_weighting":
 
 class Params(Config):
     preset: Literal["fishermask-released"] | None = None
-    """Set the options that this preset names, unless they are set here: the choices of the paper's released code."""
+    """``fishermask-released``: use the options of the paper's released code as defaults, class_weighting: none and
+    fisher_sample: first."""
     num_body_parameters: int | None = Field(1024, ge=0)
-    """Number of masked parameters outside the last layer, at most as many as there are. 0: the last layer only."""
+    """Number of masked parameters outside the last layer. 0: mask the last layer only. If the model has fewer, all are
+    masked."""
     fraction: float | None = Field(None, gt=0, le=1)
-    """The paper's setting, in place of ``num_body_parameters``: masked share of all trained parameters, the last layer
-    included."""
+    """Masked share of all trained parameters, last layer included: the setting of the paper, instead of
+    ``num_body_parameters``."""
     mask: Literal["global", "layerwise", "relative", "random", "last_layer"] = "global"
-    """Masked parameters outside the last layer: those with the largest Fisher information in the whole model, in each
-    layer, or relative to the mean of their layer (only above twice the mean); random ones; or none, as in BAIT."""
+    """Which parameters outside the last layer are masked. ``global``: those with the largest Fisher information.
+    ``layerwise``: the same share of each layer. ``relative``: those with the largest ratio to the mean of their layer,
+    if the ratio is above 2. ``random``: random parameters. ``last_layer``: none, as in BAIT."""
     fisher_samples: int = Field(1024, ge=1)
-    """Number of pool images over which the Fisher information of each parameter is averaged ..."""
+    """Number of pool images over which the Fisher information of each parameter is averaged."""
     fisher_sample: Literal["random", "first"] = "random"
-    """... drawn at random, or the first images of the pool."""
+    """Pool images that ``fisher_samples`` counts. ``random``: random images. ``first``: the first images of the pool."""
     damping: float = Field(1.0, gt=0)
-    """lambda: factor of the identity that is added to the information of the labeled images."""
+    """Factor of the identity matrix that is added to the information of the labeled images (lambda in the paper)."""
     initial_information: bool = True
-    """Whether the information of the labeled images counts."""
+    """Whether the objective includes the information of the labeled images."""
     class_weighting: Literal["sqrt", "none"] = "sqrt"
-    """``sqrt``: an image's embedding gives its Fisher information. ``none``: all classes have the same weight, as in
-    the released code."""
+    """Weight of each class in an embedding. ``sqrt``: the square root of its probability, which gives the Fisher
+    information. ``none``: the same for all classes, as in the paper's released code."""
     top_classes: int | None = Field(None, ge=2)
-    """Approximation for many classes: use only the most probable classes of each image, renormalized."""
+    """Approximation for many classes: use only this number of most probable classes of each image, renormalized."""
     batch_weighting: Literal["bait", "per_sample"] = "bait"
-    """Weight of a candidate: that of the whole batch, as in BAIT's code, or that of one labeled image."""
+    """Weight of a picked image. ``bait``: the batch size, as in BAIT. ``per_sample``: 1, like a labeled image."""
     target: Literal["pool", "identity"] = "pool"
-    """Information to cover: that of the pool, or the identity, which treats all directions alike."""
+    """Information that the batch covers. ``pool``: that of the pool. ``identity``: the same in all directions."""
     oversample: float = Field(1.0, ge=1)
     """Pick this many times the budget, then prune the picks that contribute least."""
 
@@ -73,7 +76,7 @@ class Params(Config):
 
 
 def check(params: Params, model: nn.Module, images: Tensor) -> Workload:
-    """Require a mask that is not empty and holds the last layer."""
+    """Require a mask that is not empty and holds the last layer; return the workload of a query."""
     plan = plan_gradients(model, images)
     warn_about_slow_parameters(plan.slow)
     body_size = choose_body_size(params, model, plan)

@@ -1,4 +1,4 @@
-"""Smallest difference between the two most probable classes (Scheffer, Decomain, Wrobel 2001)."""
+"""Choose images with the smallest gap between the two largest probabilities (Scheffer, Decomain, Wrobel 2001)."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Images drawn uniformly at random: the baseline of all comparisons."""
+"""Choose images uniformly at random: the baseline of all comparisons."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from fishermask.pool.pool import Pool
 
 
 def check(params: Config, model: nn.Module, images: Tensor) -> None:
-    """Accept every model: the strategy uses no predictions."""
+    """Accept every model, because the strategy uses no predictions; return None for a query that reads no sample."""
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:

@@ -1,4 +1,4 @@
-"""The memory and time of a query, from the shapes of its results and the measured costs of its operations."""
+"""Estimates of the memory and time of a query, from the shapes of tensors and the measured costs of operations."""
 
 import functools
 import math
@@ -14,43 +14,43 @@ from fishermask.tensors.precision import Precision
 
 # Fitted to the peaks of benchmarks/memory.py.
 EMBEDDING_LIBRARIES, PREDICTION_LIBRARIES = 32e6, 5e6
-"""Bytes of kernels and thread pools: in a query that embeds the pool, and in any other."""
+"""Bytes of kernels and thread pools, in a query that embeds the pool and in any other query."""
 SLACK = 0.1
 """Share of the memory that the allocator cannot return."""
 GRADIENT_GAPS, PREDICTION_GAPS, TRAINING_GAPS = 0.28, 0.75, 1.5
-"""Unused bytes of the heap for each byte of live tensors: while gradients are computed, in predictions, in training."""
+"""Unused bytes of the heap per byte of live tensors: in gradient computations, in predictions and in training."""
 MAX_GAPS = 300e6
-"""Largest number of such bytes: large tensors are not in the heap."""
+"""Largest number of unused bytes of the heap, because large tensors are not in the heap."""
 RANKING_BYTES = 40
-"""Bytes for each parameter while the parameters are ranked."""
+"""Bytes per body parameter while the parameters are ranked."""
 
 # Fitted to the times of benchmarks/scale.py.
 STRUCTURED = 2.5
-"""Time of structured products divided by the time of one large matrix product with equally many operations."""
+"""Time of structured products, relative to one large matrix product with the same number of operations."""
 PAIR_SECONDS, DISTANCE_SECONDS = 1.4e-8, 4e-9
-"""Seconds of a pick for each pair of an image's rows, and of a distance for each number of an image."""
+"""Seconds of a pick per image and pair of rows of its embedding, and of a distance per number of an image."""
 
 
 @dataclass(frozen=True)
 class QueryRequest:
-    """A query of ``batch_size`` images from a pool."""
+    """Sizes and settings of a query."""
 
     pool_size: int
     batch_size: int
     num_labeled: int = 0
     precision: Precision = Precision()
     training_batch_size: int = 0
-    """Images of a training step in the process that leads the query; 0 if it does not train."""
+    """Images of a training step in the coordinator; 0 if it does not train."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak memory of a process, beyond the memory that it occupies before."""
+    """Peak memory of a process, beyond its memory before the query."""
 
     parts: Mapping[str, float]
     """Component -> bytes."""
     stage: str
-    """The stage with the largest memory, as a verb phrase."""
+    """Stage with the largest memory, such as ``embed the pool``."""
 
     @property
     def total(self) -> float:
@@ -58,7 +58,7 @@ class Estimate:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        """Return the total and its parts, in the same unit: ``270 MB (embeddings 64, matrices 24)``."""
+        """Return the total and its parts in the same unit: ``270 MB (embeddings 64, matrices 24)``."""
         unit, digits = (1e9, 2) if self.total >= 1e9 else (1e6, 0)
         sizes = {name: f"{size / unit:.{digits}f}" for name, size in self.parts.items()}
         parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if float(size))
@@ -81,8 +81,8 @@ def estimate_memory(
     """Estimate the peak memory of a process that holds ``num_shards`` shards of ``num_images`` images each.
 
     Args:
-        chunk: images whose gradients are computed at once.
-        coordinates: whether the process also trains, evaluates and leads the query.
+        chunk: number of images whose gradients are computed at once.
+        coordinates: whether the process is also the coordinator, which trains, evaluates and leads the query.
     """
     work, stored_bytes = measured.work, measured.stored_bytes
     stages: dict[str, dict[str, float]] = {"start": {}}
@@ -101,9 +101,9 @@ def estimate_memory(
         activations = _batch_bytes(measured, measured.prediction, min(PREDICTED, num_images), PREDICTION_GAPS)
         stages["predict the pool"] = {
             "images": num_shards * block,
-            # Without activations, the next block is read before the previous one is freed.
+            # The next block is read before the previous block is freed, when no activations are alive.
             "activations": num_shards * max(activations, block if num_images > BLOCK else 0),
-            # Probabilities arrive in pieces, are concatenated, and those of the candidates are copied.
+            # Three copies: the pieces, their concatenation, and the probabilities of the candidates.
             "probabilities": 3 * request.pool_size * measured.num_classes * measured.dtype.itemsize * coordinates,
         }
     stage = max(stages, key=lambda stage: sum(stages[stage].values()))
@@ -113,7 +113,7 @@ def estimate_memory(
 
 
 def _batch_bytes(measured: Measurement, cost: Cost, count: int, gaps: float) -> float:
-    """Return the bytes of the heap during an operation on ``count`` images, and of the images as inputs."""
+    """Return the bytes of an operation on ``count`` images: its tensors, its inputs and gaps of the heap."""
     return count * (cost.image_bytes + measured.input_bytes) + min(gaps * count * cost.image_bytes, MAX_GAPS)
 
 
@@ -124,14 +124,14 @@ def _embedding_stages(
     work, rows, numbers, dtype = measured.work, measured.rows, measured.numbers, measured.dtype
     body, matrix = work.body_size, 8 * measured.columns**2 * work.trace
     storage, scores = request.precision.storage or dtype, request.precision.scores or dtype
-    # A shard stores probabilities in the model's type, with the indices of their classes if these are not all.
+    # A shard stores probabilities in the type of the model, and with ``top_classes`` also the indices of their classes.
     embedding = (numbers - measured.classes) * storage.itemsize + measured.classes * dtype.itemsize
     embedding += 8 * (work.top_classes or 0)
     num_copies = math.ceil(work.oversample * request.batch_size) + (0 if work.trace else 3 * request.num_labeled)
     embeddings = {
         "embeddings": num_shards * num_images * embedding + num_copies * numbers * dtype.itemsize * coordinates
     }
-    # A shard embeds a chunk at a time, and multiplies a part of its embeddings at a time.
+    # A shard computes the embeddings of one chunk at a time, and the products of one part at a time.
     part = min(images_per_part(body), num_images)
     chunk = min(chunk, part)
     gradients = _batch_bytes(measured, measured.embedding, chunk, GRADIENT_GAPS)
@@ -144,11 +144,11 @@ def _embedding_stages(
         "score the pool": {
             **embeddings,
             "scores": num_shards * num_images * (2 * rows**2 if work.trace else 1) * scores.itemsize,
-            # Sums over the pool, over the labeled images and over a part, and the same of the body alone.
+            # Sums over the pool, over the labeled images and over a part; for each, also the block of the body.
             "matrices": num_shards * 3 * (matrix + 8 * body**2 * work.trace),
             "products": num_shards * 8 * part * products,
         },
-        # M, its factor, its inverse R, F, R F and H = R F R; some again for the picks that remain.
+        # M, its factor, its inverse R, F, R F and H = R F R; pruning recomputes some of them.
         "invert the information": {
             **embeddings,
             "matrices": (10 if work.oversample > 1 else 6) * matrix * coordinates,
@@ -164,7 +164,7 @@ def _embedding_stages(
 
 
 def estimate_seconds(measured: Measurement, request: QueryRequest, num_images: int) -> float:
-    """Estimate the time of a query on one core for each shard, of which the largest has ``num_images`` images."""
+    """Estimate the seconds of a query with one core per shard, whose largest shard has ``num_images`` images."""
     work, rows, classes, width = measured.work, measured.rows, measured.num_classes, measured.width
     if work.gradient_plan is None:
         return measured.prediction.image_seconds * num_images * work.uses_model
@@ -174,10 +174,10 @@ def estimate_seconds(measured: Measurement, request: QueryRequest, num_images: i
     if not work.trace:
         comparisons = (picks + request.num_labeled) * num_images
         return seconds + DISTANCE_SECONDS * comparisons * (classes + width)
-    # For each image: the sum of the information and the first scores, then each pick.
+    # Operations per image: the sum of the information and the first scores, then each pick.
     start = 6 * (measured.classes * classes / 2 * width**2 + 2 * classes * width * body + rows * body**2)
     pick = 4 * rows * ((classes - 1) * width + rows * body)
-    # In the coordinator: an inverse and two products of k x k, then a product for each pick.
+    # Operations of the coordinator: an inverse and two k x k products, then one product per pick.
     coordinator = 8 * measured.columns**3 + 8 * picks * rows * measured.columns**2
     operations = STRUCTURED * num_images * (start + picks * pick) + coordinator
     return seconds + operations / core_flops() + PAIR_SECONDS * picks * num_images * rows**2

@@ -1,4 +1,4 @@
-"""The resources of nodes, the resources that a run reserves, and whether they fit."""
+"""Resources of nodes, resources that a run reserves, and the check that the reservations fit on the nodes."""
 
 import math
 import os
@@ -14,16 +14,16 @@ from fishermask.planning.estimates import Estimate, format_bytes
 from fishermask.planning.query_plan import QueryPlan
 
 Bundle = dict[str, float]
-"""CPUs, GPUs and bytes of main memory: of a node, or requested by a process."""
+"""CPUs, GPUs and bytes of main memory that a node has or a process requests."""
 
 KINDS = ("CPU", "GPU", "memory")
 UNKNOWN_NODE: Bundle = dict.fromkeys(KINDS, 1e15)
-"""Stands for all nodes that an autoscaler can start, if their resources are unknown."""
+"""Node that stands for all nodes of an autoscaler, if their resources are unknown."""
 MEMORY_SHARE = 0.9
 """Share of a machine's free memory that runs may use."""
 PROCESS_BYTES = 0.5e9
-"""Bytes of a process before it computes: Python, PyTorch and Ray. Measured: 480 MB for a trial that trains ``mlp``,
-400 MB for a Ray shard without a model; torch 2.14 built for CUDA, no GPU."""
+"""Bytes of an idle process with Python, PyTorch and Ray. Measured with torch 2.14 built for CUDA, without a GPU: 480 MB
+for a trial that trains ``mlp``, and 400 MB for a Ray shard without a model."""
 STEP_BYTES = 0.1e9
 """Requested memory is a multiple of this many bytes."""
 UNITS = 10_000
@@ -41,17 +41,17 @@ class Cluster:
     """Largest number of nodes that the autoscaler adds; None for all of them."""
 
     def total(self, kind: str) -> float:
-        """Return the largest amount of a resource that all nodes together can have."""
+        """Return the total amount of a resource of all nodes, including those that an autoscaler can add."""
         added = sorted((node.get(kind, 0) for node in self.addable_nodes), reverse=True)[: self.max_added]
         return sum(added) + sum(node.get(kind, 0) for node in self.nodes)
 
     def largest(self, kind: str) -> float:
-        """Return the largest amount of a resource of one node."""
+        """Return the largest amount of a resource on a single node."""
         return max((node.get(kind, 0) for node in (*self.nodes, *self.addable_nodes)), default=0)
 
 
 def this_machine() -> Cluster:
-    """Return this machine as a cluster, for a sweep without one."""
+    """Return a cluster of this machine alone, for a sweep without Ray."""
     cpus, gpus = float(os.cpu_count() or 1), float(torch.cuda.device_count())
     return Cluster(({"CPU": cpus, "GPU": gpus, "memory": MEMORY_SHARE * free_memory()},))
 
@@ -76,7 +76,7 @@ def container_memory(cgroup: Path) -> float:
 
 
 def num_shards(resources: ResourcesConfig, useful: int, cluster: Cluster) -> int:
-    """Return the number of shards of a run: with ``auto``, as many as are ``useful`` and fit on ``cluster``."""
+    """Return the number of shards of a run; ``auto`` is the ``useful`` number, or as many as fit on ``cluster``."""
     if resources.shards != "auto":
         return resources.shards
     if resources.workers == "in_process":
@@ -88,7 +88,7 @@ def num_shards(resources: ResourcesConfig, useful: int, cluster: Cluster) -> int
 
 
 def bundles(resources: ResourcesConfig, plan: QueryPlan) -> list[Bundle]:
-    """Return the resources that a run reserves: those of the trial's process, then those of each Ray shard."""
+    """Return the resources that a run reserves: the bundle of the trial, then the bundle of each Ray shard."""
 
     def bundle(cpus: float, gpus: float, estimate: Estimate) -> Bundle:
         memory = PROCESS_BYTES + estimate.total if resources.memory is None else 1e9 * resources.memory
@@ -101,9 +101,9 @@ def bundles(resources: ResourcesConfig, plan: QueryPlan) -> list[Bundle]:
 
 
 def equal_reservations(requests: dict[str, list[Bundle]], cluster: Cluster) -> dict[str, list[Bundle]]:
-    """Return the bundles of each run, all with the memory of the largest run and shard where these fit.
+    """Return ``requests`` with the memory of the largest trial and the largest shard in all runs, if all still fit.
 
-    Ray Tune reuses a process only for a run that requests the same, and would start other runs out of order.
+    Ray Tune reuses a process only for a run with equal requests, and may start runs with other requests out of order.
     """
     run = max((request[0]["memory"] for request in requests.values()), default=0.0)
     shard = max((bundle["memory"] for request in requests.values() for bundle in request[1:]), default=0.0)
@@ -115,13 +115,13 @@ def equal_reservations(requests: dict[str, list[Bundle]], cluster: Cluster) -> d
 
 
 def check_placement(request: list[Bundle], cluster: Cluster) -> str | None:
-    """Return why ``request`` must wait for an autoscaler; None if it fits on the nodes of an idle cluster.
+    """Return the reason why ``request`` must wait for an autoscaler; None if it fits on the idle nodes.
 
     Args:
-        request: the bundle of the trial's process, which may be empty, and those of its shards, which are equal.
+        request: the bundle of the trial, which may be empty, then the bundles of its shards, which are equal.
 
     Raises:
-        InputError: it does not fit, and no autoscaler can add the nodes: the run would wait forever.
+        InputError: the request does not fit on any nodes that an autoscaler can add, so the run would wait forever.
     """
     if fits(request, cluster.nodes):
         return None
@@ -140,7 +140,7 @@ def _describe(bundle: Bundle) -> str:
 
 
 def fits(request: list[Bundle], nodes: tuple[Bundle, ...]) -> bool:
-    """Return whether a node has room for the first bundle, and the nodes for all others, which are equal."""
+    """Return whether ``nodes`` have room for all bundles; all bundles but the first are equal."""
     run, *shards = [[round(UNITS * bundle.get(kind, 0)) for kind in KINDS] for bundle in request]
     free = [[round(UNITS * node.get(kind, 0)) for kind in KINDS] for node in nodes]
 
@@ -148,8 +148,8 @@ def fits(request: list[Bundle], nodes: tuple[Bundle, ...]) -> bool:
         return min((amount // need for amount, need in zip(node, shards[0], strict=True) if need), default=len(shards))
 
     for index, node in enumerate(free):
-        rest = [amount - need for amount, need in zip(node, run, strict=True)]
-        others = [*free[:index], rest, *free[index + 1 :]]
-        if min(rest) >= 0 and (not shards or sum(map(capacity, others)) >= len(shards)):
+        remainder = [amount - need for amount, need in zip(node, run, strict=True)]
+        remaining_nodes = [*free[:index], remainder, *free[index + 1 :]]
+        if min(remainder) >= 0 and (not shards or sum(map(capacity, remaining_nodes)) >= len(shards)):
             return True
     return False

@@ -1,4 +1,4 @@
-"""The execution plan of a run's queries: chunks of images that fit in memory, or an error that names a remedy."""
+"""The execution plan of the queries of a run: a chunk size that fits into memory, or an error with a remedy."""
 
 import math
 from collections.abc import Callable
@@ -14,25 +14,25 @@ from fishermask.planning.workload import Measurement
 from fishermask.pool.blocks import BLOCK, CHUNKS, shard_slices
 
 SHARD_SECONDS, SHARD_IMAGES = 10.0, 20_000
-"""Work for which one more shard is useful: seconds of a query on one core, or images if a query computes nothing."""
+"""Work per shard that makes another shard useful: seconds of a query on one core, or images if it computes nothing."""
 
 Process = Callable[[Measurement, QueryRequest, int], Estimate]
-"""Estimates the memory of a process, for a number of images whose gradients are computed at once."""
+"""Function that estimates the memory of a process for a chunk size."""
 
 
 @dataclass(frozen=True)
 class QueryPlan:
-    """The execution plan of a run's queries, and the memory of the run's processes."""
+    """The execution plan of the queries of a run, and the memory of its processes."""
 
     num_shards: int
     chunk: int
-    """Images whose gradients are computed at once."""
+    """Number of images whose gradients are computed at once."""
     diagonal_batch: int
-    """Images whose Fisher diagonal is computed at once."""
+    """Number of images whose Fisher diagonal is computed at once."""
     seconds: float
-    """Time of a query, if each shard has a core like those of this machine, and no GPU."""
+    """Seconds of a query if each shard has one core of the speed of this machine, and no GPU."""
     coordinator: Estimate
-    """Main memory of the process that leads the query, including its shards."""
+    """Main memory of the coordinator, including the shards in its process."""
     shard: Estimate | None = None
     """Main memory of each Ray shard."""
     gpu: Estimate | None = None
@@ -70,42 +70,42 @@ def plan_query(
     """Plan the queries of a run.
 
     Args:
-        in_process: whether the process that leads the query holds the shards; otherwise each has its own process.
+        in_process: whether the coordinator holds all shards; otherwise each shard has its own process.
         limit: bytes of main memory that each process may use.
         gpu_limit: bytes of GPU memory that each process with shards may use; None without GPUs.
 
     Raises:
-        InputError: a process does not fit; the message names a setting and the largest value that fits.
+        InputError: a process does not fit into its memory; the message names a setting and a value that fits.
     """
     sizes = [end - start for start, end in shard_slices(request.pool_size, num_shards)]
     occupied = sum(size > 0 for size in sizes)
-    holder = partial(estimate_memory, num_images=max(sizes), coordinates=False)
+    shard_process = partial(estimate_memory, num_images=max(sizes), coordinates=False)
     if in_process:
-        holder = partial(estimate_memory, num_images=-(-request.pool_size // occupied), num_shards=occupied)
-    chunk, memory = _fit(holder, measured, request, limit if gpu_limit is None else gpu_limit)
+        shard_process = partial(estimate_memory, num_images=-(-request.pool_size // occupied), num_shards=occupied)
+    chunk, memory = _fit(shard_process, measured, request, limit if gpu_limit is None else gpu_limit)
     seconds = estimate_seconds(measured, request, max(sizes))
     plan = QueryPlan(num_shards, chunk, measured.diagonal_batch, seconds, memory)
     if in_process and gpu_limit is None:
         return plan
-    # The coordinator's main memory holds no shard, and no training where that is on the same GPU.
+    # The main memory of the coordinator holds no shard. If the shards are on its GPU, training is there too.
     coordinator_request = replace(request, training_batch_size=0) if in_process else request
     coordinator = _fit(partial(estimate_memory, num_images=0, num_shards=0), measured, coordinator_request, limit)[1]
     if gpu_limit is None:
         return replace(plan, coordinator=coordinator, shard=memory)
-    shard = None if in_process else holder(measured, request, chunk, num_images=0)
+    shard = None if in_process else shard_process(measured, request, chunk, num_images=0)
     return replace(plan, coordinator=coordinator, shard=shard, gpu=memory)
 
 
 def useful_shards(
     measured: Measurement, request: QueryRequest, *, in_process: bool, limit: float, gpu_limit: float | None = None
 ) -> int:
-    """Return the number of shards for which each has some seconds of work, and all processes fit in their memory."""
+    """Return the number of shards that gives each about ``SHARD_SECONDS`` of work, and fits into memory."""
     if not measured.work.uses_model:
         return math.ceil(request.pool_size / SHARD_IMAGES)
     blocks = math.ceil(request.pool_size / BLOCK)  # more shards would be empty
     seconds = estimate_seconds(measured, request, request.pool_size)
     count = max(1, min(blocks, math.ceil(seconds / SHARD_SECONDS)))
-    # Shards in one process share its memory; others divide the pool among their processes.
+    # Fewer shards in one process take less memory; more processes with a shard each take less memory each.
     last = 1 if in_process else blocks
     while count != last:
         try:
@@ -117,7 +117,7 @@ def useful_shards(
 
 
 def _fit(process: Process, measured: Measurement, request: QueryRequest, limit: float) -> tuple[int, Estimate]:
-    """Return the largest chunk for which ``process`` needs at most ``limit`` bytes, and its memory."""
+    """Return the largest chunk with which ``process`` needs at most ``limit`` bytes, and the memory estimate."""
     for chunk in CHUNKS:
         estimate = process(measured, request, chunk)
         if estimate.total <= limit:
@@ -154,7 +154,7 @@ def _remedy(process: Process, measured: Measurement, request: QueryRequest, limi
 
 
 def _largest(fits: Callable[[int], bool], upper: int) -> int:
-    """Return a value from 1 to ``upper`` - 1 that fits, and whose successor does not; 0 if there is none."""
+    """Return the largest value from 1 to ``upper`` - 1 that fits, by bisection; 0 if none fits."""
     low = 0
     while upper - low > 1:
         middle = (low + upper) // 2

@@ -1,7 +1,7 @@
-"""The computation of a query, and the cost of its operations: bytes and seconds, measured on a few images.
+"""The workload of a query, and the costs of its operations in bytes and seconds, measured on a few images.
 
-The peak memory of an operation does not follow from shapes (activations, tensors that autograd saves, loops that
-``torch.func`` unrolls), so it is measured.
+The peak memory of an operation is measured, because shapes do not determine it: activations, tensors that autograd
+saves, and loops that ``torch.func`` unrolls add to it.
 """
 
 import timeit
@@ -27,28 +27,29 @@ from fishermask.tensors.mask import body_parameters, fisher_diagonal, head_size,
 from fishermask.tensors.slow_gradients import copy_model
 
 BATCH_BYTES = 2e9
-"""Largest memory of a batch for the Fisher diagonal: a constant, because sums over a batch round with its size."""
+"""Largest memory of a batch for the Fisher diagonal. It is constant, because rounding depends on the batch size."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The computation of one query: predictions of the pool, or with a ``gradient_plan`` embeddings of the pool."""
+    """Computations of a query: with a ``gradient_plan``, embeddings of the pool; otherwise, predictions of the pool."""
 
     gradient_plan: GradientPlan | None = None
     body_size: int = 0
-    """Masked parameters outside the last layer."""
+    """Number of masked parameters outside the last layer."""
     trace: bool = True
     """Whether candidates are scored by the trace objective, with k x k matrices; otherwise by distances."""
     fisher_samples: int = 0
-    """Images whose Fisher information ranks the parameters; 0 without a ranking."""
+    """Number of images whose Fisher information ranks the parameters; 0 without a ranking."""
     top_classes: int | None = None
-    """Classes of each image that its embedding represents, if not all."""
+    """Number of classes of each image that its embedding represents; None for all classes."""
     oversample: float = 1.0
     """Number of picks divided by the size of the batch."""
     weighting: Weighting = "sqrt"
     fraction: float | None = None
-    """Masked share of all parameters, if the user sets the size of the mask in this way."""
+    """Masked share of all parameters, if this setting determines the size of the mask; otherwise None."""
     uses_model: bool = True
+    """Whether the query uses the model; if not, it computes nothing on the pool."""
 
 
 class Cost(NamedTuple):
@@ -59,18 +60,19 @@ class Cost(NamedTuple):
     fixed_bytes: float = 0.0
     """Peak bytes that do not depend on the size of the batch, such as those of a sum of gradients."""
     image_seconds: float = 0.0
+    """Seconds for each image of the batch."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The sizes of a workload with a model, and the costs of its operations and of training."""
+    """Sizes of a workload with a given model, and measured costs of its operations and of training."""
 
     work: Workload
     num_classes: int
     width: int
     """E, the number of inputs of the last layer, including its bias; 0 without a linear last layer."""
     num_body_parameters: int
-    """Parameters outside the last layer that can be in a mask."""
+    """Number of parameters outside the last layer that can be masked."""
     dtype: torch.dtype
     input_bytes: int
     """Bytes of one input of the model."""
@@ -87,34 +89,34 @@ class Measurement:
 
     @property
     def classes(self) -> int:
-        """Classes of each image that its embedding represents."""
+        """q, the number of classes of each image that its embedding represents."""
         return self.work.top_classes or self.num_classes
 
     @property
     def rows(self) -> int:
-        """Rows of an embedding."""
+        """r, the number of rows of an embedding."""
         return contrasts.num_rows(self.classes, self.work.weighting)
 
     @property
     def columns(self) -> int:
-        """k - E, columns of an embedding."""
+        """k - E, the number of columns of an embedding."""
         return self.work.body_size + (self.num_classes - 1) * self.width
 
     @property
     def numbers(self) -> int:
-        """Numbers of an embedding, which is stored by structure."""
+        """Number of stored values of an embedding."""
         return self.rows * self.work.body_size + self.width + self.classes
 
     @property
     def diagonal_batch(self) -> int:
-        """Images whose Fisher diagonal is computed at once."""
+        """Number of images whose Fisher diagonal is computed at once."""
         return max(1, min(DIAGONAL_BATCH, int(BATCH_BYTES // max(self.diagonal.image_bytes, 1.0))))
 
 
 def measure(
     model: nn.Module, images: Tensor, work: Workload | None, stored_bytes: int | None = None, training: bool = True
 ) -> Measurement:
-    """Measure the query ``work`` with ``model``; None is a query that does not use the model.
+    """Measure a query with the workload ``work`` and ``model``; None stands for a query that does not use the model.
 
     Args:
         images: at least one input of the model, [n, ...].
@@ -131,7 +133,7 @@ def measure(
     if (work.top_classes or 0) >= num_classes:
         raise InputError(
             f"strategy.params.top_classes: {work.top_classes} is not smaller than the number of classes, "
-            f"{num_classes}; lower it, or leave it out"
+            f"{num_classes}; lower it, or remove it"
         )
     width = num_body_parameters = verification_bytes = 0
     embedding = diagonal = Cost()
@@ -140,7 +142,7 @@ def measure(
         width = head_size(model, plan) // num_classes
         num_body_parameters = sum(parameter.numel() for parameter in body.values())
         verification_bytes = peak_bytes(lambda: plan_gradients(model, images))
-        # A mask that is spread over all layers needs the most memory.
+        # A random mask is spread over all layers, and so takes the most memory.
         mask = random_mask(body, plan, work.body_size, torch.Generator().manual_seed(0))
         embedding = measure_cost(
             lambda batch: embed(shard_model, batch, mask, work.weighting, work.top_classes), images
@@ -187,7 +189,7 @@ def measure_cost(operation: Callable[[Tensor], object], images: Tensor) -> Cost:
     def batch(count: int) -> Tensor:
         return images[:1].expand(count, *images.shape[1:]).contiguous()
 
-    operation(batch(2))  # the first call creates tensors that later calls share
+    operation(batch(2))  # the first call creates tensors that later calls reuse
     small, large = (peak_bytes(partial(operation, batch(count))) for count in (2, 6))
     image_bytes = (large - small) / 4
     inputs = batch(max(1, min(ALIGNMENT, int(BATCH_BYTES // max(image_bytes, 1.0)))))
@@ -206,14 +208,14 @@ def shortest_seconds(operation: Callable[[], object]) -> float:
 
 
 def peak_bytes(operation: Callable[[], object]) -> int:
-    """Return the largest number of bytes of tensors created by ``operation`` that are alive at the same time."""
+    """Return the peak memory in bytes of the tensors that ``operation`` creates."""
     with _LiveBytes() as counter:
         operation()
     return counter.peak
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Context that counts the bytes of the tensors that are created in it and are alive."""
+    """Context that counts the bytes of live tensors that were created in it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Choose the batch that best covers the pool's Fisher information on the most informative parameters (arXiv 2411.05752)."""
+"""Choose the batch that best covers the pool's Fisher information on the most informative weights (arXiv 2411.05752)."""
 
 from dataclasses import fields
 from typing import Any, Literal
@@ -36,7 +36,7 @@ class Params(Config):
     fisher_samples: int = Field(1024, ge=1)
     """Number of pool images over which the Fisher information of each parameter is averaged."""
     fisher_sample: Literal["random", "first"] = "random"
-    """Pool images that ``fisher_samples`` counts. ``random``: random images. ``first``: the first images of the pool."""
+    """Which images of the pool ``fisher_samples`` counts. ``random``: random images. ``first``: the first images."""
     damping: float = Field(1.0, gt=0)
     """Factor of the identity matrix that is added to the information of the labeled images (lambda in the paper)."""
     initial_information: bool = True

@@ -1,4 +1,4 @@
-"""Choose the batch that best covers the pool's Fisher information on the most informative weights (arXiv 2411.05752)."""
+"""Choose the batch that best covers the pool's Fisher information on selected parameters (arXiv 2411.05752)."""
 
 from dataclasses import fields
 from typing import Any, Literal

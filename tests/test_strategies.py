@@ -106,13 +106,13 @@ def test_files_are_found_beside_the_sweep_file_and_named_without_their_folder(fo
 
 
 def test_installed_package_adds_a_strategy_by_an_entry_point(monkeypatch, folder):
-    (folder / "theirs.py").write_text('"""Theirs."""\ndef query(pool, budget):\n    return [19]\n')
+    (folder / "packaged_strategy.py").write_text('"""A packaged strategy."""\ndef query(pool, budget):\n    return [19]\n')
     monkeypatch.syspath_prepend(folder)
-    point = EntryPoint(name="theirs", value="theirs", group="fishermask.strategies")
+    point = EntryPoint(name="packaged_strategy", value="packaged_strategy", group="fishermask.strategies")
     monkeypatch.setattr(query_strategies, "entry_points", lambda group: [point] if group == point.group else [])
-    assert "theirs" in query_strategies.available()
-    assert query_strategies.describe("theirs")[0] == "Theirs."
-    assert load("theirs").query(FakePool, 1).tolist() == [19]
+    assert "packaged_strategy" in query_strategies.available()
+    assert query_strategies.describe("packaged_strategy")[0] == "A packaged strategy."
+    assert load("packaged_strategy").query(FakePool, 1).tolist() == [19]
 
 
 @pytest.mark.parametrize(

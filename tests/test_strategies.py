@@ -106,7 +106,9 @@ def test_files_are_found_beside_the_sweep_file_and_named_without_their_folder(fo
 
 
 def test_installed_package_adds_a_strategy_by_an_entry_point(monkeypatch, folder):
-    (folder / "packaged_strategy.py").write_text('"""A packaged strategy."""\ndef query(pool, budget):\n    return [19]\n')
+    (folder / "packaged_strategy.py").write_text(
+        '"""A packaged strategy."""\ndef query(pool, budget):\n    return [19]\n'
+    )
     monkeypatch.syspath_prepend(folder)
     point = EntryPoint(name="packaged_strategy", value="packaged_strategy", group="fishermask.strategies")
     monkeypatch.setattr(query_strategies, "entry_points", lambda group: [point] if group == point.group else [])

@@ -123,7 +123,7 @@ def test_parquet_folders_and_globs_are_read_in_order_and_rows_without_paths_get_
 
 def test_color_images_stay_color_and_image_size_resizes_them(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", [png((8, 8, 3)), png((16, 16, 3))], [0, 1])
-    with pytest.raises(InputError, match="row 1 is 16 x 16 pixels, .* 8 x 8; set data.image_size"):
+    with pytest.raises(InputError, match="row 1 is 16 x 16 pixels, but .* 8 x 8; set data.image_size"):
         load_parquet(file)
     assert load_parquet(file, image_size=12).image_shape == (3, 12, 12)
 
@@ -232,9 +232,11 @@ def test_different_class_names_in_train_and_test_are_refused(tmp_path):
         note = json.dumps({"info": {"features": {"label": {"names": classes}}}})
         pq.write_table(pq.read_table(file).replace_schema_metadata({"huggingface": note}), file)
         files.append(str(file))
-    with pytest.raises(InputError, match="data.test: its classes are dog, cat, those of data.train cat, dog"):
+    with pytest.raises(
+        InputError, match="data.test: its classes are dog, cat, but the classes of data.train are cat, dog"
+    ):
         load_dataset(DataConfig(name="parquet", train=files[0], test=files[1]))
-    with pytest.raises(InputError, match="b.parquet names other classes than the file before it"):
+    with pytest.raises(InputError, match="b.parquet and an earlier file name different classes"):
         load_parquet(tmp_path)
 
 

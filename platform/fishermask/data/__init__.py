@@ -1,1 +1,1 @@
-"""Data sets: decoded once per machine into a store that all processes map, with ids that lead back to the source."""
+"""Data sets: decoded once per machine into a store that all processes map; ids name the images in their source."""

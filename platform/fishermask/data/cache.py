@@ -6,7 +6,7 @@
 <cache>/<key>/<split>/ids.npy               fixed-width bytes [n], utf-8
 <cache>/<key>/<split>/source_rows.npy       int64 [n], row of the source that holds each image
 
-A store gets its name when it is complete, and does not change afterwards.
+A folder gets the name ``<key>`` only when the store is complete. A store does not change afterwards.
 """
 
 import math
@@ -47,7 +47,7 @@ def cache_folder() -> Path:
 def lock_store(key: str) -> Iterator[None]:
     """Hold the lock of the store ``key``, so that only one process at a time decodes its data set.
 
-    The operating system releases the lock when the process ends. Files that a killed process left are removed.
+    The operating system releases the lock when the process ends. Unfinished files of killed processes are removed.
 
     Raises:
         InputError: the cache cannot be written to.
@@ -83,7 +83,7 @@ def create_store(key: str) -> Iterator[Path]:
         except OSError:
             if not store.exists():
                 raise
-            # On file systems without locks, another process may have written the same content first.
+            # On file systems without locks, another process may have written the same store first.
             if not (store / METADATA).exists():
                 raise damaged_store_error(store, f"it has no {METADATA}") from None
     finally:
@@ -117,7 +117,7 @@ def allocate_array(path: Path, dtype: str, shape: tuple[int, ...]) -> None:
 
 
 def write_rows(path: Path, rows: slice | np.ndarray, values: np.ndarray) -> None:
-    """Write ``values`` to ``rows`` of an array file, which is mapped only during the call."""
+    """Write ``values`` to ``rows`` of an array file; map the file only during the call."""
     np.lib.format.open_memmap(path, mode="r+")[rows] = values
 
 
@@ -139,4 +139,4 @@ def map_array(path: Path, mode: Literal["r", "c"] = "r") -> np.ndarray:
 
 def damaged_store_error(store: Path, reason: str) -> InputError:
     """Return the error for a store whose content has changed since it was written."""
-    return InputError(f"{VARIABLE}: {store} is damaged ({reason}); remove it, and it is decoded again")
+    return InputError(f"{VARIABLE}: {store} is damaged ({reason}); remove it, and the next run decodes it again")

@@ -1,4 +1,4 @@
-"""A data set in memory-mapped form, loaded by its name."""
+"""Loading of a data set by its name, as memory-mapped arrays."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,15 +29,15 @@ class Dataset:
     published: Statistics | None
     """Channel statistics from the literature; None if there are none."""
     source_size: tuple[int, int]
-    """Numbers of training images and of classes before ``restrict``."""
+    """Numbers of training images and of classes before ``restrict`` was called."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """channels, height, width"""
+        """Channels, height and width."""
         return self.train.images.shape[1:]
 
     def restrict(self, rows: Tensor, classes: list[int]) -> "Dataset":
-        """Return the training images ``rows`` and the test images of ``classes``; both arguments ascend.
+        """Return the data set with the training images ``rows`` and the test images of ``classes``, both ascending.
 
         The labels of ``classes`` become 0, 1, 2, ...
         """
@@ -48,7 +48,7 @@ class Dataset:
         return replace(self, train=train, test=test, classes=[self.classes[c] for c in classes])
 
     def describe_pool(self, rule: Imbalance) -> str:
-        """Return the size of the pool that ``rule`` selected, and of the data set, in one line."""
+        """Return the size of the pool that ``rule`` selected and the size of the data set, in one line."""
         num_images, num_classes = self.source_size
         size, remaining = len(self.train.labels), len(self.classes)
         images = f"{size:,}" if size == num_images else f"{size:,} of {num_images:,}"
@@ -81,7 +81,7 @@ def _published_statistics(config: DataConfig) -> Statistics | None:
     num_channels = {"keep": None, "gray": 1, "rgb": 3}[config.channels]
     if statistics is None or num_channels in (None, len(statistics.mean)):
         return statistics
-    # Repeated channels have the statistics of the gray channel; those of luma do not follow from those of RGB.
+    # Repeated gray channels have the statistics of the gray channel. Statistics of RGB do not determine those of luma.
     return Statistics(statistics.mean * 3, statistics.std * 3) if num_channels == 3 else None
 
 

@@ -12,7 +12,7 @@ def is_gray(config: DataConfig, stored_as_gray: bool) -> bool:
 
 
 def picture_to_pixels(picture: Image.Image, gray: bool, image_size: int | None) -> np.ndarray:
-    """Return uint8 [channels, height, width]; gray is PIL's luma, and RGB of a gray picture repeats its channel."""
+    """Return uint8 [channels, height, width]. Gray is the luma of PIL; a gray picture as RGB repeats its channel."""
     picture = picture.convert("L" if gray else "RGB")
     if image_size is not None and picture.size != (image_size, image_size):
         picture = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)

@@ -1,4 +1,4 @@
-"""The ids of a split, looked up by binary search in a sorted file, without a dictionary in memory."""
+"""The ids of a split. A binary search in a sorted file finds an id, without a dictionary in memory."""
 
 from collections.abc import Iterator, Sequence
 from typing import overload
@@ -53,7 +53,7 @@ class Ids(Sequence[str]):
         if not len(self):
             return torch.full((len(names),), -1)
         encoded = [name.encode() for name in names]
-        # The queries need the width of the file: for a wider array, numpy would convert and so copy the whole file.
+        # The queries have the item size of the file; with a larger item size, numpy would convert a copy of the file.
         fits = np.array([len(name) <= self._names.itemsize for name in encoded], dtype=bool)
         queries = np.array(encoded, dtype=self._names.dtype)
         rows = np.searchsorted(self._names, queries).clip(max=len(self._names) - 1)

@@ -1,4 +1,4 @@
-"""Images that stay on disk: a view of a store, which is sent between machines as row numbers and never as pixels."""
+"""Images on disk: views of a store, which are sent between machines as row numbers instead of pixels."""
 
 import socket
 from dataclasses import dataclass
@@ -18,20 +18,21 @@ from fishermask.errors import InputError
 
 @dataclass(frozen=True)
 class Origin:
-    """The location of a split's images on the machine that decoded them, and the files they come from."""
+    """The store of a split on the machine that decoded it, and the files of the source."""
 
     store: Path
     split: str
     config: DataConfig
-    """With absolute paths."""
+    """Settings of the data set, with absolute paths."""
     files: tuple[tuple[str, int], ...]
     """Path and size of each file of the source."""
     count: int
+    """Number of images of the split."""
     shape: tuple[int, int, int]
-    """channels, height, width"""
+    """Channels, height and width of an image."""
 
     def map_array(self, name: str) -> np.ndarray | None:
-        """Return an array of the store, or None if this machine does not have the store."""
+        """Return an array of the store; None if this machine does not have the store."""
         for folder in (self.store, cache.cache_folder() / self.store.name):
             if (folder / cache.METADATA).exists():
                 return cache.map_array(folder / self.split / name)
@@ -41,7 +42,7 @@ class Origin:
 class StoredImages:
     """n images, uint8 [n, channels, height, width]. Indexing with a slice or an index tensor reads a tensor.
 
-    On a machine without the store, the first access decodes the images of this view, and no others, from the source.
+    On a machine without the store, the first access decodes the images of this view, and only these, from the source.
 
     Raises:
         InputError: on the first access, if there is no store and the source is missing or has changed.
@@ -49,13 +50,13 @@ class StoredImages:
 
     def __init__(self, origin: Origin, rows: Rows, source_rows: Rows | None = None) -> None:
         self.origin, self.rows, self._source_rows = origin, rows, source_rows
-        # Mapped now if possible: a store may be deleted while it is in use.
+        # Mapped now if possible, because the store may be deleted while it is in use.
         self._array, self._order = origin.map_array(cache.IMAGES), origin.map_array(cache.SOURCE_ROWS)
         self._array_rows = rows
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """n, channels, height, width"""
+        """Number of images, channels, height and width."""
         return len(self), *self.origin.shape
 
     def __len__(self) -> int:
@@ -100,8 +101,8 @@ class StoredImages:
         reader = reopen_split(origin.config, origin.split, origin.files)
         if reader.count != origin.count:
             raise InputError(
-                f"data.{origin.split}: the source holds {reader.count} images on {socket.gethostname()}, "
-                f"but {origin.count} where the run began; copy the same files to every machine"
+                f"data.{origin.split}: the source holds {reader.count} images on {socket.gethostname()}, but "
+                f"{origin.count} on the machine where the run began; copy the same files to every machine"
             )
         rows = np.asarray(self.source_rows(), dtype=np.int64)
         order = rows.argsort()

@@ -11,9 +11,9 @@ from fishermask.guard import short
 def select_pool(
     labels: Tensor, num_classes: int, rule: Imbalance, generator: torch.Generator
 ) -> tuple[Tensor, list[int]]:
-    """Return the rows of ``labels`` [n] that ``rule`` keeps, ascending, and the classes that they belong to.
+    """Return the rows of ``labels`` [n] that ``rule`` keeps, and their classes, both ascending.
 
-    ``generator`` draws which classes are rare and which images of a class stay.
+    ``generator`` draws the rare classes and the images that each class keeps.
 
     Raises:
         InputError: a class has too few images, or the rule names a class that the data set does not have.
@@ -32,7 +32,7 @@ def select_pool(
 def class_counts(
     sizes: list[int], rule: Balanced | Step | LongTail | Counts, generator: torch.Generator
 ) -> dict[int, int]:
-    """Return a map from each class to the number of images to keep, for a data set with classes of ``sizes``."""
+    """Return class -> number of images to keep, for a data set whose classes have ``sizes`` images."""
     if isinstance(rule, Counts):
         counts = dict(rule.counts)
         _check_classes("imbalance.counts", list(counts), len(sizes))
@@ -66,7 +66,7 @@ def _at_least_one(count: float, rule: Step | LongTail) -> int:
 
 
 def _rare_classes(rule: Step, num_classes: int, generator: torch.Generator) -> list[int]:
-    # Drawn even when the rule names the classes: the images that stay of a class must not depend on that.
+    # Drawn even if the rule names the rare classes, so that the later draws of images are the same.
     random_order = torch.randperm(num_classes, generator=generator).tolist()
     if rule.rare_classes is not None:
         _check_classes("imbalance.rare_classes", rule.rare_classes, num_classes)

@@ -21,17 +21,17 @@ from fishermask.paths import require_file
 from fishermask.tensors.images import Statistics
 
 MAX_CLASSES = 100_000
-"""Upper limit of labels in files without class names: a larger number is not a class label."""
+"""Labels in files without class names must be below this number, so that other integers are not taken for labels."""
 DECODE_BATCH = 256
 """Images decoded per batch."""
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
-"""Raster image formats. The other formats that PIL reads are vector graphics or, like PostScript, programs."""
+"""Raster image formats. Other formats that PIL reads are vector graphics or programs, such as PostScript."""
 LABEL_BATCH = 8192
 """Labels and paths read per batch."""
 
 
 class ParquetSource:
-    """A data set in Parquet files: those that ``data.train`` and ``data.test`` name, or those of one ``folder``.
+    """A data set in the Parquet files of ``data.train`` and ``data.test``, or of one ``folder``.
 
     Args:
         summary: one line for the list of data sets.
@@ -73,7 +73,7 @@ class ParquetSource:
         """Open the files ``paths`` of ``split``.
 
         Raises:
-            InputError: as ``ParquetReader``.
+            InputError: see ``ParquetReader``.
         """
         return ParquetReader(paths, split, config)
 
@@ -95,7 +95,7 @@ class ParquetReader:
             column = _image_column(file.schema_arrow, path, config)
             names = _class_names(file.schema_arrow, config.label_column)
             if self.classes and names and names != self.classes:
-                raise InputError(f"data.{split}: {path} names other classes than the file before it")
+                raise InputError(f"data.{split}: {path} and an earlier file name different classes")
             if repeated := [name for name in names if names.count(name) > 1]:
                 raise InputError(f"data.{split}: {path} names the class {short(repeated[0])} twice")
             self.classes = self.classes or names
@@ -105,7 +105,7 @@ class ParquetReader:
             raise InputError(f"data.{split}: {', '.join(str(path) for path in paths)} holds no images")
 
     def labels_and_paths(self) -> Iterator[tuple[list[int], list[str | None]]]:
-        """Yield the labels and paths of all rows in batches; of the image column, only the paths are read.
+        """Yield the labels and paths of all rows in batches, without reading the bytes of the images.
 
         Raises:
             InputError: a label is missing or out of range; the message names its file and row.
@@ -127,7 +127,7 @@ class ParquetReader:
                     yield labels, [(image or {}).get("path") for image in batch.column(column).to_pylist()]
 
     def pixels(self, rows: np.ndarray, shape: tuple[int, ...] | None) -> Iterator[tuple[slice, np.ndarray]]:
-        """Decode the ascending ``rows`` in batches; only row groups that hold some of them are read.
+        """Decode the ascending ``rows`` in batches; read only the row groups that hold them.
 
         Raises:
             InputError: an image does not decode or is not of ``shape``; the message names its file and row.
@@ -180,13 +180,14 @@ def _rows_between(rows: np.ndarray, start: int, stop: int) -> slice:
 
 def _image_column(schema: pa.Schema, file: Path, config: DataConfig) -> str:
     structs = [field.name for field in schema if _holds_images(field.type)]
-    wanted = config.image_column or (structs[0] if len(set(structs)) == 1 else None)
-    for setting, name in (("image_column", wanted), ("label_column", config.label_column)):
+    image_column = config.image_column or (structs[0] if len(set(structs)) == 1 else None)
+    for setting, name in (("image_column", image_column), ("label_column", config.label_column)):
         if (count := schema.names.count(name)) > 1:
             raise InputError(f"data.{setting}: {file} has {count} columns {name!r}; give each column a unique name")
-    if wanted not in structs:
+    if image_column not in structs:
+        problem = f"no image column {image_column!r}" if image_column else "no single image column"
         raise InputError(
-            f"data.image_column: {file} has {f'no image column {wanted!r}' if wanted else 'no single image column'}; "
+            f"data.image_column: {file} has {problem}; "
             f"columns of struct<bytes: binary, path: string>: {', '.join(structs) or 'none'}"
         )
     if config.label_column not in schema.names or not pa.types.is_integer(schema.field(config.label_column).type):
@@ -195,7 +196,7 @@ def _image_column(schema: pa.Schema, file: Path, config: DataConfig) -> str:
             f"data.label_column: {file} has no integer column {config.label_column!r}; "
             f"integer columns: {', '.join(integers) or 'none'}"
         )
-    return str(wanted)
+    return str(image_column)
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -239,8 +240,8 @@ def _decode_image(
     pixels = picture_to_pixels(picture, gray, config.image_size)
     if shape is not None and pixels.shape != shape:
         raise InputError(
-            f"data.image_size: {place} is {pixels.shape[2]} x {pixels.shape[1]} pixels, the image with the "
-            f"lowest id {shape[2]} x {shape[1]}; set data.image_size to resize all images"
+            f"data.image_size: {place} is {pixels.shape[2]} x {pixels.shape[1]} pixels, but the image with the lowest "
+            f"id is {shape[2]} x {shape[1]}; set data.image_size to resize all images"
         )
     return pixels
 
@@ -253,7 +254,7 @@ def _readable_formats() -> list[str]:
 
 
 def _convert_to_8_bits(picture: Image.Image, image_format: str | None) -> Image.Image:
-    """Return a picture of 16 bits per channel with 8 bits, each value scaled; PIL would clip it to white.
+    """Return a picture with 16 bits per channel scaled to 8 bits; PIL would clip its values to white.
 
     Raises:
         ValueError: the pixels are 32-bit numbers, whose range the file does not state.

@@ -1,4 +1,4 @@
-"""Row numbers of the array on disk that a view shows. Consecutive rows are a ``range``, which takes no memory."""
+"""Row numbers of a view in the array on disk. Consecutive rows are a ``range``, which takes no memory."""
 
 import numpy as np
 from torch import Tensor

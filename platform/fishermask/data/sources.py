@@ -1,4 +1,4 @@
-"""The registry of data sets: each name with the class that finds and reads its files.
+"""The registry of data sets: name -> source, an object that finds and reads the files of the data set.
 
 To add a source, write a class that satisfies ``Source`` in a file of its own, and add an instance to ``SOURCES``.
 """
@@ -89,12 +89,12 @@ SOURCES: dict[str, Source] = {
 
 
 class DatasetInfo(NamedTuple):
-    """A data set as a user sees it."""
+    """Description of a data set for users."""
 
     name: str
     """Value of ``data.name``."""
     summary: str
-    """What the data set is, in one line."""
+    """Description in one line."""
     settings: tuple[str, ...]
     """Required settings: ``data.root`` and the like."""
     downloads: bool
@@ -139,7 +139,10 @@ def reopen_split(config: DataConfig, split: str, recorded: Sequence[tuple[str, i
                 "copy the file to every machine"
             )
         if path.stat().st_size != size:
-            raise InputError(f"data.{split}: {path} on {host} differs from the file that the run began with")
+            raise InputError(
+                f"data.{split}: {path} on {host} differs from the file on the machine where the run began; "
+                "copy the same files to every machine"
+            )
     return source.open_split(config, split, paths)
 
 

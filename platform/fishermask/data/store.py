@@ -19,7 +19,7 @@ from fishermask.guard import reason
 from fishermask.paths import require_file
 
 FORMAT = 2
-"""Version of the stores' content; increase it when the same source is decoded to other arrays."""
+"""Version of the content of stores. Increase it when a change decodes the same source into other arrays."""
 DECODING_SETTINGS = {"name", "image_column", "label_column", "channels", "image_size"}
 """Fields of ``DataConfig`` that the content of a store depends on."""
 BATCH = 65_536
@@ -60,7 +60,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """Return the metadata of a store: its description, class names and image shape.
 
     Raises:
-        InputError: the file has other content than ``ensure_store`` writes.
+        InputError: the file does not have the content that ``ensure_store`` writes.
     """
     path = folder / cache.METADATA
     try:
@@ -77,7 +77,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def describe_store(config: DataConfig) -> dict[str, Any]:
-    """Return all that a store's content depends on: path, size and time of each file, and the decoding settings.
+    """Return what determines the content of a store: path, size and time of each file, and the decoding settings.
 
     Raises:
         InputError: a file is missing or is not a regular file.
@@ -113,23 +113,23 @@ def _write_store(folder: Path, readers: dict[str, SplitReader]) -> dict[str, Any
     shared = min(map(len, classes.values()))
     if classes["train"][:shared] != classes["test"][:shared]:
         raise InputError(
-            f"data.test: its classes are {', '.join(classes['test'])}, those of data.train "
+            f"data.test: its classes are {', '.join(classes['test'])}, but the classes of data.train are "
             f"{', '.join(classes['train'])}; a label must mean the same class in both"
         )
-    # The image with the lowest id determines whether a split is gray or color, wherever it is in the source.
+    # The image with the lowest id determines whether a split is gray or color, so the order of the source does not.
     first = {split: next(iter(readers[split].pixels(orders[split][:1], None)))[1] for split in SPLITS}
     train_shape, test_shape = first["train"].shape[1:], first["test"].shape[1:]
     if train_shape != test_shape:
         sizes = [" x ".join(map(str, shape)) for shape in (train_shape, test_shape)]
         setting = "data.image_size" if train_shape[0] == test_shape[0] else "data.channels"
-        raise InputError(f"data: training images are {sizes[0]}, test images {sizes[1]}; set {setting}")
+        raise InputError(f"data: training images are {sizes[0]}, but test images are {sizes[1]}; set {setting}")
     for split in SPLITS:
         _write_images(readers[split], orders[split], train_shape, folder / split / cache.IMAGES)
     return {"classes": max(classes.values(), key=len), "shape": list(train_shape)}
 
 
 def _write_labels_and_ids(reader: SplitReader, split: str, folder: Path) -> tuple[np.ndarray, list[str]]:
-    """Write labels, ids and source rows; return the source's rows in the order of their ids, and the class names."""
+    """Write labels, ids and source rows. Return the rows of the source, ordered by id, and the class names."""
     labels, width, has_paths, row = np.empty(reader.count, np.int64), 1, True, 0
     for batch, paths in reader.labels_and_paths():
         labels[row : row + len(batch)] = batch
@@ -137,7 +137,9 @@ def _write_labels_and_ids(reader: SplitReader, split: str, folder: Path) -> tupl
         has_paths = has_paths and None not in paths
         width = max(width, *(len((path or "").encode()) for path in paths))
     if row != reader.count:
-        raise InputError(f"data.{split}: its files hold {row} images, but their metadata say {reader.count}")
+        raise InputError(
+            f"data.{split}: its files hold {row} images, but their metadata say {reader.count}; write the files again"
+        )
     order = _write_sorted_paths(reader, width, folder / cache.IDS) if has_paths else None
     if order is None:
         order = np.arange(reader.count)
@@ -173,7 +175,7 @@ def _write_sorted_paths(reader: SplitReader, width: int, target: Path) -> np.nda
 
 
 def _write_row_numbers(split: str, count: int, target: Path) -> None:
-    """Write ids such as ``train-00000042`` for images without paths, padded so that they sort by row."""
+    """Write row numbers as ids, such as ``train-00000042``, padded so that they sort by row."""
     digits = max(8, len(str(count - 1)))
     target.with_name("unsorted.npy").unlink(missing_ok=True)
     cache.allocate_array(target, f"S{len(split) + 1 + digits}", (count,))
@@ -188,6 +190,6 @@ def _write_images(reader: SplitReader, order: np.ndarray, shape: tuple[int, ...]
     cache.allocate_array(target, "|u1", (len(order), *shape))
     position = np.empty_like(order)
     position[order] = np.arange(len(order))
-    # In the order of the source, so that each of its files is read once from start to end.
+    # Images are decoded in the order of the source, so that each file is read once from start to end.
     for part, pixels in reader.pixels(np.arange(len(order)), shape):
         cache.write_rows(target, position[part], pixels)

@@ -18,7 +18,7 @@ BATCH = 4096
 
 
 class TorchvisionSet(NamedTuple):
-    """What torchvision does not state about one of its data sets."""
+    """Facts about a data set of torchvision that torchvision does not provide."""
 
     summary: str
     train: dict[str, Any]
@@ -92,13 +92,13 @@ class TorchvisionSource:
         """Open ``split``; torchvision finds the files itself.
 
         Raises:
-            InputError: as ``TorchvisionReader``.
+            InputError: see ``TorchvisionReader``.
         """
         return TorchvisionReader(config, split)
 
 
 class TorchvisionReader:
-    """A split of a torchvision set. These sets are small: torchvision loads all images into memory.
+    """A split of a data set of torchvision, which loads all images into memory.
 
     Raises:
         InputError: ``data.root`` is missing, or the data set is not in it and ``data.download`` is false.
@@ -126,7 +126,7 @@ class TorchvisionReader:
             )
 
     def _unpack(self, source: Any) -> None:
-        # SVHN keeps [n, channels, height, width], CIFAR [n, height, width, channels], MNIST [n, height, width].
+        # SVHN has images [n, channels, height, width], CIFAR [n, height, width, channels], MNIST [n, height, width].
         images = np.asarray(source.data)
         if images.ndim == 3:
             images = images[:, None]

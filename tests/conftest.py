@@ -1,4 +1,4 @@
-"""Shared fixtures. Ray's settings must stand before it is imported, and its workers inherit the cache's place."""
+"""Shared fixtures. Ray reads its settings at import, and its workers inherit the location of the cache."""
 
 import atexit
 import os
@@ -13,19 +13,19 @@ os.environ.pop("RAY_ADDRESS", None)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import fishermask.sweeps.cluster  # noqa: E402, F401  sets what else Ray reads at import
+import fishermask.sweeps.cluster  # noqa: E402, F401  sets other variables that Ray reads at import
 from fishermask.config import ExperimentConfig, parse  # noqa: E402
 from fishermask.experiment.inputs import prepare_inputs  # noqa: E402
 from fishermask.experiment.streams import stream  # noqa: E402
 from fishermask.learning.training import fit  # noqa: E402
 
-# The tests' models are tiny. Threads only wait for each other then, for minutes where the machine has other work.
+# The models of the tests are tiny. On a busy machine, several threads would wait for each other for minutes.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def ray_session():
-    """One local Ray cluster for a file's tests that need it."""
+    """Start a local Ray cluster for the tests of a file."""
     import ray
 
     ray.init(
@@ -42,7 +42,7 @@ def ray_session():
 
 @pytest.fixture(scope="session")
 def trained():
-    """A CNN trained on 40 images of the bundled data, and the pool of 4,500 that they come from: three blocks."""
+    """Return a pool of 4,500 images of the bundled data (three blocks), and a CNN trained on 40 of its images."""
     settings = {"imbalance": {"kind": "balanced", "per_class": 450}, "budget": {"initial": 40}, "strategy": "random"}
     setup = prepare_inputs(parse(ExperimentConfig, settings))
     model = setup.build_model(0)

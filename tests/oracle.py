@@ -1,7 +1,7 @@
-"""What a run must do, computed another way: dense, in float64, one image and one class at a time.
+"""An independent implementation of a run: dense, in float64, one image and one class at a time.
 
-Everything here follows from ``docs/method.md``, ``docs/architecture.md`` and the papers. Nothing is imported from
-fishermask, so a mistake there cannot be repeated here. The random draws are part of what the documents promise:
+It follows ``docs/method.md``, ``docs/architecture.md`` and the papers. It imports nothing from fishermask, so it cannot
+repeat a mistake of fishermask. The documents also define the random draws:
 
 * a stream is a torch generator seeded by numpy's ``SeedSequence([seed, crc32(purpose), round])``;
 * the Fisher sample of m images is the first m of a random permutation of the pool;
@@ -34,7 +34,7 @@ def stream(seed: int, purpose: str, round_index: int = 0) -> torch.Generator:
 
 
 class Scores:
-    """The predictions p [n, C] of all images and their scores d log p_c / d theta [n, C, P], by autograd one by one."""
+    """The predictions p [n, C] of all images and their scores d log p_c / d theta [n, C, D], by autograd, image by image."""
 
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
         parameters = dict(model.named_parameters())
@@ -89,27 +89,27 @@ def masked_body(scores: Scores, size: int, mask: str, sample: list[int], draws: 
         by_remainder = sorted(share, key=lambda name: share[name] - counts[name], reverse=True)
         for name in by_remainder[: size - sum(counts.values())]:
             counts[name] += 1
-        return sorted(i for name, own in layers.items() for i in largest(own, counts[name], diagonal))
+        return sorted(i for name, positions in layers.items() for i in largest(positions, counts[name], diagonal))
     assert mask == "relative"
     ratio = list(diagonal)
-    for own in layers.values():
-        mean = sum(diagonal[i] for i in own) / len(own)
-        for i in own:
+    for positions in layers.values():
+        mean = sum(diagonal[i] for i in positions) / len(positions)
+        for i in positions:
             ratio[i] = diagonal[i] / mean
     return sorted(i for i in largest(body, size, ratio) if ratio[i] > 2)
 
 
 def information(scores: Scores, columns: list[int], weighting: str, top_classes: int | None) -> Tensor:
     """Return each image's information on ``columns``, [n, k, k]."""
-    found = []
+    matrices = []
     for p, s in zip(scores.p, scores.s[:, :, columns], strict=True):
         if top_classes is not None:
-            kept = sorted(range(len(p)), key=lambda c, p=p: -float(p[c]))[:top_classes]
-            p, s = p[kept] / p[kept].sum(), s[kept]
-            s = s - p @ s  # the scores of a softmax over the kept logits
+            top = sorted(range(len(p)), key=lambda c, p=p: -float(p[c]))[:top_classes]
+            p, s = p[top] / p[top].sum(), s[top]
+            s = s - p @ s  # the scores of a softmax over the top logits
         weights = p if weighting == "sqrt" else torch.ones_like(p)
-        found.append((weights[:, None] * s).mT @ s)
-    return torch.stack(found)
+        matrices.append((weights[:, None] * s).mT @ s)
+    return torch.stack(matrices)
 
 
 def trace_batch(
@@ -126,20 +126,20 @@ def trace_batch(
     """Return the batch that greedily minimizes tr(M^-1 F), from each image's information [n, k, k]."""
     n, size = each.shape[:2]
     identity, total = torch.eye(size, dtype=each.dtype), len(labeled) + budget
-    goal = each.mean(0) if target == "pool" else identity
+    f = each.mean(0) if target == "pool" else identity
     matrix = damping * identity
     if initial_information:
         matrix = matrix + each[labeled].sum(0) / total
     weight = (budget if batch_weighting == "bait" else 1) / total
 
     def objectives(matrices: Tensor) -> list[float]:
-        return torch.linalg.solve(matrices, goal.expand_as(matrices)).diagonal(dim1=1, dim2=2).sum(1).tolist()
+        return torch.linalg.solve(matrices, f.expand_as(matrices)).diagonal(dim1=1, dim2=2).sum(1).tolist()
 
     chosen: list[int] = []
     for _ in range(math.ceil(oversample * budget)):
-        left = [i for i in range(n) if i not in labeled and i not in chosen]
-        values = objectives(matrix + weight * each[left])
-        chosen.append(left[values.index(min(values))])
+        remaining = [i for i in range(n) if i not in labeled and i not in chosen]
+        values = objectives(matrix + weight * each[remaining])
+        chosen.append(remaining[values.index(min(values))])
         matrix = matrix + weight * each[chosen[-1]]
     while len(chosen) > budget:
         values = objectives(matrix - weight * each[chosen])
@@ -162,13 +162,13 @@ def badge_batch(
             uniform = []
             for first in range(0, n, block):
                 seed = ((base * 1_000_003 + step) * 1_000_003 + first) % 2**63
-                own = torch.Generator().manual_seed(seed)
-                uniform.append(torch.rand(min(block, n - first), generator=own, dtype=torch.float64))
+                noise_generator = torch.Generator().manual_seed(seed)
+                uniform.append(torch.rand(min(block, n - first), generator=noise_generator, dtype=torch.float64))
             value = distances.log() - (-torch.cat(uniform).log()).log()
         else:
             value = gradients.square().sum(1)
-        left = [i for i in range(n) if i not in labeled and i not in chosen]
-        chosen.append(max(left, key=lambda i, value=value: float(value[i])))
+        remaining = [i for i in range(n) if i not in labeled and i not in chosen]
+        chosen.append(max(remaining, key=lambda i, value=value: float(value[i])))
     return chosen
 
 
@@ -176,7 +176,7 @@ def badge_batch(
 
 
 def kept_images(labels: list[int], rule: dict, seed: int) -> list[int]:
-    """Return the rows of the training images that an imbalance keeps; ``rule`` as in a sweep file."""
+    """Return the rows of the training images that ``rule`` keeps, an imbalance as in a sweep file."""
     draws = stream(seed, "imbalance")
     num_classes = max(labels) + 1
     members = [[row for row, label in enumerate(labels) if label == c] for c in range(num_classes)]
@@ -208,15 +208,15 @@ def crop_and_flip(images: Tensor, draws: torch.Generator) -> Tensor:
     n, _, height, width = images.shape
     top, left = (torch.randint(9, (n,), generator=draws).tolist() for _ in range(2))
     mirrored = (torch.rand(n, generator=draws) < 0.5).tolist()
-    found = []
+    crops = []
     for image, y, x, mirror in zip(F.pad(images, (4, 4, 4, 4)), top, left, mirrored, strict=True):
         crop = image[:, y : y + height, x : x + width]
-        found.append(crop.flip(2) if mirror else crop)
-    return torch.stack(found)
+        crops.append(crop.flip(2) if mirror else crop)
+    return torch.stack(crops)
 
 
 def batches(order: list[int], size: int) -> list[list[int]]:
-    """Return ``order`` in parts of ``size``; a single image that is left over joins the part before it."""
+    """Return ``order`` in parts of ``size``. If the last part has one image, it joins the part before it."""
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     if len(parts) > 1 and len(parts[-1]) == 1:
         last = parts.pop()
@@ -279,4 +279,4 @@ def recalls(predictions: list[int], labels: list[int], num_classes: int) -> list
     hits = [
         [p == label for p, label in zip(predictions, labels, strict=True) if label == c] for c in range(num_classes)
     ]
-    return [sum(own) / len(own) for own in hits if own]
+    return [sum(class_hits) / len(class_hits) for class_hits in hits if class_hits]

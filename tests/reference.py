@@ -36,7 +36,7 @@ def autograd_rows(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def parameter_vector_jacobian(model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
-    """For one image: logits [C], and d log p_c / d theta for all parameters, flat in the model's order, [C, P]."""
+    """Return log p [C] and d log p_c / d theta [C, D] of one image, with parameters flat in the order of the model."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def log_probabilities(values):

@@ -1,4 +1,4 @@
-"""Running a sweep as the commands do."""
+"""Functions that run a sweep as the commands do."""
 
 from rich.console import Console
 

@@ -19,10 +19,10 @@ def probabilities(classes, n=50, spread=3.0):
     "p", [torch.tensor(PEAKED, dtype=torch.float64).mT, *map(probabilities, (2, 3, 10, 40))], ids=len
 )
 def test_contrasts_are_a_factor_of_the_covariance_of_a_softmax(p):
-    found = contrasts.dense(p, "sqrt")
-    assert len(found) == contrasts.num_rows(len(p), "sqrt") == len(p) - 1
+    actual = contrasts.dense(p, "sqrt")
+    assert len(actual) == contrasts.num_rows(len(p), "sqrt") == len(p) - 1
     expected = torch.diag_embed(p.mT) - p.mT[:, :, None] * p.mT[:, None, :]
-    torch.testing.assert_close(torch.einsum("ron,rpn->nop", found, found), expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(torch.einsum("ron,rpn->nop", actual, actual), expected, rtol=1e-12, atol=1e-15)
 
 
 def test_unweighted_contrasts_have_a_row_for_each_class():
@@ -46,8 +46,8 @@ def test_apply_equals_the_product_with_dense_contrasts(weighting):
 def test_nearly_certain_predictions_lose_no_digits():
     """In float32, 1 - p is zero here, but the information p (1 - p) between the last two classes is not."""
     p = torch.tensor([[1e-30], [1e-12], [1.0], [1e-9]])
-    found = contrasts.dense(p, "sqrt")
-    assert found[2, 2, 0].item() == pytest.approx(math.sqrt(1e-9), rel=1e-6)
-    assert found[1, 1, 0].item() == pytest.approx(math.sqrt(1e-12), rel=1e-6)
-    assert found[0, 0, 0].item() == pytest.approx(math.sqrt(1e-30), rel=1e-6)
-    assert found.isfinite().all()
+    actual = contrasts.dense(p, "sqrt")
+    assert actual[2, 2, 0].item() == pytest.approx(math.sqrt(1e-9), rel=1e-6)
+    assert actual[1, 1, 0].item() == pytest.approx(math.sqrt(1e-12), rel=1e-6)
+    assert actual[0, 0, 0].item() == pytest.approx(math.sqrt(1e-30), rel=1e-6)
+    assert actual.isfinite().all()

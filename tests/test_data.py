@@ -133,7 +133,7 @@ def luma(color: np.ndarray) -> np.ndarray:
     return ((color.astype(np.int64) @ [19595, 38470, 7471] + 2**15) >> 16).astype(np.uint8)
 
 
-def test_channels_are_converted_where_images_are_decoded(tmp_path):
+def test_channels_are_converted_when_images_are_decoded(tmp_path):
     rng = np.random.default_rng(0)
     color, gray = rng.integers(0, 256, (8, 8, 3), np.uint8), rng.integers(0, 256, (8, 8), np.uint8)
     file = write_parquet(tmp_path / "a.parquet", [encode(color), encode(gray)], [0, 1], paths=["a", "b"])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import cases
 import pytest
 import torch
-from pretended import THERE, PretendedDevice, PretendedShards, pretending
+from simulated_device import DEVICE, SimulatedDevice, SimulatedShards, simulate_device
 from test_selection import GRAY, pixels
 from torch import Tensor
 
@@ -31,62 +31,69 @@ from fishermask.tensors.trace import Objective, gains, initial_scores, update_sc
 
 
 @pytest.fixture(autouse=True)
-def _pretending():
+def _simulated_device():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small tensors, and rounding that does not depend on how many there are
-    with pretending():
+    torch.set_num_threads(1)  # rounding depends on the number of threads
+    with simulate_device():
         yield
     torch.set_num_threads(threads)
 
 
 MIXED = {
-    "a sum": lambda there, here: there + here,
-    "a sum in place": lambda there, here: there.add_(here),
-    "a sum in place, into a scalar": lambda there, here: here[0, 0].add_(there),
-    "a product": lambda there, here: here @ there,
-    "one beside the other": lambda there, here: torch.cat([there, here]),
-    "scalars stacked": lambda there, here: torch.stack([there.sum(), here.sum()]),
-    "an output": lambda there, here: torch.add(there, there, out=here),
-    "an index into the CPU": lambda there, here: here[there.argmax(0)],
-    "values put in": lambda there, here: there.index_put_((torch.arange(3),), here),
-    "a generator": lambda there, here: torch.rand(3, device=THERE, generator=torch.Generator()),
+    "a sum": lambda on_device, on_cpu: on_device + on_cpu,
+    "a sum in place": lambda on_device, on_cpu: on_device.add_(on_cpu),
+    "a sum in place, into a scalar": lambda on_device, on_cpu: on_cpu[0, 0].add_(on_device),
+    "a product": lambda on_device, on_cpu: on_cpu @ on_device,
+    "one beside the other": lambda on_device, on_cpu: torch.cat([on_device, on_cpu]),
+    "scalars stacked": lambda on_device, on_cpu: torch.stack([on_device.sum(), on_cpu.sum()]),
+    "an output": lambda on_device, on_cpu: torch.add(on_device, on_device, out=on_cpu),
+    "an index into the CPU": lambda on_device, on_cpu: on_cpu[on_device.argmax(0)],
+    "values put in": lambda on_device, on_cpu: on_device.index_put_((torch.arange(3),), on_cpu),
+    "a generator": lambda on_device, on_cpu: torch.rand(3, device=DEVICE, generator=torch.Generator()),
 }
 FINE = {
-    "a scalar": lambda there, here: there * here.sum(),
-    "a scalar put in": lambda there, here: there.index_put_((torch.arange(3),), here.sum()),
-    "a copy": lambda there, here: there.copy_(here),
-    "a copy of rows": lambda there, here: there[1:].copy_(here[1:]),
-    "an index": lambda there, here: there[here.argmax(0)],
+    "a scalar": lambda on_device, on_cpu: on_device * on_cpu.sum(),
+    "a scalar put in": lambda on_device, on_cpu: on_device.index_put_((torch.arange(3),), on_cpu.sum()),
+    "a copy": lambda on_device, on_cpu: on_device.copy_(on_cpu),
+    "a copy of rows": lambda on_device, on_cpu: on_device[1:].copy_(on_cpu[1:]),
+    "an index": lambda on_device, on_cpu: on_device[on_cpu.argmax(0)],
 }
 
 
 @pytest.mark.parametrize("name", [*MIXED, *FINE])
-def test_the_pretended_device_refuses_what_cuda_refuses(name):
-    with PretendedDevice():
-        here = torch.arange(9.0).view(3, 3)
-        there = here.to(THERE)
+def test_the_simulated_device_refuses_what_cuda_refuses(name):
+    with SimulatedDevice():
+        on_cpu = torch.arange(9.0).view(3, 3)
+        on_device = on_cpu.to(DEVICE)
         if name in FINE:
-            assert FINE[name](there, here).device == THERE
+            assert FINE[name](on_device, on_cpu).device == DEVICE
         else:
             with pytest.raises(RuntimeError, match="same device|expected a generator"):
-                MIXED[name](there, here)
+                MIXED[name](on_device, on_cpu)
 
 
-def test_the_pretended_device_records_reads_of_the_host():
-    device = PretendedDevice()
+def test_the_simulated_device_records_reads_of_the_host():
+    device = SimulatedDevice()
     with device:
-        there = torch.arange(3.0, device=THERE)
-        there.cpu(), there.tolist(), float(there[1]), bool(there.any()), there.nonzero(), there[there > 0]
-        torch.empty(3).copy_(there)
-        (there + 1).clone().fill_(2.0)[torch.tensor([0, 1])]
+        on_device = torch.arange(3.0, device=DEVICE)
+        (
+            on_device.cpu(),
+            on_device.tolist(),
+            float(on_device[1]),
+            bool(on_device.any()),
+            on_device.nonzero(),
+            on_device[on_device > 0],
+        )
+        torch.empty(3).copy_(on_device)
+        (on_device + 1).clone().fill_(2.0)[torch.tensor([0, 1])]
     names = ["_to_copy", "_to_copy", "_local_scalar_dense", "_local_scalar_dense", "nonzero", "index", "copy_"]
     assert [name for name, _ in device.reads] == names
 
 
-def same(here: Tensor, there: Tensor):
+def same(on_cpu: Tensor, on_device: Tensor):
     """Assert that the values are equal, and still on the device."""
-    assert there.device == THERE
-    torch.testing.assert_close(there.cpu(), here)
+    assert on_device.device == DEVICE
+    torch.testing.assert_close(on_device.cpu(), on_cpu)
 
 
 # "tied" is left out: Module.to unties what is tied when it cannot change a parameter in place.
@@ -94,30 +101,30 @@ def same(here: Tensor, there: Tensor):
 @pytest.mark.parametrize("top_classes", [None, 2])
 def test_gradients_and_embeddings_stay_on_the_device(name, top_classes):
     model, images = cases.model(name), cases.images(name, 6)
-    layout = plan_gradients(model, images[:2])
-    diagonal = fisher_diagonal(model, images, layout)
-    mask = global_mask(diagonal, layout, 40)
-    here = embed(model, images, mask, top_classes=top_classes)
-    whole = information(here)
+    plan = plan_gradients(model, images[:2])
+    diagonal = fisher_diagonal(model, images, plan)
+    mask = global_mask(diagonal, plan, 40)
+    on_cpu = embed(model, images, mask, top_classes=top_classes)
+    whole = information(on_cpu)
     columns = whole[:, :5].contiguous()
-    with PretendedDevice():
-        model, images, entries = model.to(THERE), images.to(THERE), {k: v.to(THERE) for k, v in mask.entries.items()}
-        for parameter, values in fisher_diagonal(model, images, layout).items():
+    with SimulatedDevice():
+        model, images, entries = model.to(DEVICE), images.to(DEVICE), {k: v.to(DEVICE) for k, v in mask.entries.items()}
+        for parameter, values in fisher_diagonal(model, images, plan).items():
             same(diagonal[parameter], values)
-        there = embed(model, images, Mask(layout, entries), top_classes=top_classes)
-        same(whole, information(there))
-        same(information_diagonal(here), information_diagonal(there))
-        same(dense(here), dense(there))
-        same(quadratic(here, whole), quadratic(there, whole.to(THERE)))
-        same(product(here, columns), product(there, columns.to(THERE)))
+        on_device = embed(model, images, Mask(plan, entries), top_classes=top_classes)
+        same(whole, information(on_device))
+        same(information_diagonal(on_cpu), information_diagonal(on_device))
+        same(dense(on_cpu), dense(on_device))
+        same(quadratic(on_cpu, whole), quadratic(on_device, whole.to(DEVICE)))
+        same(product(on_cpu, columns), product(on_device, columns.to(DEVICE)))
 
 
 @pytest.mark.parametrize("body_size", [0, 25])
 def test_objective_on_the_device_equals_the_cpu(body_size):
     model, images = cases.model("mlp"), cases.images("mlp", 12)
-    layout = plan_gradients(model, images[:2])
-    here = embed(model, images, global_mask(fisher_diagonal(model, images, layout), layout, body_size))
-    whole = information(here)
+    plan = plan_gradients(model, images[:2])
+    on_cpu = embed(model, images, global_mask(fisher_diagonal(model, images, plan), plan, body_size))
+    whole = information(on_cpu)
 
     def run_objective(embedding, whole):
         objective = Objective(torch.eye(len(whole), device=whole.device, dtype=whole.dtype), whole, 0.5)
@@ -127,10 +134,10 @@ def test_objective_on_the_device_equals_the_cpu(body_size):
         objective.remove(take(embedding, slice(1, 2)))
         return gains(scores), *objective.matrices()
 
-    expected = run_objective(here, whole)
-    with PretendedDevice():
+    expected = run_objective(on_cpu, whole)
+    with SimulatedDevice():
         for actual, values in zip(
-            run_objective(to_type(here, torch.float64, THERE), whole.to(THERE)), expected, strict=True
+            run_objective(to_type(on_cpu, torch.float64, DEVICE), whole.to(DEVICE)), expected, strict=True
         ):
             same(values, actual)
 
@@ -172,13 +179,13 @@ FISHER = {"fraction": 0.1, "fisher_samples": 64}
 )
 def test_query_on_the_device_gives_the_batch_of_the_cpu_and_reads_only_candidates(name, params):
     images, model = pixels(BLOCK + 100), cases.model("small_cnn").float()
-    here = query(name, LocalShards(images, GRAY, 2), images, model, **params)
-    shards = PretendedShards(images, GRAY, 2)
-    there = query(name, shards, images, model, **params)
-    assert here[:2] == there[:2]
-    # A pick's offer, from each shard: gain, position and whether there is any in one copy; the embedding's tensors.
+    on_cpu = query(name, LocalShards(images, GRAY, 2), images, model, **params)
+    shards = SimulatedShards(images, GRAY, 2)
+    on_device = query(name, shards, images, model, **params)
+    assert on_cpu[:2] == on_device[:2]
+    # For each pick, a shard copies its best candidate: one copy of three values, and one copy per tensor of the embedding.
     tensors = 4 + ("top_classes" in params)
-    for first, last in zip(there[2], there[2][1:], strict=False):
+    for first, last in zip(on_device[2], on_device[2][1:], strict=False):
         offers = shards.reads[first:last]
         assert len(offers) <= 2 * (1 + tensors)
         assert all(read == "_to_copy" and (shape == (3,) or shape[-1] == 1) for read, shape in offers)
@@ -199,9 +206,9 @@ def test_device_gives_the_batch_of_the_cpu_for_every_engine_setting(name, engine
     monkeypatch.setattr(selection, "MIN_RESCORE_INTERVAL", 2)
     images, model = pixels(200), cases.model("small_cnn").float()
     params = FISHER if name == "fisher_mask" else {}
-    here = query(name, LocalShards(images, GRAY), images, model, engine=engine, **params)
-    assert here[:2] == query(name, PretendedShards(images, GRAY), images, model, engine=engine, **params)[:2]
-    assert name != "fisher_mask" or engine.drift or here[1]["rescores"] > 1
+    on_cpu = query(name, LocalShards(images, GRAY), images, model, engine=engine, **params)
+    assert on_cpu[:2] == query(name, SimulatedShards(images, GRAY), images, model, engine=engine, **params)[:2]
+    assert name != "fisher_mask" or engine.drift or on_cpu[1]["rescores"] > 1
 
 
 @pytest.mark.parametrize("name", ["fisher_mask", "coreset"])
@@ -220,11 +227,11 @@ def test_run_on_the_device_gives_the_rounds_of_the_cpu(name, monkeypatch):
         found = [result.as_dict() for result in loop.run(setup, shards)]
         return [{key: value for key, value in result.items() if key != "seconds"} for result in found]
 
-    here = rounds(0, LocalShards)
-    device, device_of = PretendedDevice(), {"cuda": THERE, "cpu": torch.device("cpu")}
+    on_cpu = rounds(0, LocalShards)
+    device, device_of = SimulatedDevice(), {"cuda": DEVICE, "cpu": torch.device("cpu")}
     monkeypatch.setattr(loop, "torch", SimpleNamespace(**vars(torch) | {"device": device_of.__getitem__}))
     with device:
-        there = rounds(1, PretendedShards)
-    assert len(here) == 2 and math.isfinite(here[0]["accuracy"])
-    assert device.reads  # it was trained there
-    assert here == there
+        on_device = rounds(1, SimulatedShards)
+    assert len(on_cpu) == 2 and math.isfinite(on_cpu[0]["accuracy"])
+    assert device.reads  # training ran on the device
+    assert on_cpu == on_device

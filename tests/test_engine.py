@@ -1,4 +1,4 @@
-"""Approximations, lower precision and limited memory: options of the engine."""
+"""Options of the engine: approximations, lower precision, chunks, rescoring and replay."""
 
 import dataclasses
 import math
@@ -54,8 +54,8 @@ def small():
     """Return a network of four classes, 24 images, their inputs and a mask."""
     model, images = cases.model("mlp"), pixels(24)
     inputs = normalize(images, GRAY, torch.float64)
-    layout = plan_gradients(model, inputs[:2])
-    return model, images, inputs, global_mask(fisher_diagonal(model, inputs, layout), layout, 25)
+    plan = plan_gradients(model, inputs[:2])
+    return model, images, inputs, global_mask(fisher_diagonal(model, inputs, plan), plan, 25)
 
 
 def greedy_batch(rows, labeled, budget, damping):
@@ -71,9 +71,9 @@ def test_top_classes_batch_equals_dense_greedy_and_its_error_is_recorded():
     model, images, inputs, mask = small()
     pool = pool_with(Engine(), images, model)
     options = TraceOptions(damping=0.5, top_classes=2)
-    found = minimize_trace(pool, mask, 6, options).tolist()
+    batch = minimize_trace(pool, mask, 6, options).tolist()
     rows = reference.information_rows(model, inputs, 2)[:, :, flat_mask(model, mask)]
-    assert found == greedy_batch(rows, [3, 4, 11, 20], 6, 0.5)
+    assert batch == greedy_batch(rows, [3, 4, 11, 20], 6, 0.5)
 
     values = []
     for q in (4, 2):  # all of the pool is in the sample
@@ -92,10 +92,10 @@ def test_top_classes_batch_equals_dense_greedy_and_its_error_is_recorded():
 def test_low_precision_storage_gives_the_batch_of_rounded_embeddings(storage):
     model, images, inputs, mask = small()
     engine = Engine(Precision(storage=storage, scores=torch.float64))
-    found = minimize_trace(pool_with(engine, images, model), mask, 6, TraceOptions(damping=0.5)).tolist()
+    batch = minimize_trace(pool_with(engine, images, model), mask, 6, TraceOptions(damping=0.5)).tolist()
     exact = embed(model, inputs, mask)
     rounded = dataclasses.replace(exact, hidden=exact.hidden.to(storage), body=exact.body.to(storage))
-    assert found == greedy_batch(reference.every_column(rounded.to(torch.float64)), [3, 4, 11, 20], 6, 0.5)
+    assert batch == greedy_batch(reference.every_column(rounded.to(torch.float64)), [3, 4, 11, 20], 6, 0.5)
 
 
 def test_embeddings_too_large_for_float16_are_refused():
@@ -111,15 +111,15 @@ def test_embeddings_too_large_for_float16_are_refused():
 @pytest.mark.parametrize("name", ["thin_resnet18", "norms", "convnext_tiny"])
 def test_channels_last_and_autocast_give_nearly_the_same_embeddings(name, precision):
     model, images = cases.model(name).float(), torch.randint(0, 256, (6, cases.CHANNELS.get(name, 1), 8, 8)).byte()
-    layout = plan_gradients(model, normalize(images[:2], GRAY))
-    mask = global_mask(fisher_diagonal(model, normalize(images, GRAY), layout), layout, 40)
-    found = []
-    for used in (Precision(), precision):
-        pool = pool_with(Engine(used), images, model, [0], 1)
+    plan = plan_gradients(model, normalize(images[:2], GRAY))
+    mask = global_mask(fisher_diagonal(model, normalize(images, GRAY), plan), plan, 40)
+    embeddings = []
+    for setting in (Precision(), precision):
+        pool = pool_with(Engine(setting), images, model, [0], 1)
         pool.store_embeddings(mask)
-        found.append(torch.cat([dense(e) for e in pool.embeddings_at(torch.arange(6))]))
-    error = float((found[1] - found[0]).norm() / found[0].norm())
-    # bfloat16 keeps 8 bits, and loses some in each of many layers; the memory layout changes the order of sums only.
+        embeddings.append(torch.cat([dense(e) for e in pool.embeddings_at(torch.arange(6))]))
+    error = float((embeddings[1] - embeddings[0]).norm() / embeddings[0].norm())
+    # bfloat16 keeps 8 bits, and loses some in each of many layers; the memory plan changes the order of sums only.
     assert 0 <= error < (0.3 if precision.autocast else 1e-5)
     assert precision.autocast is None or error > 1e-6
 
@@ -128,16 +128,16 @@ def test_embeddings_do_not_depend_on_the_chunk_size(trained):
     """To the last bit, on trained float32 networks."""
     setup, model = trained
     images = setup.data.train.images[:150]
-    mask, found = None, []
+    mask, embeddings = None, []
     for chunk in CHUNKS:
         pool = Pool(LocalShards(images, setup.statistics), 150, torch.tensor([0]), torch.tensor([0]), model,
                     stream(0, "a"), stream(0, "b"), engine=Engine(chunk=chunk))  # fmt: skip
         if mask is None:
-            layout = pool.plan_gradients()
-            mask = global_mask(pool.fisher_diagonal(layout, 64), layout, 500)
+            plan = pool.plan_gradients()
+            mask = global_mask(pool.fisher_diagonal(plan, 64), plan, 500)
         pool.store_embeddings(mask)
-        found.append(torch.cat([dense(e) for e in pool.embeddings_at(torch.arange(150))]))
-    assert all(torch.equal(found[0], other) for other in found[1:])
+        embeddings.append(torch.cat([dense(e) for e in pool.embeddings_at(torch.arange(150))]))
+    assert all(torch.equal(embeddings[0], other) for other in embeddings[1:])
 
 
 def test_scores_are_recomputed_when_the_gain_error_exceeds_drift(trained, monkeypatch):
@@ -145,15 +145,15 @@ def test_scores_are_recomputed_when_the_gain_error_exceeds_drift(trained, monkey
     monkeypatch.setattr(selection.TraceCriterion, "use_float64", lambda self: False)
 
     def notes(drift):
-        found = {}
+        pool_notes = {}
         shards = LocalShards(setup.data.train.images, setup.statistics, 2)
-        choose("bait", shards, setup, model, 60, Engine(drift=drift), found.update)
-        return found
+        choose("bait", shards, setup, model, 60, Engine(drift=drift), pool_notes.update)
+        return pool_notes
 
     never, often = notes(1e9), notes(1e-12)
-    again = "rescores"
-    assert again not in never
-    assert often[again] == 59 // selection.MIN_RESCORE_INTERVAL
+    name = "rescores"
+    assert name not in never
+    assert often[name] == 59 // selection.MIN_RESCORE_INTERVAL
     assert 0 < often["largest gain error"] <= never["largest gain error"] < 1e-2
     assert often["objective"] == pytest.approx(never["objective"], rel=1e-4)
 
@@ -164,14 +164,14 @@ def test_replay_of_journal_gives_the_uninterrupted_batch(name, trained, monkeypa
     monkeypatch.setattr(selection, "MAX_RESCORE_INTERVAL", 8)
 
     def run(past, **engine):
-        made = []
+        recorded = []
         shards = LocalShards(setup.data.train.images, setup.statistics, 2)
-        used = Engine(past_picks=past, record_pick=lambda *pick: made.append(pick), **engine)
-        return choose(name, shards, setup, model, 21, used), made
+        engine_settings = Engine(past_picks=past, record_pick=lambda *pick: recorded.append(pick), **engine)
+        return choose(name, shards, setup, model, 21, engine_settings), recorded
 
     batch, journal = run([])
     assert [position for position, _ in journal] == batch
-    assert [i for i, (_, anew) in enumerate(journal) if anew] == ([0, 8, 16] if name == "bait" else [0])
+    assert [i for i, (_, rescore) in enumerate(journal) if rescore] == ([0, 8, 16] if name == "bait" else [0])
     for stopped in (1, 8, 9, 20):
         assert run(journal[:stopped]) == (batch, journal[stopped:])
 
@@ -192,14 +192,14 @@ def test_non_finite_outputs_of_any_image_raise(position, monkeypatch):
         selection.initial_objective(pool, 5, TraceOptions(initial_information=False))
 
 
-@pytest.mark.parametrize("left", [1, 2, 3])
-def test_embeddings_of_the_last_images_do_not_depend_on_the_size_of_their_chunk(left):
+@pytest.mark.parametrize("num_last", [1, 2, 3])
+def test_embeddings_of_the_last_images_do_not_depend_on_the_size_of_their_chunk(num_last):
     """Kernels may round differently for few images, and the last chunk of a pool may be small."""
-    model, images = cases.models.build("mlp", {}, (1, 8, 8), 4, seed=0), pixels(128 + left)
-    found = []
-    for shift in (0, left):
+    model, images = cases.models.build("mlp", {}, (1, 8, 8), 4, seed=0), pixels(128 + num_last)
+    embeddings = []
+    for shift in (0, num_last):
         pool = pool_with(Engine(), images.roll(shift, 0), model, [50], 1)
         pool.store_embeddings(last_layer_mask(pool.plan_gradients()))
-        last = torch.arange(left) + (128 if shift == 0 else 0)
-        found.append(torch.cat([dense(e) for e in pool.embeddings_at(last)]))
-    assert torch.equal(*found)
+        last = torch.arange(num_last) + (128 if shift == 0 else 0)
+        embeddings.append(torch.cat([dense(e) for e in pool.embeddings_at(last)]))
+    assert torch.equal(*embeddings)

@@ -29,19 +29,19 @@ from fishermask.tensors.trace import Objective, gains, initial_scores, update_sc
 def flat_mask(model, mask: Mask) -> torch.Tensor:
     """Return the masked entries as indices into all parameters, in the order of an embedding's columns."""
     head = mask.plan.head
-    found, start = [] if head is None else [reference.head_entries(model, head)], 0
+    indices, start = [] if head is None else [reference.head_entries(model, head)], 0
     for name, parameter in model.named_parameters():
         if name in mask.entries:
-            found.append(mask.entries[name] + start)
+            indices.append(mask.entries[name] + start)
         start += parameter.numel()
-    return torch.cat(found)
+    return torch.cat(indices)
 
 
 def masked_case(name: str, body_size: int = 40):
     """Return a model, images and a mask of the largest Fisher information."""
     model, images = cases.model(name), cases.images(name, 2 if name == "resnet18" else 6)
-    layout = plan_gradients(model, images[:2])
-    return model, images, global_mask(fisher_diagonal(model, images, layout), layout, body_size)
+    plan = plan_gradients(model, images[:2])
+    return model, images, global_mask(fisher_diagonal(model, images, plan), plan, body_size)
 
 
 @pytest.mark.parametrize("name", cases.NAMES)
@@ -56,13 +56,13 @@ def test_all_test_models_have_nonzero_gradients(name):
 @pytest.mark.parametrize("name", cases.NAMES)
 def test_fisher_diagonal_equals_the_expected_squared_score_by_autograd(name):
     model, images = cases.model(name), cases.images(name, 2 if name == "resnet18" else 5)
-    layout = plan_gradients(model, images[:2])
+    plan = plan_gradients(model, images[:2])
     expected = reference.information_rows(model, images).square().sum((0, 1))
     body = torch.ones(len(expected), dtype=torch.bool)
-    if layout.head is not None:
-        body[reference.head_entries(model, layout.head)] = False
-    found = torch.cat(list(fisher_diagonal(model, images, layout).values()))
-    torch.testing.assert_close(found, expected[body], rtol=1e-9, atol=1e-14)
+    if plan.head is not None:
+        body[reference.head_entries(model, plan.head)] = False
+    actual = torch.cat(list(fisher_diagonal(model, images, plan).values()))
+    torch.testing.assert_close(actual, expected[body], rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", cases.NAMES)
@@ -76,12 +76,12 @@ def test_embeddings_equal_the_masked_columns_of_autograd(name):
 def test_full_and_sparse_masks_of_every_layer_equal_autograd(name):
     """Cover every entry of every layer, by the dense and by the gathered computation."""
     model, images = cases.model(name), cases.images(name, 2)
-    layout = plan_gradients(model, images[:2])
-    body = body_parameters(model, layout)
-    everything = Mask(layout, {name: torch.arange(p.numel()) for name, p in body.items()})
-    sparse = Mask(layout, {name: torch.arange(0, p.numel(), max(1, p.numel() // 3)) for name, p in body.items()})
+    plan = plan_gradients(model, images[:2])
+    body = body_parameters(model, plan)
+    full = Mask(plan, {name: torch.arange(p.numel()) for name, p in body.items()})
+    sparse = Mask(plan, {name: torch.arange(0, p.numel(), max(1, p.numel() // 3)) for name, p in body.items()})
     rows = reference.information_rows(model, images)
-    for mask in (everything, sparse):
+    for mask in (full, sparse):
         expected = rows[:, :, flat_mask(model, mask)]
         reference.assert_same_information(reference.every_column(embed(model, images, mask)), expected)
 
@@ -112,7 +112,7 @@ def listed(mask):
 def test_layerwise_mask_takes_the_same_share_of_every_layer():
     # 6 of 12: 4 of layer a's 8 parameters, 2 of layer b's 4.
     assert listed(layerwise_mask(DIAGONAL, PLAN, 6)) == {"a.weight": [0, 1], "a.bias": [0, 1], "b.weight": [0, 1]}
-    # 7 of 12 is 4.67 and 2.33: the left one goes to the larger remainder.
+    # 7 of 12 is 4.67 and 2.33: the remaining entry goes to the larger remainder.
     assert listed(layerwise_mask(DIAGONAL, PLAN, 7)) == {"a.weight": [0, 1, 2], "a.bias": [0, 1], "b.weight": [0, 1]}
     for size in range(13):
         assert layerwise_mask(DIAGONAL, PLAN, size).body_size == size
@@ -139,15 +139,15 @@ def test_random_mask_has_the_requested_size_and_is_uniform():
 
 def test_too_small_fraction_is_refused_with_the_smallest_that_works():
     model = cases.model("mlp")
-    layout = plan_gradients(model, cases.images("mlp", 2))
+    plan = plan_gradients(model, cases.images("mlp", 2))
     with pytest.raises(InputError, match="the smallest fraction that works is (.*)") as caught:
-        mask_size(model, layout, 0.001)
+        mask_size(model, plan, 0.001)
     smallest = float(str(caught.value).rsplit(" ", 1)[1])
-    needed, total = head_size(model, layout), sum(p.numel() for p in model.parameters())
-    assert mask_size(model, layout, smallest) >= needed
+    needed, total = head_size(model, plan), sum(p.numel() for p in model.parameters())
+    assert mask_size(model, plan, smallest) >= needed
     assert smallest < 1.001 * needed / total
     with pytest.raises(InputError):
-        mask_size(model, layout, (needed - 1) / total)
+        mask_size(model, plan, (needed - 1) / total)
 
 
 @pytest.mark.parametrize("name", ["mlp", "convolutions"])
@@ -189,15 +189,15 @@ def test_gains_equal_the_decrease_of_the_dense_trace(body_size):
 
 def test_embeddings_do_not_depend_on_the_batch():
     model, images, mask = masked_case("thin_resnet18")
-    whole = embed(model, images, mask)
-    parts = concatenate([embed(model, part, mask) for part in images.split(4)])
-    torch.testing.assert_close(dense(whole), dense(parts))
+    together = embed(model, images, mask)
+    separate = concatenate([embed(model, part, mask) for part in images.split(4)])
+    torch.testing.assert_close(dense(together), dense(separate))
 
 
 def test_last_layer_mask_computes_no_gradients():
     model, images = cases.model("mlp"), cases.images("mlp", 3)
-    layout = plan_gradients(model, images[:2])
-    mask = last_layer_mask(layout)
+    plan = plan_gradients(model, images[:2])
+    mask = last_layer_mask(plan)
     expected = reference.information_rows(model, images)[:, :, flat_mask(model, mask)]
     reference.assert_same_information(reference.every_column(embed(model, images, mask)), expected)
 
@@ -218,16 +218,16 @@ def test_last_layer_mask_computes_no_gradients():
 )  # fmt: skip
 def test_parameters_without_a_gradient_rule_are_listed(name, head, slow):
     model = cases.model(name)
-    layout = plan_gradients(model, cases.images(name, 2))
-    assert layout.head == head
-    for parameter in layout.slow:
+    plan = plan_gradients(model, cases.images(name, 2))
+    assert plan.head == head
+    for parameter in plan.slow:
         assert any(fnmatch(parameter, pattern) for pattern in slow), parameter
     for pattern in slow:
-        assert any(fnmatch(parameter, pattern) for parameter in layout.slow), pattern
-    modules = {layer: model.get_submodule(layer) for layer in layout.layers}
+        assert any(fnmatch(parameter, pattern) for parameter in plan.slow), pattern
+    modules = {layer: model.get_submodule(layer) for layer in plan.layers}
     fast = {f"{layer}.{leaf}" for layer, m in modules.items() for leaf, _ in m.named_parameters(recurse=False)}
-    assert fast | set(layout.slow) == set(body_parameters(model, layout))
-    assert not fast & set(layout.slow)
+    assert fast | set(plan.slow) == set(body_parameters(model, plan))
+    assert not fast & set(plan.slow)
 
 
 def test_warning_about_slow_parameters_appears_once(caplog):

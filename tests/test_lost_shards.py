@@ -50,7 +50,7 @@ def test_shard_killed_at_any_stage_gives_the_same_batch(
 ):
     setup, model = trained
     shards = RayShards(setup.data.train.images, setup.statistics, 2, 1, 0)
-    others = [shards.actors[0]]
+    first_actor = shards.actors[0]
 
     def progress(now, done, total):
         if (now, done) == (stage, at):
@@ -58,7 +58,7 @@ def test_shard_killed_at_any_stage_gives_the_same_batch(
 
     assert choose(name, shards, setup, model, progress=progress, close=False) == undisturbed[name]
     assert shards.num_rebuilt == 1
-    assert shards.actors[0] is others[0]  # only the lost shard is rebuilt
+    assert shards.actors[0] is first_actor  # only the lost shard is rebuilt
     shards.close()
 
 

@@ -76,7 +76,7 @@ def test_mutants_are_killed_by_a_failing_test_and_survive_otherwise(tree, capsys
     assert mutants.main(["1"], tree, [KILLED, SURVIVOR]) == 1
 
 
-def test_the_whole_suite_is_asked_about_a_survivor(tree, capsys):
+def test_the_whole_suite_runs_for_a_survivor(tree, capsys):
     name = tree / "tests/test_zero.py"
     name.write_text("from fishermask import sums\n\ndef test_zero():\n    assert sums.zero() == 0\n")
     assert mutants.main([], tree, [SURVIVOR]) == 1
@@ -84,7 +84,7 @@ def test_the_whole_suite_is_asked_about_a_survivor(tree, capsys):
     assert "1 of 2 mutants killed" in capsys.readouterr().out
 
 
-def test_a_mutant_that_does_not_fit_the_source_or_tests_that_fail_anyway_are_errors(tree):
+def test_a_text_that_is_not_unique_and_tests_that_fail_without_a_mutant_are_errors(tree):
     with pytest.raises(ValueError, match="'return' occurs 2 times; correct scripts/mutant_list.py"):
         mutants.main([], tree, [KILLED._replace(old="return")])
     (tree / "tests/test_sums.py").write_text("def test_wrong():\n    assert False\n")

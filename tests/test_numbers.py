@@ -13,14 +13,14 @@ def test_metrics_ignore_classes_without_test_images():
     """Classes 0, 1 and 3 have 4, 2 and 2 images; class 2 has none but is predicted once."""
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 3, 3])
     predictions = torch.tensor([0, 0, 0, 1, 1, 2, 0, 0])
-    found = evaluate(predictions, labels, 4)
-    assert found.accuracy == pytest.approx(4 / 8)
-    assert found.balanced_accuracy == pytest.approx((3 / 4 + 1 / 2 + 0) / 3)
+    metrics = evaluate(predictions, labels, 4)
+    assert metrics.accuracy == pytest.approx(4 / 8)
+    assert metrics.balanced_accuracy == pytest.approx((3 / 4 + 1 / 2 + 0) / 3)
     # F1 of class 0: 3 hits of 4 true and 5 predicted; of class 1: 1 of 2 and 2; class 3 is never predicted.
-    assert found.macro_f1 == pytest.approx((6 / 9 + 2 / 4 + 0) / 3)
-    assert found.recall[:2] == [3 / 4, 1 / 2]
-    assert math.isnan(found.recall[2])
-    assert found.recall[3] == 0
+    assert metrics.macro_f1 == pytest.approx((6 / 9 + 2 / 4 + 0) / 3)
+    assert metrics.recall[:2] == [3 / 4, 1 / 2]
+    assert math.isnan(metrics.recall[2])
+    assert metrics.recall[3] == 0
 
 
 def test_constant_channel_is_normalized_to_zero():

@@ -133,11 +133,11 @@ OBJECTIVES = {
 
 def masked_positions(mask) -> list[int]:
     """Return the masked positions outside the last layer as indices into all parameters."""
-    found, start = [], 0
+    positions, start = [], 0
     for name, parameter in network().named_parameters():
-        found += [start + i for i in mask.entries.get(name, torch.tensor([])).tolist()]
+        positions += [start + i for i in mask.entries.get(name, torch.tensor([])).tolist()]
         start += parameter.numel()
-    return found
+    return positions
 
 
 @pytest.mark.parametrize("change", MASKS.values(), ids=MASKS)
@@ -234,8 +234,8 @@ def test_fisher_sample_and_random_mask_use_their_streams():
         params = query_strategies.load(StrategyConfig(name="fisher_mask", params=BASE | {"mask": "random"})).params
         mask = fisher_mask.choose_mask(pool(strategy_seed=seed, sample_seed=seed + 50), params)
         assert masked_positions(mask) == expected_mask(params.model_dump(), strategy_seed=seed)
-    few = BASE | {"fisher_samples": 2}
-    assert len({tuple(expected_mask(few, sample_seed=seed)) for seed in (6, 7, 8)}) == 3
+    two_samples = BASE | {"fisher_samples": 2}
+    assert len({tuple(expected_mask(two_samples, sample_seed=seed)) for seed in (6, 7, 8)}) == 3
     assert len({tuple(expected_mask(BASE | {"mask": "random"}, strategy_seed=seed)) for seed in (5, 9, 10)}) == 3
 
 
@@ -270,10 +270,12 @@ def test_pruning_recomputes_the_objective_when_its_error_exceeds_drift():
     params = BASE | {"damping": 0.001, "oversample": 2.0}
     counts = []
     for drift in (0.0, 1e9):
-        view = pool(engine=Engine(drift=drift))
-        batch = query_strategies.load(StrategyConfig(name="fisher_mask", params=params)).query(view, BUDGET).tolist()
+        query_pool = pool(engine=Engine(drift=drift))
+        batch = (
+            query_strategies.load(StrategyConfig(name="fisher_mask", params=params)).query(query_pool, BUDGET).tolist()
+        )
         assert batch == expected(params, expected_mask(params))
-        counts.append(view.notes.get("objective recomputations", 0))
+        counts.append(query_pool.notes.get("objective recomputations", 0))
     assert counts == [BUDGET - 1, 0]  # six images are pruned; the objective after the last is always exact
 
 

@@ -79,7 +79,7 @@ def test_a_refusal_names_the_request_and_the_nodes():
     )
 
 
-def test_a_run_waits_for_nodes_that_an_autoscaler_can_start_and_is_refused_where_it_cannot():
+def test_a_run_waits_for_nodes_that_an_autoscaler_can_start_and_is_refused_otherwise():
     request = placement.bundles(ResourcesConfig(gpus=1), make_plan())
     nodes = ({"CPU": 2, "memory": 4 * GB},)
     able, unable = {"CPU": 4, "GPU": 1, "memory": 8 * GB}, {"CPU": 4, "memory": 8 * GB}
@@ -103,13 +103,13 @@ def test_resources_memory_replaces_the_estimates():
         assert [bundle["memory"] for bundle in placement.bundles(resources, plan)] == [3 * GB, 3 * GB]
 
 
-def test_all_runs_of_a_sweep_reserve_the_same_memory_where_it_fits():
+def test_all_runs_of_a_sweep_reserve_the_same_memory_if_it_fits():
     resources = ResourcesConfig(cpus=2)
     sweep = {name: placement.bundles(resources, make_plan(need)) for name, need in (("a", 0.0), ("b", 1.5))}
     nodes = ({"CPU": 4, "memory": 4 * GB},)
     assert placement.equal_reservations(sweep, Cluster(nodes)) == {"a": sweep["b"], "b": sweep["b"]}
     assert placement.equal_reservations({}, Cluster(nodes)) == {}
-    # Each fits, but not the largest process of one with the largest shards of the other.
+    # Each run fits, but not the largest trial together with the largest shards.
     large, few, many = ({"CPU": 1, "GPU": 0, "memory": size * GB} for size in (40, 0.6, 3.5))
     sweep = {"a": [large, *[few] * 14], "b": [few, *[many] * 14]}
     assert placement.equal_reservations(sweep, Cluster(({"CPU": 16, "memory": 64 * GB},))) == sweep
@@ -163,7 +163,7 @@ def test_trials_that_do_not_fit_together_run_one_after_the_other(tmp_path, small
 LARGE = {"strategy": "bait", "model": {"name": "mlp", "params": {"width": 600, "depth": 1}}, "resources": {"memory": 3}}
 
 
-def test_a_run_that_no_node_has_the_memory_for_is_refused_before_any_starts(tmp_path, small_node):
+def test_a_run_that_fits_on_no_node_is_refused_before_any_run_starts(tmp_path, small_node):
     sweep, nodes = sweep_of(tmp_path, **LARGE), cluster.connected_cluster()
     with pytest.raises(InputError, match=r"needs 1 CPU, 3.00 GB for the trial, .* 4 CPUs, 800 MB; lower"):
         runner.plan_sweep(sweep, nodes, QUIET)
@@ -173,7 +173,7 @@ def test_a_run_that_no_node_has_the_memory_for_is_refused_before_any_starts(tmp_
     assert not sweep.folder.exists()
 
 
-def test_shards_that_no_node_has_the_memory_for_are_refused_where_the_run_is_in_this_process_too(tmp_path, small_node):
+def test_shards_that_fit_on_no_node_are_refused_even_if_the_run_is_in_this_process(tmp_path, small_node):
     sweep = sweep_of(tmp_path, **LARGE | {"resources": {"memory": 3, "workers": "ray", "shards": 3}})
     with pytest.raises(InputError, match=r"needs 1 CPU, 3.00 GB for each of 3 shards, but .* 800 MB"):
         runner.plan_sweep(sweep, cluster.connected_cluster(), QUIET, in_process=True)

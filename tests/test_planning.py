@@ -207,7 +207,7 @@ def test_a_query_with_oversample_2_takes_as_long_as_twice_the_budget(small):
     assert seconds(50, 2.0) == seconds(100, 1.0) > seconds(50, 1.0)
 
 
-def test_the_limit_decides_the_chunk():
+def test_the_memory_limit_determines_the_chunk():
     measured = measurement(cases.model("thin_resnet18").float(), torch.zeros(2, 1, 8, 8), 50)
     request = QueryRequest(50_000, 5)
     totals = {chunk: estimate_memory(measured, request, chunk, 50_000).total for chunk in CHUNKS}
@@ -262,7 +262,7 @@ def test_a_refusal_names_the_largest_training_batch_that_fits():
     assert plan_query(measured, request, gpu_limit=math.inf).coordinator.total < 1e8
 
 
-def test_a_refusal_names_the_last_layer_or_a_smaller_storage_type_where_these_fit(small):
+def test_a_refusal_names_the_last_layer_or_a_smaller_storage_type_if_it_fits(small):
     large_ranking = replace(small, num_body_parameters=10**7)
     with pytest.raises(InputError, match="; set strategy.params.mask to last_layer$"):
         plan_query(large_ranking, QueryRequest(1000, 5), limit=200e6)

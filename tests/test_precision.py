@@ -57,9 +57,9 @@ def dense(options):
     candidates = [i for i in range(COUNT) if i not in LABELED]
     chosen = reference.greedy(rows, candidates, matrix, target, round(options.oversample * BUDGET), scale)
     while len(chosen) > BUDGET:
-        left = [[c for c in chosen if c != worst] for worst in chosen]
-        traces = [reference.trace(matrix + scale**2 * every[rest].sum(0), target) for rest in left]
-        chosen = left[min(range(len(left)), key=lambda i: traces[i])]
+        remainders = [[c for c in chosen if c != worst] for worst in chosen]
+        traces = [reference.trace(matrix + scale**2 * every[remainder].sum(0), target) for remainder in remainders]
+        chosen = remainders[min(range(len(remainders)), key=lambda i: traces[i])]
     return chosen, reference.trace(matrix + scale**2 * every[chosen].sum(0), target)
 
 
@@ -84,7 +84,7 @@ def test_pruning_with_small_damping_equals_dense_float64(damping, weighting):
     assert notes["objective"] == pytest.approx(objective, rel=1e-7)
 
 
-def test_float64_is_noted_only_where_float32_is_too_imprecise():
+def test_float64_is_noted_only_if_float32_is_too_imprecise():
     hard = TraceOptions(damping=1e-4, class_weighting="none")
     assert minimize(hard)[1]["picks before float64"] < BUDGET
     for notes in (minimize(hard, precision=Precision(scores=torch.float64))[1], minimize(TraceOptions())[1]):
@@ -105,13 +105,13 @@ def test_replay_of_journal_with_float64_scores_gives_the_uninterrupted_batch(tra
     setup, model = trained
 
     def run(past):
-        made = []
+        recorded = []
         shards = LocalShards(setup.data.train.images, setup.statistics, 2)
-        used = Engine(past_picks=past, record_pick=lambda *pick: made.append(pick), drift=1e-7)
-        return choose("bait", shards, setup, model, 12, used), made
+        engine = Engine(past_picks=past, record_pick=lambda *pick: recorded.append(pick), drift=1e-7)
+        return choose("bait", shards, setup, model, 12, engine), recorded
 
     batch, journal = run([])
-    assert Rescore.FLOAT64 in [freshness for _, freshness in journal]
+    assert Rescore.FLOAT64 in [rescore for _, rescore in journal]
     for stopped in (1, 5, 11):
         assert run(journal[:stopped]) == (batch, journal[stopped:])
 
@@ -119,19 +119,19 @@ def test_replay_of_journal_with_float64_scores_gives_the_uninterrupted_batch(tra
 def test_estimated_objective_error_has_the_size_of_the_true_error():
     generator = torch.Generator().manual_seed(0)
     model, inputs = certain_model(torch.float64), normalize(pixels(20), GRAY, torch.float64)
-    kept = embed(model, inputs, last_layer_mask(plan_gradients(model, inputs)))
-    start = torch.zeros(kept.size, kept.size, dtype=torch.float64)
-    add_identity(start, 0.01, kept.num_classes, len(kept.hidden))
-    objective = Objective(start, information(kept) / 20, keep_inputs=True)
+    embedding = embed(model, inputs, last_layer_mask(plan_gradients(model, inputs)))
+    start = torch.zeros(embedding.size, embedding.size, dtype=torch.float64)
+    add_identity(start, 0.01, embedding.num_classes, len(embedding.hidden))
+    objective = Objective(start, information(embedding) / 20, keep_inputs=True)
     for i in range(20):
-        objective.add(take(kept, slice(i, i + 1)))
-    exact = objective.rebuild(kept)
-    assert objective.error(kept) < 1e-9
+        objective.add(take(embedding, slice(i, i + 1)))
+    exact = objective.rebuild(embedding)
+    assert objective.error(embedding) < 1e-9
     assert objective.value == pytest.approx(exact.value, rel=1e-9)
-    wrong = torch.randn(kept.size, kept.size, generator=generator, dtype=torch.float64)
+    wrong = torch.randn(embedding.size, embedding.size, generator=generator, dtype=torch.float64)
     objective.inverse += 1e-3 * objective.inverse.abs().max() * (wrong + wrong.mT)
-    truth = abs(float((objective.inverse * information(kept) / 20).sum()) - exact.value) / exact.value
-    assert truth / 30 < objective.error(kept) < 30 * truth
+    truth = abs(float((objective.inverse * information(embedding) / 20).sum()) - exact.value) / exact.value
+    assert truth / 30 < objective.error(embedding) < 30 * truth
 
 
 @pytest.mark.parametrize(("damping", "oversample"), [(1e-13, 1.0), (1e-15, 1.0), (1e-15, 2.0)])

@@ -38,9 +38,9 @@ def test_freed_memory_between_live_tensors_is_returned():
         return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
 
     tensors = [torch.ones(16_000) for _ in range(3_000)]  # 64 kB each, below the size that malloc maps separately
-    kept = tensors[::2]
+    live_tensors = tensors[::2]
     full = resident()
     del tensors
     return_memory()
     assert resident() < full - 60  # 94 MB were freed
-    assert all(bool((tensor == 1).all()) for tensor in kept)
+    assert all(bool((tensor == 1).all()) for tensor in live_tensors)

@@ -1,4 +1,4 @@
-"""The greedy loop over shards: what it chooses, and that how the pool is cut never changes it."""
+"""The greedy loop over shards: its batches, and their independence of the division of the pool."""
 
 import copy
 
@@ -43,10 +43,10 @@ def case(body_size):
     """Return a small network, 24 images, a mask, and the dense rows of the embeddings, [n, C, k]."""
     model, images = cases.model("small_cnn"), pixels(24)
     inputs = normalize(images, GRAY, torch.float64)
-    layout = plan_gradients(model, inputs[:2])
-    diagonal = fisher_diagonal(model, inputs, layout)
-    mask = global_mask(diagonal, layout, body_size) if body_size else last_layer_mask(layout)
-    columns, start = [reference.head_entries(model, layout.head)], 0
+    plan = plan_gradients(model, inputs[:2])
+    diagonal = fisher_diagonal(model, inputs, plan)
+    mask = global_mask(diagonal, plan, body_size) if body_size else last_layer_mask(plan)
+    columns, start = [reference.head_entries(model, plan.head)], 0
     for name, parameter in model.named_parameters():
         columns.append(mask.entries.get(name, torch.tensor([], dtype=torch.long)) + start)
         start += parameter.numel()
@@ -70,13 +70,14 @@ def test_batch_gains_and_objective_equal_dense_greedy(body_size, options):
     labeled, budget = [3, 4, 11, 20], 6
     model, images, mask, rows = case(body_size)
     pool = pool_of(images, model, labeled, shards=2)
-    found = minimize_trace(pool, mask, budget, options)
+    batch = minimize_trace(pool, mask, budget, options)
 
     if options.class_weighting == "none":
         with torch.no_grad():
             rows = rows / model(normalize(images, GRAY, torch.float64)).softmax(-1).sqrt()[:, :, None]
     every = torch.einsum("nck,ncl->nkl", rows, rows)
-    # M = lambda I + nL/(nL+K) I_L; candidates are scaled by sqrt(K/(nL+K)).
+    # M = lambda I + n_L / (n_L + b) times the mean information of labeled images; candidates are scaled by
+    # sqrt(w / (n_L + b)).
     total, eye = len(labeled) + budget, torch.eye(rows.shape[2], dtype=torch.float64)
     matrix = options.damping * eye
     if options.initial_information:
@@ -95,7 +96,7 @@ def test_batch_gains_and_objective_equal_dense_greedy(body_size, options):
         values = [reference.trace(matrix - scale**2 * every[i], target) for i in expected]
         worst = expected.pop(min(range(len(values)), key=lambda i: values[i]))
         matrix = matrix - scale**2 * every[worst]
-    assert found.tolist() == expected
+    assert batch.tolist() == expected
     assert pool.objective == pytest.approx((before, reference.trace(matrix, target)), rel=1e-6)
     assert pool.notes["objective"] == pool.objective[1]
     assert pool.gains.tolist() == pytest.approx([gains[position] for position in expected], rel=1e-6)
@@ -107,7 +108,7 @@ def test_pruning_from_float32_scores_equals_float64(trained):
     model = copy.deepcopy(model)
     with torch.no_grad():
         list(model.children())[-1].weight.mul_(4)  # predictions nearly certain
-    count, found = 1500, []
+    count, results = 1500, []
     mask, labeled = (
         last_layer_mask(plan_gradients(model, setup.example_images(2))),
         setup.initial[setup.initial < count],
@@ -120,9 +121,9 @@ def test_pruning_from_float32_scores_equals_float64(trained):
         engine, labels = Engine(Precision(scores=scores)), setup.data.train.labels[labeled]
         pool = Pool(shards, count, labeled, labels, model, *streams, engine=engine)
         batch = minimize_trace(pool, mask, 40, TraceOptions(damping=1e-3, oversample=2.0))
-        found.append((set(batch.tolist()), pool.notes["objective"]))
+        results.append((set(batch.tolist()), pool.notes["objective"]))
         shards.close()
-    (batch, value), (exact_batch, exact) = found
+    (batch, value), (exact_batch, exact) = results
     assert len(batch & exact_batch) >= 39
     assert value == pytest.approx(exact, rel=1e-3)
 
@@ -152,8 +153,8 @@ def test_coreset_picks_the_image_furthest_from_all_centers():
     distances = torch.cdist(hidden, hidden, compute_mode="donot_use_mm_for_euclid_dist")
     for _ in range(8):
         centers = labeled + chosen
-        left = [i for i in range(len(images)) if i not in centers]
-        chosen.append(max(left, key=lambda i: (float(distances[i, centers].min()), -i)))
+        remaining = [i for i in range(len(images)) if i not in centers]
+        chosen.append(max(remaining, key=lambda i: (float(distances[i, centers].min()), -i)))
     assert query("coreset", model, images, labeled, 8) == chosen
 
 
@@ -201,8 +202,8 @@ def test_badge_draws_in_proportion_to_the_squared_distance_of_dense_gradient_emb
             score = nearest.square().log() + gumbel
         else:
             score = gradients.square().sum(1)
-        left = [i for i in range(len(images)) if i not in labeled + chosen]
-        chosen.append(max(left, key=lambda i, score=score: float(score[i])))
+        remaining = [i for i in range(len(images)) if i not in labeled + chosen]
+        chosen.append(max(remaining, key=lambda i, score=score: float(score[i])))
     assert query("badge", model, images, labeled, 8) == chosen
 
 
@@ -237,12 +238,12 @@ def test_class_with_zero_probability_is_supported():
 def test_narrow_parts_give_the_same_batch(monkeypatch):
     """Large masks store blocks in narrow parts."""
     model, images = cases.model("small_cnn"), pixels(900)
-    layout = plan_gradients(model, normalize(images[:2], GRAY, torch.float64))
-    mask = global_mask(fisher_diagonal(model, normalize(images[:20], GRAY, torch.float64), layout), layout, 25)
-    whole = minimize_trace(pool_of(images, model, [3, 600], shards=1), mask, 8, TraceOptions(damping=0.5))
+    plan = plan_gradients(model, normalize(images[:2], GRAY, torch.float64))
+    mask = global_mask(fisher_diagonal(model, normalize(images[:20], GRAY, torch.float64), plan), plan, 25)
+    expected = minimize_trace(pool_of(images, model, [3, 600], shards=1), mask, 8, TraceOptions(damping=0.5))
     monkeypatch.setattr("fishermask.pool.blocks.WIDE_BODY", 24)
     pool = pool_of(images, model, [3, 600], shards=1)
-    assert minimize_trace(pool, mask, 8, TraceOptions(damping=0.5)).tolist() == whole.tolist()
+    assert minimize_trace(pool, mask, 8, TraceOptions(damping=0.5)).tolist() == expected.tolist()
 
 
 def test_ties_go_to_the_lowest_position():
@@ -250,12 +251,12 @@ def test_ties_go_to_the_lowest_position():
     pair = pixels(2)
     images = pair[torch.arange(2 * BLOCK + 6) % 2]
     model = cases.model("mlp")
-    found = minimize_trace(
+    batch = minimize_trace(
         pool_of(images, model, [0, 1], shards=2), last_layer_mask(GradientPlan("5", (), ())), 6, TraceOptions()
     ).tolist()
     for kind in (0, 1):
-        same = [position for position in found if position % 2 == kind]
-        assert same == list(range(2 + kind, 2 + kind + 2 * len(same), 2))
+        equal_images = [position for position in batch if position % 2 == kind]
+        assert equal_images == list(range(2 + kind, 2 + kind + 2 * len(equal_images), 2))
 
 
 def test_shard_slices_cover_the_pool_once_in_whole_blocks():
@@ -310,8 +311,8 @@ def test_ray_shards_give_the_batches_of_local_shards(count, trained, ray_session
     images, statistics = setup.data.train.images, setup.statistics
     shards = RayShards(images, statistics, count, 1, 0)
     for name in query_strategies.available():
-        here = choose(name, LocalShards(images, statistics), setup, model)
-        assert choose(name, shards, setup, model, close=False) == here, name
+        expected = choose(name, LocalShards(images, statistics), setup, model)
+        assert choose(name, shards, setup, model, close=False) == expected, name
     shards.close()
 
 
@@ -347,14 +348,14 @@ def test_probabilities_do_not_depend_on_the_strides_of_images(trained):
     """A single channel may have any stride, and convolutions round differently for some strides."""
     setup, model = trained
     images = setup.data.train.images[:600]
-    other = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    found = []
-    for layout in (images, other):
-        shards = LocalShards(layout, setup.statistics)
+    strided = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    results = []
+    for pool_images in (images, strided):
+        shards = LocalShards(pool_images, setup.statistics)
         shards.call(Shard.set_model, model, Precision())
-        found.append(shards.call(Shard.probabilities, 0, 1)[0])
+        results.append(shards.call(Shard.probabilities, 0, 1)[0])
         shards.close()
-    assert torch.equal(*found)
+    assert torch.equal(*results)
 
 
 def test_shards_embed_in_eval_mode(trained):

@@ -209,9 +209,9 @@ NO_GRADIENT = {"no_grad", "detached", "all but the head detached", "unneeded", "
 
 def model(name):
     torch.manual_seed(0)
-    made = MODELS[name]()
-    made(torch.randn(2, 1, 8, 8))
-    return made.double().eval()
+    created = MODELS[name]()
+    created(torch.randn(2, 1, 8, 8))
+    return created.double().eval()
 
 
 def images(count):
@@ -222,20 +222,20 @@ def images(count):
 @pytest.mark.parametrize("name", MODELS)
 def test_unusual_models_have_the_gradients_of_autograd(name, count):
     original, batch = model(name), images(count)
-    layout = plan_gradients(original, images(7))
+    plan = plan_gradients(original, images(7))
     net = copy_model(original)  # as shards use it
     rows = reference.autograd_rows(net, batch)
-    body = body_parameters(net, layout)
+    body = body_parameters(net, plan)
     outside = torch.ones(rows.shape[2], dtype=torch.bool)
-    if layout.head is not None:
-        outside[reference.head_entries(net, layout.head)] = False
-    diagonal = torch.cat(list(fisher_diagonal(net, batch, layout).values()) or [torch.zeros(0).double()])
+    if plan.head is not None:
+        outside[reference.head_entries(net, plan.head)] = False
+    diagonal = torch.cat(list(fisher_diagonal(net, batch, plan).values()) or [torch.zeros(0).double()])
     expected = rows.square().sum((0, 1))[outside]
     torch.testing.assert_close(diagonal, expected, rtol=1e-9, atol=1e-14)
     assert name in NO_GRADIENT or not len(expected) or (expected > 0).double().mean() > 0.25
-    everything = Mask(layout, {name: torch.arange(p.numel()) for name, p in body.items()})
-    few = random_mask(body, layout, min(20, len(expected)), torch.Generator().manual_seed(1))
-    for mask in (everything, few):
+    full = Mask(plan, {name: torch.arange(p.numel()) for name, p in body.items()})
+    sparse = random_mask(body, plan, min(20, len(expected)), torch.Generator().manual_seed(1))
+    for mask in (full, sparse):
         columns = rows[:, :, flat_mask(net, mask)]
         reference.assert_same_information(reference.every_column(embed(net, batch, mask)), columns)
 
@@ -243,31 +243,31 @@ def test_unusual_models_have_the_gradients_of_autograd(name, count):
 @pytest.mark.parametrize("name", ["checkpointed", "experts", "gru", "cached", "5 tokens first"])
 def test_unusual_models_in_float32_have_the_gradients_of_autograd(name):
     net, batch = model(name).float(), images(6).float()
-    layout = plan_gradients(net, batch)
+    plan = plan_gradients(net, batch)
     rows = reference.autograd_rows(model(name), images(6))
-    diagonal = torch.cat(list(fisher_diagonal(net, batch, layout).values()))
+    diagonal = torch.cat(list(fisher_diagonal(net, batch, plan).values()))
     outside = torch.ones(rows.shape[2], dtype=torch.bool)
-    if layout.head is not None:
-        outside[reference.head_entries(net, layout.head)] = False
+    if plan.head is not None:
+        outside[reference.head_entries(net, plan.head)] = False
     expected = rows.square().sum((0, 1))[outside]
     torch.testing.assert_close(diagonal.double(), expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
 
 
 def test_layer_that_gets_some_of_the_images_is_handled_for_each_batch():
-    """All verified images go to one expert, later images to both, so the verification does not cover them."""
+    """All verified images go to first_expert expert, later images to both, so the verification does not cover them."""
     net, batch = model("experts"), images(40)
     with torch.no_grad():
         chosen = net.route(batch[:, 0].mean(1)).argmax(-1)
-    one, other = batch[chosen == 0], batch[chosen == 1]
-    assert len(one) >= 7
-    assert len(other) >= 2
-    layout = GradientPlan("head", ("experts.0", "experts.1"), ("route.weight", "route.bias"), vectorized=False)
-    for images_ in (one[:3], torch.cat([one[:2], other[:2]])):
+    first_expert, second_expert = batch[chosen == 0], batch[chosen == 1]
+    assert len(first_expert) >= 7
+    assert len(second_expert) >= 2
+    plan = GradientPlan("head", ("experts.0", "experts.1"), ("route.weight", "route.bias"), vectorized=False)
+    for images_ in (first_expert[:3], torch.cat([first_expert[:2], second_expert[:2]])):
         rows = reference.autograd_rows(net, images_)
-        body = body_parameters(net, layout)
-        everything = Mask(layout, {name: torch.arange(p.numel()) for name, p in body.items()})
-        columns = rows[:, :, flat_mask(net, everything)]
-        reference.assert_same_information(reference.every_column(embed(net, images_, everything)), columns)
+        body = body_parameters(net, plan)
+        full = Mask(plan, {name: torch.arange(p.numel()) for name, p in body.items()})
+        columns = rows[:, :, flat_mask(net, full)]
+        reference.assert_same_information(reference.every_column(embed(net, images_, full)), columns)
 
 
 def _batch_statistics(net, h):
@@ -335,15 +335,15 @@ def test_frozen_parameters_do_not_count_and_are_not_masked(trained):
     net = Net().double()
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name.startswith(trained) or name.startswith("b."))
-    layout = plan_gradients(net, images(4))
-    left = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    total = sum(p.numel() for p in left.values())
-    assert layout.head == ("head" if trained == "head" else None)
-    assert set(layout.frozen) == {name for name, _ in net.named_parameters()} - set(left)
-    assert mask_size(net, layout, 1.0) == total
-    diagonal = fisher_diagonal(net, images(4), layout)
-    assert set(diagonal) | {name for name in left if name.startswith("head.") and layout.head} == set(left)
-    mask = global_mask(diagonal, layout, total - head_size(net, layout))
+    plan = plan_gradients(net, images(4))
+    trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    total = sum(p.numel() for p in trainable.values())
+    assert plan.head == ("head" if trained == "head" else None)
+    assert set(plan.frozen) == {name for name, _ in net.named_parameters()} - set(trainable)
+    assert mask_size(net, plan, 1.0) == total
+    diagonal = fisher_diagonal(net, images(4), plan)
+    assert set(diagonal) | {name for name in trainable if name.startswith("head.") and plan.head} == set(trainable)
+    mask = global_mask(diagonal, plan, total - head_size(net, plan))
     expected = reference.autograd_rows(net.requires_grad_(), images(4))[:, :, flat_mask(net, mask)]
     assert expected.shape[2] == total
     reference.assert_same_information(reference.every_column(embed(net, images(4), mask)), expected)
@@ -424,11 +424,11 @@ def test_irregular_last_layer_raises():
             return torch.where(unsure[:, None], self.head(h * 2), logits) if unsure.any() else logits
 
     net = Again().double().eval()
-    layout = plan_gradients(net, images(7))
-    assert layout.head == "head"
-    embed(net, images(3), last_layer_mask(layout))
+    plan = plan_gradients(net, images(7))
+    assert plan.head == "head"
+    embed(net, images(3), last_layer_mask(plan))
     with pytest.raises(InputError, match="for some images the logits of Again are not the output of its last layer"):
-        embed(net, images(3) + 2, last_layer_mask(layout))
+        embed(net, images(3) + 2, last_layer_mask(plan))
 
 
 def test_verification_works_on_one_image_of_one_pixel():

@@ -183,7 +183,7 @@ def test_query_on_the_device_gives_the_batch_of_the_cpu_and_reads_only_candidate
     shards = SimulatedShards(images, GRAY, 2)
     on_device = query(name, shards, images, model, **params)
     assert on_cpu[:2] == on_device[:2]
-    # For each pick, a shard copies its best candidate: one copy of three values, and one copy per tensor of the embedding.
+    # For each pick, a shard copies its best candidate: three values in one copy, and each tensor of the embedding.
     tensors = 4 + ("top_classes" in params)
     for first, last in zip(on_device[2], on_device[2][1:], strict=False):
         offers = shards.reads[first:last]

@@ -34,7 +34,7 @@ def stream(seed: int, purpose: str, round_index: int = 0) -> torch.Generator:
 
 
 class Scores:
-    """The predictions p [n, C] of all images and their scores d log p_c / d theta [n, C, D], by autograd, image by image."""
+    """Predictions p [n, C] and scores d log p_c / d theta [n, C, D] of all images, by autograd, image by image."""
 
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
         parameters = dict(model.named_parameters())

@@ -2,9 +2,9 @@
 
     python benchmarks/gradients.py
 
-The model is thin ResNet-18. The lower bound is one forward pass, and C backward passes to activations down to the
-earliest masked layer. "Naive" is one autograd call for each sample and class through the graph of the whole batch, as
-in the paper's code; it is timed on a few samples of the batch and scaled.
+The model is thin ResNet-18. The lower bound is one forward pass and C backward passes to the outputs of layers, down to
+the earliest masked layer. "Naive" is one autograd call for each sample and class through the graph of the batch, as in
+the code of the paper. It is timed on a few samples, and scaled to the batch.
 """
 
 import torch

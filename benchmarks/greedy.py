@@ -1,11 +1,11 @@
-"""Time of a greedy step, compared with dense rescoring and with a lower bound, and its growth with each size.
+"""Time of a greedy step, compared with dense rescoring and with a lower bound, and its growth with the sizes.
 
     python benchmarks/greedy.py            # steps
     python benchmarks/greedy.py --large    # k = 7,014, 960 picks from 4,800: minutes
 
-The lower bound is one structured product with 2 C columns, and one read and write of P and Q [C, C], with as many
-threads. Dense rescoring follows the definition: V R V^T and V R F R V^T with V [C, k] by k x k products per image.
-It is timed with random numbers for a few images and scaled.
+The lower bound is one structured product with 2 C columns, and one read and write of P and Q [C, C], with the same
+number of threads. Dense rescoring follows the definition: V R V^T and V R F R V^T with V [C, k], by k x k products for
+each image. It is timed on a few images with random numbers, and scaled to all images.
 """
 
 import argparse

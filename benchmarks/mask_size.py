@@ -56,7 +56,7 @@ def estimate_memory(config):
 
 
 def mean_and_error(values):
-    """Return the mean and its standard error; NaN where a single value has none."""
+    """Return the mean of ``values`` and its standard error, which is NaN for a single value."""
     error = values.std() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), float(error)
 

@@ -1,8 +1,8 @@
-"""The estimated memory of training and of a query against the measured peak, beyond the memory of the process before.
+"""Estimated and measured peak memory of training and of queries, beyond the memory of the process before them.
 
     python benchmarks/memory.py              # all cases
-    python benchmarks/memory.py badge 3      # the cases of a strategy, or with a number
-    python benchmarks/memory.py --stages     # also the measured peak of each stage
+    python benchmarks/memory.py badge 3      # the cases of the strategy badge, and case 3
+    python benchmarks/memory.py --stages     # print the measured peak of each stage too
 
 Each case runs a strategy as a run of a sweep does, in a new process, on random images. The peak is the kernel's
 (VmHWM), so this needs Linux. Seconds are those of the query alone, on one thread of an idle core.
@@ -51,7 +51,7 @@ class Case(NamedTuple):
     labeled: int = LABELED
     model_params: dict[str, Any] = {}  # noqa: RUF012  never changed
     training_batch: int = 0
-    """Images of a training step, where a round's training and evaluation are measured too."""
+    """Images of a training step; 0 to measure the query without training and evaluation."""
 
 
 CASES = [
@@ -79,7 +79,7 @@ CASES = [
 
 
 class CopiedImages:
-    """Images that are copied wherever they are read, as from a data set whose imbalance leaves images out."""
+    """Images that are copied when they are read, as from a data set of which the pool contains only some images."""
 
     def __init__(self, images: torch.Tensor) -> None:
         self.images, self.shape = images, tuple(images.shape)
@@ -148,7 +148,7 @@ def random_images(count: int, shape: tuple[int, int, int]) -> torch.Tensor:
 
 
 def run_case(case: Case, results: Any) -> None:
-    """Estimate one query, run it, and put the result on the queue."""
+    """Estimate and run one query, and put the result into the queue ``results``."""
     model, strategy, measured, plan = estimate_case(case)
     images, statistics = random_images(case.images, case.shape), STATISTICS[case.shape[0]]
     engine = Engine(Precision(storage=case.storage), chunk=plan.chunk, diagonal_batch=plan.diagonal_batch)
@@ -174,7 +174,7 @@ def run_case(case: Case, results: Any) -> None:
 
 
 def train(case: Case, model: torch.nn.Module, images: torch.Tensor, statistics: Statistics) -> None:
-    """Train for one epoch on the labeled images and predict as many as a test set has, as a round does."""
+    """Train for one epoch on the labeled images and predict 2,000 images, as in a round."""
     settings: dict[str, Any] = {"learning_rate": 1e-3, "target_accuracy": 1.0, "max_epochs": 1, "clip": 0.1}
     settings |= {"batch_size": case.training_batch, "augmentation": None}
     labels = torch.arange(case.labeled) % case.classes
@@ -183,7 +183,7 @@ def train(case: Case, model: torch.nn.Module, images: torch.Tensor, statistics: 
 
 
 def describe_case(number: int, case: Case, result: Result) -> list[object]:
-    """Return the cells of the table's row."""
+    """Return the cells of a row of the table."""
     shape = "x".join(map(str, case.shape[1:])) + (f"x{case.shape[0]}" if case.shape[0] > 1 else "")
     options = [f"{key} {value}" for key, value in case.params.items()]
     options += [f"{case.shards} shards"] * (case.shards > 1)

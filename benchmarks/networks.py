@@ -1,4 +1,4 @@
-"""A briefly trained thin ResNet-18, and images of CIFAR-10, or random ones without the data."""
+"""A briefly trained thin ResNet-18, and images of CIFAR-10, or random images if the data is not available."""
 
 import torch
 

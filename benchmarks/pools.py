@@ -22,7 +22,7 @@ def random_embedding(n, num_classes, width, k_body, seed=0, device="cpu"):
 
 
 def fill(shard: Shard, make) -> None:
-    """Set the embeddings of a shard: ``make(first, last)`` returns those at positions ``first`` to ``last - 1``."""
+    """Set the embeddings of ``shard``; ``make(first, last)`` returns those at positions ``first`` to ``last - 1``."""
     rows, n = None, len(shard.images)
     shard.parts, shard.embeddings = [], []
     start = 0
@@ -41,9 +41,9 @@ def blank(n):
 
 def pool_on(shards, n, engine=None):
     """Return a pool of ``n`` images on ``shards``, without labeled images, and with a placeholder model."""
-    none = torch.tensor([], dtype=torch.long)
+    no_positions = torch.tensor([], dtype=torch.long)
     streams = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
-    return Pool(shards, n, none, none, torch.nn.Linear(1, 1), *streams, engine=engine or Engine())
+    return Pool(shards, n, no_positions, no_positions, torch.nn.Linear(1, 1), *streams, engine=engine or Engine())
 
 
 def local_pool(embedding, count, device="cpu", engine=None):

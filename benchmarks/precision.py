@@ -2,8 +2,8 @@
 
     python benchmarks/precision.py [--parquet FOLDER]
 
-Queries of 100 from 2,048 CIFAR-10 images (random ones without ``--parquet``) with a thin ResNet-18 and one mask. The
-reference is float32 with scores in float64; overlap counts common images.
+Each query selects 100 of 2,048 CIFAR-10 images (random images without ``--parquet``) with a thin ResNet-18 and the same
+mask. The reference is float32 with scores in float64. The overlap is the number of images in both batches.
 """
 
 import argparse

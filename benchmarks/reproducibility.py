@@ -1,9 +1,9 @@
-"""Rounds of a small sweep under other instruction sets and numbers of threads, compared with the default.
+"""Rounds of a small sweep with different instruction sets, shards and threads, compared with the default.
 
     python benchmarks/reproducibility.py
 
-Each line is the sweep in fresh processes: 7 strategies with ``small_cnn``, 3 queries of 20 images from a pool
-of 1,000. Results are equal when every batch and every metric is.
+Each line of the table is the sweep in a new process: 7 strategies with ``small_cnn``, and 3 queries of 20 images from a
+pool of 1,000. Runs are equal if all their batches and metrics are equal.
 """
 
 import json

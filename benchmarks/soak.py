@@ -1,9 +1,10 @@
-"""A sweep under random kills against the same sweep left alone: the tables must be equal, timings apart.
+"""A sweep whose processes are killed at random, compared with the same sweep without kills.
 
     python benchmarks/soak.py [--shard-every 14] [--trial-every 45] [--driver-every 60] [--rounds 3]
 
-SIGKILL to a random shard actor, a random trial and the driver every so many seconds, until the sweep is finished; a
-killed driver is started again with the same command. Not for a machine on which other Ray jobs run.
+At the given intervals in seconds, SIGKILL ends a random shard actor, a random trial or the driver, until the sweep is
+finished. A killed driver is started again with the same command. Without timings, the results must be equal. Do not run
+this script on a machine on which other Ray jobs run.
 """
 
 import argparse
@@ -22,8 +23,8 @@ import yaml
 from table import machine, show
 
 
-def sweep_file(folder, rounds):
-    """Two runs, both at once on two cores, each with two shards that are actors of their own."""
+def write_sweep_file(folder, rounds):
+    """Write and return a sweep file: two concurrent runs on two cores, with two Ray shards each."""
     resources = {"cpus": 0.5, "shards": 2, "workers": "ray", "cpus_per_shard": 0.25, "restarts": 10_000}
     base = {
         "model": {"name": "small_cnn", "params": {"width": 8}},
@@ -38,44 +39,45 @@ def sweep_file(folder, rounds):
 
 
 def start(file, output):
+    """Start the driver of the sweep and return its process."""
     command = [sys.executable, "-m", "fishermask.cli", "sweep", str(file), f"output={output}"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def processes(driver, title):
-    """Ray's worker processes below ``driver`` whose title holds ``title``."""
+def find_processes(driver, title):
+    """Return the Ray worker processes below ``driver`` whose command line contains ``title``."""
     try:
         return [p for p in psutil.Process(driver.pid).children(recursive=True) if title in " ".join(p.cmdline())]
     except psutil.Error:
         return []
 
 
-def soak(file, output, every, chance):
-    """Finish the sweep under kills: seconds, and how many processes of each kind were killed."""
+def soak(file, output, every, generator):
+    """Run the sweep with kills until it ends. Return the seconds, and the number of killed processes of each kind."""
     killed, started = dict.fromkeys(every, 0), time.monotonic()
     due = {kind: started + seconds for kind, seconds in every.items()}
     driver = start(file, output)
     while driver.poll() is None:
         time.sleep(0.2)
         for kind in [kind for kind in every if time.monotonic() > due[kind]]:
-            due[kind] = time.monotonic() + every[kind] * (0.5 + chance.random())
+            due[kind] = time.monotonic() + every[kind] * (0.5 + generator.random())
             if kind == "driver":
                 driver.kill()
                 driver.wait()
                 killed[kind] += 1
                 driver = start(file, output)
-            elif victims := processes(driver, {"shard": "ray::ShardActor", "trial": "ray::ImplicitFunc"}[kind]):
-                os.kill(chance.choice(victims).pid, signal.SIGKILL)
+            elif victims := find_processes(driver, {"shard": "ray::ShardActor", "trial": "ray::ImplicitFunc"}[kind]):
+                os.kill(generator.choice(victims).pid, signal.SIGKILL)
                 killed[kind] += 1
     if driver.returncode:
         raise SystemExit(f"the sweep failed: {driver.stderr.read()}")
     return time.monotonic() - started, killed
 
 
-def table(output):
-    """The sweep's results without what was timed."""
-    found = pd.read_parquet(output / "soak" / "results.parquet")
-    return found[[name for name in found.columns if "seconds" not in name]]
+def read_results(output):
+    """Return the results of the sweep without timings."""
+    results = pd.read_parquet(output / "soak" / "results.parquet")
+    return results[[name for name in results.columns if "seconds" not in name]]
 
 
 def main():
@@ -89,16 +91,16 @@ def main():
     every = {"shard": arguments.shard_every, "trial": arguments.trial_every, "driver": arguments.driver_every}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        file = sweep_file(folder, arguments.rounds)
+        file = write_sweep_file(folder, arguments.rounds)
         never = dict.fromkeys(every, float("inf"))
-        alone, _ = soak(file, folder / "alone", never, random.Random(0))
-        print(f"  left alone: {alone:.0f} s", flush=True)
+        undisturbed, _ = soak(file, folder / "undisturbed", never, random.Random(0))
+        print(f"  without kills: {undisturbed:.0f} s", flush=True)
         seconds, killed = soak(file, folder / "soak", every, random.Random(arguments.seed))
-        same = table(folder / "alone").equals(table(folder / "soak"))
-    cells = [alone, seconds, seconds / alone, *killed.values(), "equal" if same else "DIFFERENT"]
-    header = ["left alone s", "under kills s", "ratio", *(f"{kind}s killed" for kind in killed), "tables"]
-    show(f"A sweep of 2 runs and {2 * arguments.rounds} rounds under random kills. {machine()}", header, [cells])
-    if not same:
+        are_equal = read_results(folder / "undisturbed").equals(read_results(folder / "soak"))
+    cells = [undisturbed, seconds, seconds / undisturbed, *killed.values(), "equal" if are_equal else "DIFFERENT"]
+    header = ["without kills s", "with kills s", "ratio", *(f"{kind}s killed" for kind in killed), "tables"]
+    show(f"A sweep of 2 runs and {2 * arguments.rounds} rounds with random kills. {machine()}", header, [cells])
+    if not are_equal:
         raise SystemExit(1)
 
 

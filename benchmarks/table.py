@@ -8,7 +8,7 @@ import torch
 
 
 def seconds(work: Callable[[], object], repeats: int = 5, warmup: int = 1) -> float:
-    """Median wall time of ``work()``; on a GPU until its queue is empty."""
+    """Return the median wall time of ``work()`` in seconds, including the work that it queues on a GPU."""
     times = []
     for i in range(warmup + repeats):
         if torch.cuda.is_available():
@@ -31,6 +31,6 @@ def show(title: str, header: list[str], rows: list[list[object]]) -> None:
 
 
 def machine() -> str:
-    """Device, threads and torch's version, for the head of a table."""
+    """Return the device, the number of threads and the version of torch, for the title of a table."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"

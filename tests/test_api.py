@@ -25,12 +25,12 @@ from fishermask.pool.shards import LocalShards
 ROOT = Path(__file__).parent.parent
 
 
-def network(inputs=6, classes=3, dtype=torch.float32):
+def make_network(inputs=6, classes=3, dtype=torch.float32):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(inputs, 5), nn.ReLU(), nn.Linear(5, classes)).to(dtype)
 
 
-def features(count=60, inputs=6, dtype=torch.float32):
+def make_features(count=60, inputs=6, dtype=torch.float32):
     return torch.randn(count, inputs, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
 
@@ -47,9 +47,9 @@ def test_import_of_the_package_imports_no_heavy_library():
 def test_public_names_are_the_same_for_users_type_checkers_and_dir():
     module = ast.parse(Path(fishermask.__file__).read_text())
     block = next(node for node in module.body if isinstance(node, ast.If))
-    typed = {alias.name: imported.module for imported in block.body for alias in imported.names}
-    assert typed == fishermask._MODULES
-    assert sorted(typed) == sorted(fishermask.__all__)
+    modules_for_type_checkers = {alias.name: imported.module for imported in block.body for alias in imported.names}
+    assert modules_for_type_checkers == fishermask._MODULES
+    assert sorted(modules_for_type_checkers) == sorted(fishermask.__all__)
     assert {*fishermask.__all__} <= {*dir(fishermask)}
     with pytest.raises(AttributeError, match="no attribute 'selection'"):
         fishermask.selection  # noqa: B018
@@ -93,7 +93,12 @@ def test_strategies_are_listed_with_descriptions_and_default_params():
 
 @pytest.mark.parametrize("name", ["fisher_mask", "bait", "badge", "random"])
 def test_batch_is_the_one_that_the_definition_gives(name):
-    model, pool, labeled, seed = network(dtype=torch.float64), features(40, dtype=torch.float64), [3, 11, 20], 7
+    model, pool, labeled, seed = (
+        make_network(dtype=torch.float64),
+        make_features(40, dtype=torch.float64),
+        [3, 11, 20],
+        7,
+    )
     scores = oracle.Scores(model, pool)
     params = {}
     if name == "random":
@@ -169,13 +174,20 @@ class Squares(Dataset):
 
 
 def test_tensors_arrays_files_and_data_sets_give_the_same_batch(tmp_path):
-    model, pool = network(), features()
+    model, pool = make_network(), make_features()
     np.save(tmp_path / "pool.npy", pool.numpy())
-    mapped = np.load(tmp_path / "pool.npy", mmap_mode="r")
+    memory_mapped = np.load(tmp_path / "pool.npy", mmap_mode="r")
     mask = np.zeros(60, dtype=bool)
     mask[[3, 11]] = True
     expected = select(model, pool, [3, 11], 5, "bait").positions.tolist()
-    for same in (pool.numpy(), mapped, TensorDataset(pool), Squares(pool), list(pool), pool.t().contiguous().t()):
+    for same in (
+        pool.numpy(),
+        memory_mapped,
+        TensorDataset(pool),
+        Squares(pool),
+        list(pool),
+        pool.t().contiguous().t(),
+    ):
         assert select(model, same, mask, 5, "bait").positions.tolist() == expected
     rounded = (10 * pool).round()
     expected = select(model, rounded / 10, [3, 11], 5, "bait").positions.tolist()
@@ -186,14 +198,14 @@ def test_tensors_arrays_files_and_data_sets_give_the_same_batch(tmp_path):
 
 @pytest.mark.parametrize("name", ["fisher_mask", "badge", "margin"])
 def test_shards_and_memory_do_not_change_the_batch(name):
-    model, pool = network(), features(5000)
-    one, three = (select(model, pool, [3, 11], 5, name, shards=count) for count in (1, 3))
-    small = select(model, Squares(pool), [3, 11], 5, name, shards=2, memory=0.1)
-    assert one.positions.tolist() == three.positions.tolist() == small.positions.tolist()
+    model, pool = make_network(), make_features(5000)
+    batch_1, batch_3 = (select(model, pool, [3, 11], 5, name, shards=count) for count in (1, 3))
+    small_batch = select(model, Squares(pool), [3, 11], 5, name, shards=2, memory=0.1)
+    assert batch_1.positions.tolist() == batch_3.positions.tolist() == small_batch.positions.tolist()
 
 
 def test_model_pool_and_global_states_are_left_as_they_were():
-    model, pool = network(), features()
+    model, pool = make_network(), make_features()
     model.insert(0, nn.ReLU(inplace=True))  # writes to its input
     model.insert(3, nn.Dropout())
     model[1].weight.requires_grad_(False)
@@ -227,15 +239,19 @@ def test_function_sees_the_pool_and_its_labels():
         assert pool.probabilities().shape == (58, 3)
         return pool.candidates[params["skip"] :][:budget].numpy()
 
-    selection = select(network(), features(), [3, 11], 2, smallest_index, params={"skip": 3}, labels=[2, 0])
+    selection = select(make_network(), make_features(), [3, 11], 2, smallest_index, params={"skip": 3}, labels=[2, 0])
     assert selection.positions.tolist() == [4, 5]
     assert selection.strategy == "smallest_index"
     assert selection.gains is None
-    assert select(network(), features(), [], 3, lambda pool, budget: [2, 1, 0]).positions.tolist() == [2, 1, 0]
+    assert select(make_network(), make_features(), [], 3, lambda pool, budget: [2, 1, 0]).positions.tolist() == [
+        2,
+        1,
+        0,
+    ]
 
 
 def test_selection_shows_itself_as_text_and_as_a_table():
-    selection = select(network(), features(), [3, 11], 12, "bait")
+    selection = select(make_network(), make_features(), [3, 11], 12, "bait")
     text = repr(selection)
     assert text.startswith("Selection(12 positions by bait, objective ")
     assert ", ...])" in text
@@ -245,14 +261,14 @@ def test_selection_shows_itself_as_text_and_as_a_table():
     assert "<table" in selection._repr_html_()
     assert {"embed", "pick"} <= set(selection.seconds)
     assert len(selection) == 12
-    assert list(select(network(), features(), [3], 2, "random").to_frame().columns) == ["position"]
+    assert list(select(make_network(), make_features(), [3], 2, "random").to_frame().columns) == ["position"]
 
 
 def test_progress_is_reported_to_a_function_or_a_bar(capsys):
     calls = []
-    select(network(), features(), [3], 4, "bait", progress=lambda *call: calls.append(call))
+    select(make_network(), make_features(), [3], 4, "bait", progress=lambda *call: calls.append(call))
     assert ("pick", 4, 4) in calls
-    select(network(), features(), [3], 4, "bait", progress=True)  # too fast for a bar
+    select(make_network(), make_features(), [3], 4, "bait", progress=True)  # too fast for a bar
     assert capsys.readouterr().out == ""
 
 
@@ -280,14 +296,14 @@ class Stream(IterableDataset):
 
 
 def with_nan(position):
-    pool = features()
+    pool = make_features()
     pool[position, 2] = torch.nan
     return pool
 
 
 IMAGES = torch.zeros(60, 1, 4, 4, dtype=torch.uint8)
-FROZEN = network().requires_grad_(False)
-OVERFLOWING = network()
+FROZEN = make_network().requires_grad_(False)
+OVERFLOWING = make_network()
 OVERFLOWING[2].weight.data.fill_(1e38)
 NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
 
@@ -297,24 +313,27 @@ NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
     [
         ({"model": torch.nn.functional.relu}, "model: is .*; expected a torch.nn.Module"),
         ({"model": nn.ReLU()}, "model: ReLU has no parameters"),
-        ({"model": network().to("meta")}, "model: has parameters on meta; move it to one device"),
-        ({"model": network(7)}, "model: fails for inputs of shape .7, 6. .RuntimeError"),
+        ({"model": make_network().to("meta")}, "model: has parameters on meta; move it to one device"),
+        ({"model": make_network(7)}, "model: fails for inputs of shape .7, 6. .RuntimeError"),
         ({"model": NO_CLASSES}, "model: Sequential must return logits"),
-        ({"model": OVERFLOWING, "pool": 10 * features()}, "model: .*not finite"),
+        ({"model": OVERFLOWING, "pool": 10 * make_features()}, "model: .*not finite"),
         ({"model": FROZEN, "strategy": "bait"}, "model: all parameters of Sequential are frozen"),
         ({"pool": IMAGES}, "pool: torch.uint8 samples need a transform .*lambda batch: batch.float.. / 255"),
-        ({"pool": features().long()}, "pool: torch.int64 samples need a transform"),
-        ({"pool": features().numpy().astype(object)}, "pool: has dtype object; expected numbers"),
-        ({"pool": features()[:, 0]}, r"pool: has shape \(60,\); expected \[n, ...\]"),
-        ({"pool": features()[:0]}, "pool: holds 0 samples"),
-        ({"pool": features().numpy()[::-1]}, "pool: is a reversed view"),
+        ({"pool": make_features().long()}, "pool: torch.int64 samples need a transform"),
+        ({"pool": make_features().numpy().astype(object)}, "pool: has dtype object; expected numbers"),
+        ({"pool": make_features()[:, 0]}, r"pool: has shape \(60,\); expected \[n, ...\]"),
+        ({"pool": make_features()[:0]}, "pool: holds 0 samples"),
+        ({"pool": make_features().numpy()[::-1]}, "pool: is a reversed view"),
         ({"pool": 5}, "pool: is int 5; give a tensor, an array or a map-style data set"),
-        ({"pool": DataLoader(TensorDataset(features()))}, "pool: is a DataLoader.* give its data set"),
+        ({"pool": DataLoader(TensorDataset(make_features()))}, "pool: is a DataLoader.* give its data set"),
         ({"pool": Stream()}, "pool: is an iterable-style data set"),
         ({"pool": ["text", "more"]}, "pool: item 0 holds str 'text'; give the data set a transform"),
-        ({"pool": Irregular(features())}, "pool: item (?:39|49) is .*shape .7,., and item 0 is .*shape .6,."),
-        ({"pool": Augmented(features())}, "pool: item 0 differs when it is read twice; leave random augmentation out"),
-        ({"pool": Failing(features())}, "pool: item 0 cannot be read .OSError: disk"),
+        ({"pool": Irregular(make_features())}, "pool: item (?:39|49) is .*shape .7,., and item 0 is .*shape .6,."),
+        (
+            {"pool": Augmented(make_features())},
+            "pool: item 0 differs when it is read twice; leave random augmentation out",
+        ),
+        ({"pool": Failing(make_features())}, "pool: item 0 cannot be read .OSError: disk"),
         ({"pool": with_nan(0)}, "pool: the input made from sample 0 holds NaN"),
         ({"pool": with_nan(41)}, "pool: the input made from sample 41 holds NaN"),
         ({"labeled": [3, 60]}, "labeled: holds position 60; the positions of the pool are 0 to 59"),
@@ -352,15 +371,15 @@ NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
 )
 def test_bad_argument_is_one_line_that_names_it(arguments, message):
     arguments = {
-        "model": network(),
-        "pool": features(),
+        "model": make_network(),
+        "pool": make_features(),
         "labeled": [3, 11],
         "budget": 2,
         "strategy": "margin",
     } | arguments
-    with pytest.raises(InputError, match=f"^(?:{message})") as caught:
+    with pytest.raises(InputError, match=f"^(?:{message})") as exception_info:
         select(**arguments)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(exception_info.value)
 
 
 def test_error_of_a_users_strategy_is_raised_as_it_is():
@@ -368,7 +387,7 @@ def test_error_of_a_users_strategy_is_raised_as_it_is():
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        select(network(), features(), [3], 2, failing)
+        select(make_network(), make_features(), [3], 2, failing)
 
 
 @pytest.mark.parametrize(

@@ -59,16 +59,16 @@ def test_sweep_works_without_ray_settings_in_the_environment(sweep):
     home = sweep / "home"
     home.mkdir()
     shell = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-    done = fishermask("sweep", "tiny.yaml", env=shell | {"HOME": str(home)})
-    assert done.returncode == 0, done.stderr
-    assert "tiny: 2 runs, 0 finished, 6 rounds to go" in done.stdout
-    assert "[2/2 runs, 6/6 rounds, ETA 0:00]" in done.stdout
-    assert "curves:      results/tiny/curves.png" in done.stdout
-    assert done.stderr == ""
+    result = fishermask("sweep", "tiny.yaml", env=shell | {"HOME": str(home)})
+    assert result.returncode == 0, result.stderr
+    assert "tiny: 2 runs, 0 finished, 6 rounds to go" in result.stdout
+    assert "[2/2 runs, 6/6 rounds, ETA 0:00]" in result.stdout
+    assert "curves:      results/tiny/curves.png" in result.stdout
+    assert result.stderr == ""
     assert not (home / ".ray").exists()  # Ray's own default writes a token there
-    again = fishermask("sweep", "tiny.yaml")
-    assert "2 runs, 2 finished, 0 rounds to go" in again.stdout
-    assert again.returncode == 0
+    second_result = fishermask("sweep", "tiny.yaml")
+    assert "2 runs, 2 finished, 0 rounds to go" in second_result.stdout
+    assert second_result.returncode == 0
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(sweep, capsys):
@@ -174,9 +174,9 @@ def test_all_settings_are_listed_with_their_defaults(capsys):
 
     assert cli.main(["settings"]) == 0
     out = capsys.readouterr().out
-    listed = {line.split(" ")[0] for line in out.splitlines()}
+    listed_names = {line.split(" ")[0] for line in out.splitlines()}
     defaults = ExperimentConfig().model_dump(exclude={"imbalance"})
-    assert set(dotted(defaults)) <= listed
+    assert set(dotted(defaults)) <= listed_names
     assert "\nbudget.initial (int, default 100): " in out
     assert "\n    imbalance.ratio (float, required): " in out
 
@@ -283,10 +283,10 @@ def test_each_mistake_is_reported_on_its_own_line(sweep, capsys):
     [("127.0.0.1:1", "nothing answers at 127.0.0.1:1"), ("ray://127.0.0.1:1", "ray://127.0.0.1:1 is for Ray Client")],
 )
 def test_a_ray_address_that_cannot_be_joined_is_one_line(sweep, address, message):
-    done = fishermask("sweep", "tiny.yaml", env=os.environ | {"RAY_ADDRESS": address})
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"fishermask: RAY_ADDRESS: {message}")
-    assert done.stderr.count("\n") == 1
+    result = fishermask("sweep", "tiny.yaml", env=os.environ | {"RAY_ADDRESS": address})
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"fishermask: RAY_ADDRESS: {message}")
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,9 @@ def test_sweep_from_python(tmp_path, monkeypatch, capsys, one_process):
 
 
 def test_strategy_file_beside_a_sweep_file_works_in_the_processes_of_ray(tmp_path, monkeypatch, one_process):
-    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project, working_folder = tmp_path / "project", tmp_path / "elsewhere"
     project.mkdir()
-    elsewhere.mkdir()
+    working_folder.mkdir()
     (project / "mine.py").write_text((EXAMPLES / "own_strategy.py").read_text())
     settings = {
         "name": "files",
@@ -59,10 +59,10 @@ def test_strategy_file_beside_a_sweep_file_works_in_the_processes_of_ray(tmp_pat
         "grid": {"strategy": ["./mine.py", "entropy"]},
     }
     (project / "sweep.yaml").write_text(yaml.safe_dump(settings))
-    monkeypatch.chdir(elsewhere)
+    monkeypatch.chdir(working_folder)
     results = fishermask.sweep(project / "sweep.yaml", progress=False)
     assert not results.failed
-    assert results.folder == elsewhere / "results/files"
+    assert results.folder == working_folder / "results/files"
     rounds = results.rounds
     assert sorted(zip(rounds["strategy"], rounds["labels"], strict=True)) == [
         *(("entropy", 20), ("entropy", 30)),

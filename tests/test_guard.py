@@ -89,19 +89,19 @@ def folder(tmp_path, monkeypatch):
     ],
 )
 def test_any_exception_is_converted_to_an_input_error_with_its_traceback(error, shown):
-    with pytest.raises(InputError) as caught, guarded("model.name", "it does not work"):
+    with pytest.raises(InputError) as exception_info, guarded("model.name", "it does not work"):
         raise error
-    assert str(caught.value) == f"model.name: it does not work ({shown})"
-    assert caught.value.__cause__ is error
-    assert "Traceback (most recent call last)" in caught.value.details
-    assert "in test_any_exception_is_converted" in caught.value.details
+    assert str(exception_info.value) == f"model.name: it does not work ({shown})"
+    assert exception_info.value.__cause__ is error
+    assert "Traceback (most recent call last)" in exception_info.value.details
+    assert "in test_any_exception_is_converted" in exception_info.value.details
 
 
 @pytest.mark.parametrize("error", [InputError("seed: wrong"), KeyboardInterrupt()])
 def test_input_errors_and_keyboard_interrupts_pass_unchanged(error):
-    with pytest.raises(type(error)) as caught, guarded("model.name", "it does not work"):
+    with pytest.raises(type(error)) as exception_info, guarded("model.name", "it does not work"):
         raise error
-    assert caught.value is error
+    assert exception_info.value is error
 
 
 def test_a_guarded_generator_can_be_closed():
@@ -124,13 +124,13 @@ def test_text_for_messages_is_truncated_to_one_line():
 
 def test_stderr_is_captured_at_the_file_descriptor_and_restored(capfd):
     print("before", file=sys.stderr)
-    with capture_stderr() as captured:
+    with capture_stderr() as captured_stderr:
         print("from Python", file=sys.stderr)
         os.write(2, b"from C\n")
         subprocess.run("echo from a process >&2", shell=True, check=True)
-        assert captured.pop_text().splitlines() == ["from Python", "from C", "from a process"]
+        assert captured_stderr.pop_text().splitlines() == ["from Python", "from C", "from a process"]
         print("later", file=sys.stderr)
-        assert captured.pop_text() == "later\n"
+        assert captured_stderr.pop_text() == "later\n"
     print("after", file=sys.stderr)
     os.write(2, b"from C again\n")
     assert capfd.readouterr().err == "before\nafter\nfrom C again\n"
@@ -142,16 +142,16 @@ def test_a_log_handler_created_during_the_capture_works_afterwards():
         "with capture_stderr():\n    handler = logging.StreamHandler()\n    logging.getLogger().addHandler(handler)\n"
         "    logging.error('captured')\nlogging.error('shown')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr == "shown\n"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr == "shown\n"
 
 
 def test_stderr_is_captured_without_linux_only_calls(monkeypatch):
     """macOS has no ``os.memfd_create``."""
     monkeypatch.delattr(os, "memfd_create", raising=False)
-    with capture_stderr() as captured:
+    with capture_stderr() as captured_stderr:
         os.write(2, b"text\n")
-        assert captured.pop_text() == "text\n"
+        assert captured_stderr.pop_text() == "text\n"
 
 
 def test_a_missing_temporary_folder_is_an_input_error(monkeypatch):
@@ -202,14 +202,14 @@ grid:
 
 def test_output_of_a_factory_goes_to_stdout(folder, capfd):
     assert cli.main(["sweep", "tiny.yaml", "--dry-run", "model=guard_test_models:talks"]) == 0
-    shown = capfd.readouterr()
-    assert shown.err == ""
+    output = capfd.readouterr()
+    assert output.err == ""
     for text in ("to stdout", "to stderr", "from C", "1 runs, 0 finished"):
-        assert text in shown.out
+        assert text in output.out
     assert cli.main(["sweep", "tiny.yaml", "--dry-run", "model=guard_test_models:talks", "budget.query=500"]) == 2
-    shown = capfd.readouterr()
-    assert shown.err.startswith("fishermask: budget.query: 500 exceeds")
-    assert shown.err.count("\n") == 1
+    output = capfd.readouterr()
+    assert output.err.startswith("fishermask: budget.query: 500 exceeds")
+    assert output.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -277,23 +277,23 @@ def test_a_full_disk_is_a_one_line_error(folder, capfd, limit):
 def test_stdout_that_cannot_be_written_is_a_one_line_error():
     command = [sys.executable, "-m", "fishermask.cli", "strategies"]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == "fishermask: stdout: cannot be written to (No space left on device)\n"
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "fishermask: stdout: cannot be written to (No space left on device)\n"
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
-    assert (done.returncode, done.stderr) == (141, "")
+    assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_a_failed_run_of_a_sweep_prints_two_lines(folder):
     command = [sys.executable, "-m", "fishermask.cli", "sweep", "tiny.yaml", "model=guard_test_models:exits"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
     log = folder / "results/tiny/runs/random-seed=0/error.txt"
     last = "SystemExit: it exits with status 3"
-    assert done.stderr.splitlines() == [f"fishermask: random-seed=0 failed: {last}", f"  log: {log}"]
+    assert result.stderr.splitlines() == [f"fishermask: random-seed=0 failed: {last}", f"  log: {log}"]
     assert "SystemExit: 3" in log.read_text()
 
 

@@ -30,12 +30,12 @@ def test_thin_resnet18_has_the_papers_number_of_parameters(channels, classes, co
 def test_initial_weights_depend_on_the_seed_alone():
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    one = models.build("small_cnn", {}, (1, 28, 28), 10, seed=5)
+    model = models.build("small_cnn", {}, (1, 28, 28), 10, seed=5)
     torch.rand(3)
-    two = models.build("small_cnn", {}, (1, 28, 28), 10, seed=5)
-    other = models.build("small_cnn", {}, (1, 28, 28), 10, seed=6)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not torch.equal(next(one.parameters()), next(other.parameters()))
+    equal_model = models.build("small_cnn", {}, (1, 28, 28), 10, seed=5)
+    other_model = models.build("small_cnn", {}, (1, 28, 28), 10, seed=6)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), equal_model.parameters(), strict=True))
+    assert not torch.equal(next(model.parameters()), next(other_model.parameters()))
     torch.manual_seed(1)
     models.build("small_cnn", {}, (1, 28, 28), 10, seed=5)
     assert torch.equal(torch.get_rng_state(), state)
@@ -74,9 +74,9 @@ def test_initial_weights_depend_on_the_seed_alone():
     ],
 )
 def test_a_model_that_cannot_be_made_is_refused_with_the_setting(name, params, shape, message):
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as exception_info:
         models.build(name, params, shape, 10, seed=0)
-    assert message in str(caught.value)
+    assert message in str(exception_info.value)
 
 
 FACTORY_FILE = """
@@ -115,7 +115,7 @@ def test_a_factory_in_a_file_is_called_and_its_models_unpickle_without_the_file(
     assert [float(word) for word in process.stdout.split()] == model(torch.ones(1, 1, 8, 8)).flatten().tolist()
 
 
-def toy():
+def make_toy_data():
     """Return images and labels of two classes that differ in brightness."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 100, (40, 1, 8, 8), generator=generator, dtype=torch.uint8)
@@ -125,7 +125,7 @@ def toy():
 
 
 def test_training_ends_at_the_target_accuracy():
-    images, labels = toy()
+    images, labels = make_toy_data()
     model = models.build("mlp", {"width": 8}, (1, 8, 8), 2, seed=0)
     report = fit(model, images, labels, GRAY, stream(0, "order"), max_epochs=100, **SETTINGS)
     assert report.ended_by == "target"
@@ -135,14 +135,14 @@ def test_training_ends_at_the_target_accuracy():
 
 
 def test_training_ends_after_max_epochs():
-    images, labels = toy()
+    images, labels = make_toy_data()
     model = models.build("mlp", {"width": 8}, (1, 8, 8), 2, seed=0)
     settings = SETTINGS | {"learning_rate": 1e-9}
     assert fit(model, images, labels, GRAY, stream(0, "order"), max_epochs=3, **settings)[::2] == (3, "cap")
 
 
 def test_an_infinite_loss_raises():
-    images, labels = toy()
+    images, labels = make_toy_data()
     model = models.build("mlp", {"width": 8}, (1, 8, 8), 2, seed=0)
     with pytest.raises(FloatingPointError, match="lower training.learning_rate"):
         fit(model, images, labels, GRAY, stream(0, "order"), max_epochs=50, **SETTINGS | {"learning_rate": 1e30})
@@ -158,7 +158,7 @@ class WithBatchNorm(torch.nn.Sequential):
 
 @pytest.mark.parametrize(("count", "batch_size"), [(33, 8), (33, 32), (1, 8), (5, 1)])
 def test_batch_norm_trains_with_a_single_last_image(count, batch_size):
-    images, labels = (part[:count] for part in toy())
+    images, labels = (part[:count] for part in make_toy_data())
     model = WithBatchNorm()
     report = fit(
         model, images, labels, GRAY, stream(0, "order"), max_epochs=30, **SETTINGS | {"batch_size": batch_size}
@@ -173,12 +173,12 @@ def test_training_batches_cover_all_images_and_have_two_or_more(count, size):
     batches = training._split_batches(order, size)
     assert min(map(len, batches)) > 1
     assert max(map(len, batches)) <= max(size + 1, 2)
-    repeated = count == 1 or size == 1
-    assert torch.cat(batches).tolist() == (order.repeat_interleave(2) if repeated else order).tolist()
+    is_repeated = count == 1 or size == 1
+    assert torch.cat(batches).tolist() == (order.repeat_interleave(2) if is_repeated else order).tolist()
 
 
 def test_gradients_are_clipped_by_value():
-    images, labels = toy()
+    images, labels = make_toy_data()
     model = models.build("mlp", {"width": 8}, (1, 8, 8), 2, seed=0)
     fit(model, images, labels, GRAY, stream(0, "order"), max_epochs=1, **SETTINGS | {"clip": 1e-4})
     assert max(float(p.grad.abs().max()) for p in model.parameters()) <= 1e-4
@@ -186,10 +186,10 @@ def test_gradients_are_clipped_by_value():
 
 def test_channel_statistics_equal_numpy_and_normalize_images():
     images = torch.randint(0, 256, (50, 3, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    scaled = images.numpy() / 255
+    pixels = images.numpy() / 255
     statistics = channel_statistics(images)
-    np.testing.assert_allclose(statistics.mean, scaled.mean((0, 2, 3)))
-    np.testing.assert_allclose(statistics.std, scaled.std((0, 2, 3)))
+    np.testing.assert_allclose(statistics.mean, pixels.mean((0, 2, 3)))
+    np.testing.assert_allclose(statistics.std, pixels.std((0, 2, 3)))
     normal = normalize(images, statistics, torch.float64)
     assert normal.mean((0, 2, 3)).abs().max() < 1e-6
     torch.testing.assert_close(normal.std((0, 2, 3), correction=0), torch.ones(3, dtype=torch.float64))
@@ -198,29 +198,29 @@ def test_channel_statistics_equal_numpy_and_normalize_images():
 def test_crop_and_flip_draws_every_shift_and_flip_of_the_padded_image():
     image = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5)
     padded = torch.nn.functional.pad(image, (CROP_PADDING,) * 4)[0, 0]
-    allowed = {}
+    possible_images = {}
     for top in range(2 * CROP_PADDING + 1):
         for left in range(2 * CROP_PADDING + 1):
             crop = padded[top : top + 5, left : left + 5]
             for flip, view in ((0, crop), (1, crop.flip(1))):
-                allowed.setdefault(tuple(view.flatten().tolist()), (top, left, flip))
-    out = crop_and_flip(image.expand(3000, 1, 5, 5), torch.Generator().manual_seed(0))
-    seen = {tuple(image.flatten().tolist()) for image in out}
-    assert seen <= set(allowed)
-    assert len(seen) > 0.95 * len(allowed)
+                possible_images.setdefault(tuple(view.flatten().tolist()), (top, left, flip))
+    augmented = crop_and_flip(image.expand(3000, 1, 5, 5), torch.Generator().manual_seed(0))
+    augmented_images = {tuple(image.flatten().tolist()) for image in augmented}
+    assert augmented_images <= set(possible_images)
+    assert len(augmented_images) > 0.95 * len(possible_images)
 
 
 def test_metrics_equal_scikit_learn():
     generator = torch.Generator().manual_seed(0)
-    true = torch.randint(0, 4, (300,), generator=generator)
+    labels = torch.randint(0, 4, (300,), generator=generator)
     predicted = torch.where(
-        torch.rand(300, generator=generator) < 0.6, true, torch.randint(0, 3, (300,), generator=generator)
+        torch.rand(300, generator=generator) < 0.6, labels, torch.randint(0, 3, (300,), generator=generator)
     )
-    metrics = evaluate(predicted, true, 4)
-    assert metrics.accuracy == pytest.approx(accuracy_score(true, predicted))
-    assert metrics.balanced_accuracy == pytest.approx(balanced_accuracy_score(true, predicted))
-    assert metrics.macro_f1 == pytest.approx(f1_score(true, predicted, average="macro"))
-    assert metrics.recall == pytest.approx(recall_score(true, predicted, average=None).tolist())
+    metrics = evaluate(predicted, labels, 4)
+    assert metrics.accuracy == pytest.approx(accuracy_score(labels, predicted))
+    assert metrics.balanced_accuracy == pytest.approx(balanced_accuracy_score(labels, predicted))
+    assert metrics.macro_f1 == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert metrics.recall == pytest.approx(recall_score(labels, predicted, average=None).tolist())
 
 
 def test_random_streams_depend_on_seed_purpose_and_round():

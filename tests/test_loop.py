@@ -19,7 +19,7 @@ from fishermask.results.files import JournalFile
 from fishermask.tensors.images import channel_statistics
 
 
-def setup(strategy="margin", **settings):
+def make_inputs(strategy="margin", **settings):
     base = {
         "imbalance": {"kind": "step", "ratio": 10, "per_class": 60},
         "model": {"name": "mlp", "params": {"width": 16, "depth": 1}},
@@ -30,14 +30,14 @@ def setup(strategy="margin", **settings):
     return prepare_inputs(parse(ExperimentConfig, base | settings))
 
 
-def results(prepared, history=()):
-    records = [r.as_dict() for r in run(prepared, LocalShards, history)]
+def compute_rounds(inputs, history=()):
+    records = [r.as_dict() for r in run(inputs, LocalShards, history)]
     return [{key: value for key, value in r.items() if key != "seconds"} for r in records]
 
 
 @pytest.fixture(scope="module")
 def margin_run():
-    return results(setup())
+    return compute_rounds(make_inputs())
 
 
 def test_rounds_spend_the_budget_exactly_and_the_last_batch_is_the_remainder(margin_run):
@@ -45,9 +45,9 @@ def test_rounds_spend_the_budget_exactly_and_the_last_batch_is_the_remainder(mar
     assert [len(r["batch"]) for r in margin_run] == [7, 7, 6, 0]
     queried = [name for r in margin_run for name in r["batch"]]
     assert len(set(queried)) == 20
-    prepared = setup()
-    assert not set(queried) & {prepared.data.train.ids[i] for i in prepared.initial.tolist()}
-    assert set(queried) <= set(prepared.data.train.ids)
+    inputs = make_inputs()
+    assert not set(queried) & {inputs.data.train.ids[i] for i in inputs.initial.tolist()}
+    assert set(queried) <= set(inputs.data.train.ids)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_num_rounds_follows_from_the_budget(initial, query, total, num_rounds):
 
 
 def test_resume_from_history_gives_identical_rounds(margin_run):
-    for stopped in (1, 3):
-        assert results(setup(), margin_run[:stopped]) == margin_run[stopped:]
-    assert results(setup(), margin_run) == []
+    for num_rounds in (1, 3):
+        assert compute_rounds(make_inputs(), margin_run[:num_rounds]) == margin_run[num_rounds:]
+    assert compute_rounds(make_inputs(), margin_run) == []
 
 
 class Interrupted(Exception):
@@ -70,12 +70,12 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("strategy", ["bait", "badge"])
 def test_interrupted_query_resumes_after_the_picks_of_its_journal(strategy, tmp_path, monkeypatch):
     monkeypatch.setattr(journal_module, "WRITE_SECONDS", 0.0)
-    prepared, stages, journal = (
-        setup(strategy, budget={"initial": 10, "query": 30, "total": 70}),
+    inputs, stages, journal = (
+        make_inputs(strategy, budget={"initial": 10, "query": 30, "total": 70}),
         [],
         JournalFile(tmp_path / "j"),
     )
-    undisturbed = results(prepared)
+    uninterrupted = compute_rounds(inputs)
 
     def stop(stage, done, total):
         stages.append((stage, done))
@@ -84,57 +84,57 @@ def test_interrupted_query_resumes_after_the_picks_of_its_journal(strategy, tmp_
 
     rounds = []
     with pytest.raises(Interrupted):
-        for result in run(prepared, LocalShards, (), stop, journal):
+        for result in run(inputs, LocalShards, (), stop, journal):
             rounds.append(result.as_dict())
     query = json.loads(journal.path.read_text().splitlines()[-1])["query"]
-    assert [name for name, _ in journal.read(query)] == undisturbed[1]["batch"][:20]
+    assert [name for name, _ in journal.read(query)] == uninterrupted[1]["batch"][:20]
     stages.clear()
-    rest = [r.as_dict() for r in run(prepared, LocalShards, rounds, lambda *stage: stages.append(stage[:2]), journal)]
+    resumed = [r.as_dict() for r in run(inputs, LocalShards, rounds, lambda *stage: stages.append(stage[:2]), journal)]
     assert [done for stage, done in stages if stage == "pick"] == list(range(21, 31))
-    assert [r["batch"] for r in rounds + rest] == [r["batch"] for r in undisturbed]
-    assert [r["accuracy"] for r in rounds + rest] == [r["accuracy"] for r in undisturbed]
+    assert [r["batch"] for r in rounds + resumed] == [r["batch"] for r in uninterrupted]
+    assert [r["accuracy"] for r in rounds + resumed] == [r["accuracy"] for r in uninterrupted]
 
 
 def test_journal_of_another_model_is_not_used(tmp_path, monkeypatch):
     """A data file was replaced by another with the same ids, before the end of round 0."""
     monkeypatch.setattr(journal_module, "WRITE_SECONDS", 0.0)
-    journal, other = JournalFile(tmp_path / "j"), setup("bait", training={"max_epochs": 4})
-    next(run(other, LocalShards, journal=journal))
+    journal, bait_inputs = JournalFile(tmp_path / "j"), make_inputs("bait", training={"max_epochs": 4})
+    next(run(bait_inputs, LocalShards, journal=journal))
     journal.append("0-0123456789ab", [["nowhere.png", True]])
-    first = next(run(setup("bait"), LocalShards, journal=journal))
-    assert first.batch == results(setup("bait"))[0]["batch"]
+    first = next(run(make_inputs("bait"), LocalShards, journal=journal))
+    assert first.batch == compute_rounds(make_inputs("bait"))[0]["batch"]
 
 
 def test_history_of_other_images_is_refused(margin_run):
     for batch in (["nowhere.png"], margin_run[0]["batch"][:1] * 2):
         with pytest.raises(InputError, match="not in the pool, or twice"):
-            results(setup(), [margin_run[0] | {"batch": batch}])
+            compute_rounds(make_inputs(), [margin_run[0] | {"batch": batch}])
 
 
 def test_equal_seeds_give_equal_rounds_and_other_seeds_differ(margin_run):
-    assert results(setup()) == margin_run
-    assert results(setup(seed=1))[0]["accuracy"] != margin_run[0]["accuracy"]
+    assert compute_rounds(make_inputs()) == margin_run
+    assert compute_rounds(make_inputs(seed=1))[0]["accuracy"] != margin_run[0]["accuracy"]
 
 
 def test_strategies_of_a_seed_share_the_initial_labels_and_the_first_model(margin_run):
-    other = results(setup("random"))
-    same = {"labels", "accuracy", "balanced_accuracy", "macro_f1", "recall", "epochs", "train_accuracy"}
-    assert {key: other[0][key] for key in same} == {key: margin_run[0][key] for key in same}
-    assert other[0]["batch"] != margin_run[0]["batch"]
+    random_run = compute_rounds(make_inputs("random"))
+    shared_keys = {"labels", "accuracy", "balanced_accuracy", "macro_f1", "recall", "epochs", "train_accuracy"}
+    assert {key: random_run[0][key] for key in shared_keys} == {key: margin_run[0][key] for key in shared_keys}
+    assert random_run[0]["batch"] != margin_run[0]["batch"]
 
 
 def test_batch_classes_count_the_batch_by_class(margin_run):
-    prepared = setup()
-    label = dict(zip(prepared.data.train.ids, prepared.data.train.labels.tolist(), strict=True))
+    inputs = make_inputs()
+    label = dict(zip(inputs.data.train.ids, inputs.data.train.labels.tolist(), strict=True))
     for r in margin_run:
-        classes = [prepared.data.classes[label[name]] for name in r["batch"]]
-        assert r["batch_classes"] == {name: classes.count(name) for name in prepared.data.classes}
+        classes = [inputs.data.classes[label[name]] for name in r["batch"]]
+        assert r["batch_classes"] == {name: classes.count(name) for name in inputs.data.classes}
 
 
 def test_pool_statistics_are_computed_from_the_images_of_the_pool():
-    prepared = setup(data={"statistics": "pool"})
-    assert prepared.statistics == channel_statistics(prepared.data.train.images)
-    assert prepared.statistics != setup().statistics
+    inputs = make_inputs(data={"statistics": "pool"})
+    assert inputs.statistics == channel_statistics(inputs.data.train.images)
+    assert inputs.statistics != make_inputs().statistics
 
 
 def test_model_can_be_any_module_that_returns_logits(tmp_path):
@@ -147,14 +147,14 @@ def test_model_can_be_any_module_that_returns_logits(tmp_path):
     file = str(tmp_path / "color.parquet")
     pq.write_table(pa.table({"image": images, "label": [i % 3 for i in range(40)]}), file)
     sizes = {"image_size": 8, "patch_size": 4, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 8}
-    prepared = setup(
+    inputs = make_inputs(
         {"name": "fisher_mask", "params": {"fraction": 0.2, "fisher_samples": 20}},
         model={"name": "torchvision.models:VisionTransformer", "params": sizes},
         data={"name": "parquet", "train": file, "test": file},
         imbalance={"kind": "balanced"},
         budget={"initial": 6, "query": 4, "total": 14},
     )
-    assert [r["labels"] for r in results(prepared)] == [6, 10, 14]
+    assert [r["labels"] for r in compute_rounds(inputs)] == [6, 10, 14]
 
 
 def test_test_set_without_the_classes_of_the_pool_is_refused_before_training(tmp_path):
@@ -167,9 +167,9 @@ def test_test_set_without_the_classes_of_the_pool_is_refused_before_training(tmp
         pq.write_table(pa.table({"image": [image] * 4, "label": [label, label, label + 1, label + 1]}), files[split])
     counts = {"kind": "counts", "counts": {0: 2, 1: 2}}
     with pytest.raises(InputError, match="data.test: holds no image of the pool's classes"):
-        setup(data={"name": "parquet", **files}, imbalance=counts, budget={"initial": 1, "query": 1, "total": 2})
+        make_inputs(data={"name": "parquet", **files}, imbalance=counts, budget={"initial": 1, "query": 1, "total": 2})
 
 
 def test_budget_can_be_the_size_of_the_pool():
-    rounds = results(setup(budget={"initial": 20, "query": 200, "total": 330}))
+    rounds = compute_rounds(make_inputs(budget={"initial": 20, "query": 200, "total": 330}))
     assert [r["labels"] for r in rounds] == [20, 220, 330]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
 
 
-def sweep_of(tmp_path, overrides=(), **content) -> sweep_file.Sweep:
+def make_sweep(tmp_path, overrides=(), **content) -> sweep_file.Sweep:
     file = tmp_path / "s.yaml"
     file.write_text(yaml.safe_dump({"name": "s", "output": str(tmp_path / "out")} | content))
     return sweep_file.expand(sweep_file.load(file, overrides))
@@ -38,7 +38,7 @@ def test_the_shipped_demo_can_be_prepared():
 
 
 def test_grid_expands_to_every_combination_with_the_seed_slowest_and_the_strategy_fastest(tmp_path):
-    sweep = sweep_of(tmp_path, grid={"seed": [0, 1], "strategy": ["margin", "random"], "budget.query": [5, 6]})
+    sweep = make_sweep(tmp_path, grid={"seed": [0, 1], "strategy": ["margin", "random"], "budget.query": [5, 6]})
     assert [(r.config.seed, r.config.budget.query, r.config.strategy.name) for r in sweep.runs] == [
         (seed, query, name) for seed in (0, 1) for query in (5, 6) for name in ("margin", "random")
     ]
@@ -49,29 +49,29 @@ def test_grid_expands_to_every_combination_with_the_seed_slowest_and_the_strateg
 def test_overrides_set_the_base_or_replace_what_the_grid_varies(tmp_path):
     grid = {"seed": [0, 1], "strategy": ["margin", "random"]}
     settings = ["seed=[3,4,5]", "strategy=bait", "training.max_epochs=7", "strategy.params.damping=2", "name=other"]
-    sweep = sweep_of(tmp_path, settings[:3] + settings[4:], grid=grid)
+    sweep = make_sweep(tmp_path, settings[:3] + settings[4:], grid=grid)
     assert [run.config.seed for run in sweep.runs] == [3, 4, 5]
     assert {run.config.strategy.name for run in sweep.runs} == {"bait"}
     assert {run.config.training.max_epochs for run in sweep.runs} == {7}
     assert sweep.folder == tmp_path / "out/other"
-    more = sweep_of(tmp_path, ["grid.budget.query=[1,2]"], grid={"seed": [0]})
-    assert [run.config.budget.query for run in more.runs] == [1, 2]
-    inner = sweep_of(tmp_path, ["strategy.params.damping=2"], base={"strategy": "bait"})
+    varied = make_sweep(tmp_path, ["grid.budget.query=[1,2]"], grid={"seed": [0]})
+    assert [run.config.budget.query for run in varied.runs] == [1, 2]
+    inner = make_sweep(tmp_path, ["strategy.params.damping=2"], base={"strategy": "bait"})
     assert inner.runs[0].config.strategy.params == {"damping": 2}
 
 
 def test_run_names_of_two_variants_of_a_strategy_have_their_parameters(tmp_path):
     variants = [{"name": "fisher_mask", "params": {"fraction": f}} for f in (0.02, 0.04)]
-    names = [run.name for run in sweep_of(tmp_path, grid={"strategy": [*variants, "random"]}).runs]
+    names = [run.name for run in make_sweep(tmp_path, grid={"strategy": [*variants, "random"]}).runs]
     assert names == ["fisher_mask(fraction=0.02)", "fisher_mask(fraction=0.04)", "random"]
 
 
 @pytest.mark.parametrize("value", [0, -1, 10_001, 1.0, True, "many", None])
 def test_invalid_number_of_shards_is_refused_in_one_line(value):
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as exception_info:
         parse(ExperimentConfig, {"resources": {"shards": value}})
     expected = f"resources.shards: should be auto or a whole number from 1 to 10,000, got {value!r}"
-    assert str(caught.value) == expected
+    assert str(exception_info.value) == expected
 
 
 BASE = {"strategy": "random"}
@@ -103,9 +103,9 @@ BASE = {"strategy": "random"}
 )  # fmt: skip
 def test_wrong_sweep_file_is_refused_in_one_line_with_field_value_and_remedy(tmp_path, content, message):
     content = content | {"base": BASE | content.get("base", {})}
-    with pytest.raises(InputError, match=message) as caught:
-        sweep_of(tmp_path, **content)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=message) as exception_info:
+        make_sweep(tmp_path, **content)
+    assert "\n" not in str(exception_info.value)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ def test_settings_that_do_not_match_the_data_are_refused_before_training(setting
 
 
 def test_preset_sets_parameters_that_are_not_given():
-    def params(**given):
-        return query_strategies.load(StrategyConfig(name="fisher_mask", params=given)).params
+    def params(**settings):
+        return query_strategies.load(StrategyConfig(name="fisher_mask", params=settings)).params
 
-    released = params(preset="fishermask-released", fraction=0.02)
-    assert (released.class_weighting, released.fisher_sample, released.fraction) == ("none", "first", 0.02)
+    preset = params(preset="fishermask-released", fraction=0.02)
+    assert (preset.class_weighting, preset.fisher_sample, preset.fraction) == ("none", "first", 0.02)
     assert params(preset="fishermask-released", class_weighting="sqrt").class_weighting == "sqrt"
     assert params().class_weighting == "sqrt"
     with pytest.raises(InputError, match="strategy.params.preset: .*'fishermask-released'.*, got 'released'"):
@@ -157,37 +157,39 @@ ROUND |= {"recall": {}, "batch": [], "batch_classes": {}, "seconds": {}, "ended_
 
 
 def test_folder_of_the_same_sweep_with_more_seeds_or_other_shards_is_accepted(tmp_path):
-    begin(sweep_of(tmp_path, base=BASE, grid={"seed": [0, 1]}))
-    assert check_folder(sweep_of(tmp_path, base=BASE, grid={"seed": [0, 1, 2]})) == []
-    assert check_folder(sweep_of(tmp_path, base=BASE | {"resources": {"shards": 3}}, grid={"seed": [0]})) == []
+    begin(make_sweep(tmp_path, base=BASE, grid={"seed": [0, 1]}))
+    assert check_folder(make_sweep(tmp_path, base=BASE, grid={"seed": [0, 1, 2]})) == []
+    assert check_folder(make_sweep(tmp_path, base=BASE | {"resources": {"shards": 3}}, grid={"seed": [0]})) == []
 
 
 def test_folder_of_another_sweep_is_refused(tmp_path):
-    begin(sweep_of(tmp_path, base=BASE, grid={"seed": [0, 1]}))
-    other = sweep_of(tmp_path, base=BASE | {"training": {"max_epochs": 5}}, grid={"seed": [7]})
+    begin(make_sweep(tmp_path, base=BASE, grid={"seed": [0, 1]}))
+    other_sweep = make_sweep(tmp_path, base=BASE | {"training": {"max_epochs": 5}}, grid={"seed": [7]})
     expected = "training.max_epochs is 100 in the folder, 5 here; choose another name=NAME, or add --continue-anyway"
     with pytest.raises(InputError, match=expected):
-        check_folder(other)
-    assert check_folder(other, continue_anyway=True) == [
+        check_folder(other_sweep)
+    assert check_folder(other_sweep, continue_anyway=True) == [
         "continuing under another identity: training.max_epochs is 100 in the folder, 5 here"
     ]
     with pytest.raises(InputError, match="holds another sweep's results, which vary seed; choose another"):
-        check_folder(sweep_of(tmp_path, grid={"budget.query": [1]}), continue_anyway=True)
+        check_folder(make_sweep(tmp_path, grid={"budget.query": [1]}), continue_anyway=True)
 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_run_of_another_source_is_not_continued_without_the_option(tmp_path, monkeypatch, finished):
-    sweep = sweep_of(tmp_path, base=BASE, grid={"seed": [0, 1]})
-    with monkeypatch.context() as earlier:
-        earlier.setattr(identity, "loaded_version", lambda: "0.1.0 (abc)")
+    sweep = make_sweep(tmp_path, base=BASE, grid={"seed": [0, 1]})
+    with monkeypatch.context() as older_version:
+        older_version.setattr(identity, "loaded_version", lambda: "0.1.0 (abc)")
         begin(sweep, finished)
     difference = f"fishermask 0.1.0 (abc) in the folder, {environment.loaded_version()} here"
     if finished:
         assert check_folder(sweep) == [f"2 finished runs differ: {difference}"]
         return
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as exception_info:
         check_folder(sweep)
-    assert f"random-seed=0: {difference}; choose another name=NAME, or add --continue-anyway" in str(caught.value)
+    assert f"random-seed=0: {difference}; choose another name=NAME, or add --continue-anyway" in str(
+        exception_info.value
+    )
     assert check_folder(sweep, True) == [f"continuing under another identity: random-seed=0: {difference}"]
     for run in sweep.runs:
         run.folder.create(run.config, identify(run.config), "p.csv")
@@ -196,18 +198,18 @@ def test_run_of_another_source_is_not_continued_without_the_option(tmp_path, mon
 
 def test_changed_default_of_a_strategy_parameter_is_noticed(tmp_path):
     """The sweep file is the same; the default in the strategy's file is another."""
-    sweep = sweep_of(tmp_path, base={"strategy": "bait"}, grid={"seed": [0]})
+    sweep = make_sweep(tmp_path, base={"strategy": "bait"}, grid={"seed": [0]})
     begin(sweep, finished=True)
     folder = sweep.runs[0].folder
-    recorded = identify(sweep.runs[0].config)
-    recorded["settings"]["strategy"]["params"]["damping"] = 7.0
-    folder.create(sweep.runs[0].config, recorded, "p.csv")
+    recorded_identity = identify(sweep.runs[0].config)
+    recorded_identity["settings"]["strategy"]["params"]["damping"] = 7.0
+    folder.create(sweep.runs[0].config, recorded_identity, "p.csv")
     with pytest.raises(InputError, match="bait-seed=0: strategy.params.damping is 7.0 in the folder, 1.0 here"):
         check_folder(sweep)
 
 
 def test_rounds_without_a_recorded_identity_are_not_continued(tmp_path):
-    sweep = sweep_of(tmp_path, base=BASE, grid={"seed": [0]})
+    sweep = make_sweep(tmp_path, base=BASE, grid={"seed": [0]})
     begin(sweep)
     (sweep.runs[0].folder.path / "provenance.json").unlink()
     with pytest.raises(InputError, match="random-seed=0: fishermask of an unknown version in the folder, "):
@@ -220,14 +222,14 @@ def test_rounds_without_a_recorded_identity_are_not_continued(tmp_path):
 )
 def test_url_in_place_of_a_path_is_refused(tmp_path, overrides, setting):
     with pytest.raises(InputError, match=f"{setting}: is a URL, .*://...; only local paths are supported"):
-        sweep_of(tmp_path, overrides, base=BASE)
+        make_sweep(tmp_path, overrides, base=BASE)
 
 
 def test_each_pool_is_drawn_once_for_all_runs_from_check_to_last_round(tmp_path):
     base = {"imbalance": {"kind": "balanced", "per_class": 20}, "budget": {"initial": 5, "query": 5, "total": 10}}
     base |= {"model": {"name": "mlp", "params": {"width": 4}}, "training": {"max_epochs": 1}}
     grid = {"strategy": ["random", "margin"], "training.learning_rate": [0.1, 0.01], "seed": [11, 12]}
-    sweep = sweep_of(tmp_path, base=base, grid=grid)
+    sweep = make_sweep(tmp_path, base=base, grid=grid)
     before = load_pool.cache_info().misses
     assert run_in_process(sweep).failed == {}
     assert load_pool.cache_info().misses - before == 2
@@ -261,17 +263,17 @@ def test_run_folder_name_depends_on_settings_only(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_labels_that_collide_are_refused(tmp_path, strategies, message):
     with pytest.raises(InputError, match=f"^strategy.label: {message}"):
-        sweep_of(tmp_path, grid={"strategy": strategies})
+        make_sweep(tmp_path, grid={"strategy": strategies})
 
 
 def test_settings_with_the_same_last_part_have_their_full_paths_in_run_names(tmp_path):
     grid = {"data.name": ["parquet", "cifar10"], "model.name": ["mlp"], "seed": [0]}
-    names = [run.name for run in sweep_of(tmp_path, base=BASE, grid=grid).runs]
+    names = [run.name for run in make_sweep(tmp_path, base=BASE, grid=grid).runs]
     assert names == [f"random-data.name={name}-model.name=mlp-seed=0" for name in ("parquet", "cifar10")]
 
 
 def test_folder_without_a_sweep_is_refused(tmp_path):
-    sweep = sweep_of(tmp_path, base=BASE)
+    sweep = make_sweep(tmp_path, base=BASE)
     sweep.folder.mkdir(parents=True)
     (sweep.folder / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="holds no sweep's results"):

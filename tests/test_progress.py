@@ -23,7 +23,7 @@ PLAN = SimpleNamespace(
 )
 
 
-def estimator(num_runs=1, finished=0):
+def make_estimator(num_runs=1, finished=0):
     names = [f"run-{i}" for i in range(num_runs)]
     return TimeEstimator(
         dict.fromkeys(names, planned_rounds(PLAN)), dict.fromkeys(names, "margin"), dict.fromkeys(names, finished)
@@ -35,7 +35,7 @@ def test_planned_rounds_grow_with_the_labels_and_the_last_has_no_query():
 
 
 def test_eta_exists_in_round_0_and_follows_the_picks():
-    eta = estimator()
+    eta = make_estimator()
     assert eta.seconds_left(0.0) is None
     eta.start_stage("run-0", "train", 0, 60, 0.0)
     assert eta.seconds_left(0.0) == 40.0
@@ -58,7 +58,7 @@ def test_eta_exists_in_round_0_and_follows_the_picks():
 
 
 def test_eta_scales_plans_by_measured_rounds():
-    eta = estimator()
+    eta = make_estimator()
     eta.start_stage("run-0", "train", 0, 60, 0.0)
     eta.finish_round("run-0", RoundSeconds(6.0, 4.0), 10.0)  # twice the plan, and half of it
     assert eta.seconds_left(10.0) == 2 * 9 + 8 / 2 + 2 * 12
@@ -71,7 +71,7 @@ def test_eta_scales_plans_by_measured_rounds():
 
 
 def test_eta_counts_as_many_runs_at_once_as_there_were():
-    eta = estimator(num_runs=4)
+    eta = make_estimator(num_runs=4)
     eta.start_stage("run-0", "train", 0, 60, 0.0)
     assert eta.seconds_left(0.0) == 4 * 40.0
     eta.start_stage("run-1", "train", 0, 60, 0.0)
@@ -84,7 +84,7 @@ def test_eta_counts_as_many_runs_at_once_as_there_were():
 
 
 def test_eta_of_a_resumed_run_leaves_out_finished_rounds():
-    eta = estimator(finished=2)
+    eta = make_estimator(finished=2)
     eta.start_stage("run-0", "train", 0, 60, 0.0)
     assert eta.seconds_left(0.0) == 12.0
 
@@ -102,7 +102,7 @@ def test_stages_are_described_in_words(stage, text):
     assert describe_stage(*stage) == text
 
 
-def result(index):
+def make_result(index):
     return {
         "round": index, "labels": 10 + 20 * index, "accuracy": 0.5, "balanced_accuracy": 0.25, "macro_f1": None,
         "recall": {"cat": None}, "epochs": 3, "train_accuracy": 1.0, "ended_by": "cap",
@@ -131,7 +131,7 @@ def test_without_a_terminal_lines_show_progress_within_round_0_and_do_not_flood(
             for pick in range(101):  # one per second
                 recorder.show_stage("margin-seed=0", "pick", pick, 100)
                 clock.seconds += 1.0
-            recorder.record("margin-seed=0", result(index))
+            recorder.record("margin-seed=0", make_result(index))
     lines = recorder.console.file.getvalue().splitlines()
     assert lines[0] == "[0/1 runs, 0/3 rounds, ETA 1:59] margin-seed=0: round 1/3, pick 10/100"
     assert len([line for line in lines if "round 1/3" in line]) == 10
@@ -156,5 +156,5 @@ def test_a_terminal_shows_the_current_stage_and_moves_within_a_round(tmp_path):
         assert task.description == "0/1 runs  margin-seed=0: round 1/3, pick 35/100"
         assert task.fields["eta"] == "ETA 1:34"  # 65 s of picks, then 17 s and 12 s
         assert task.completed == pytest.approx(38 / 103)
-        recorder.record("margin-seed=0", result(0))
+        recorder.record("margin-seed=0", make_result(0))
         assert task.completed == 1.0

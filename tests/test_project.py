@@ -21,15 +21,15 @@ def test_the_standard_librarys_platform_is_not_shadowed():
     assert not (ROOT / "platform/__init__.py").exists()
     assert platform.system()
     code = "import platform; print(platform.system())"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == platform.system()
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == platform.system()
 
 
 def test_a_clone_without_symbolic_links_gives_a_complete_wheel(tmp_path):
     """Git on Windows, and archives unpacked there, leave a link as a text file that holds its target."""
     source = tmp_path / "clone"
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in tracked.splitlines():
+    tracked_files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in tracked_files.splitlines():
         target, path = source / name, ROOT / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink():
@@ -104,21 +104,21 @@ def test_nodes_are_compared_by_every_source_file_strategies_included(tmp_path, m
     import fishermask
     from fishermask.environment import installed_version
 
-    folder, linked = tmp_path / "platform/fishermask", tmp_path / "strategies"
+    folder, linked_folder = tmp_path / "platform/fishermask", tmp_path / "strategies"
     (folder / "pool").mkdir(parents=True)
-    linked.mkdir()
+    linked_folder.mkdir()
     (folder / "query_strategies").symlink_to("../../strategies")
-    files = [folder / "__init__.py", folder / "pool/pool.py", linked / "margin.py"]
+    files = [folder / "__init__.py", folder / "pool/pool.py", linked_folder / "margin.py"]
     for file in files:
         file.write_text("x = 1\n")
     monkeypatch.setattr(fishermask, "__spec__", spec_from_file_location("fishermask", files[0]))
-    found = [installed_version()]
+    versions = [installed_version()]
     for file in files:
         file.write_text("x = 2\n")
-        found.append(installed_version())
-    assert len(set(found)) == 4
+        versions.append(installed_version())
+    assert len(set(versions)) == 4
     (folder / "notes.txt").write_text("no source")
-    assert installed_version() == found[-1]
+    assert installed_version() == versions[-1]
 
 
 def test_reference_of_the_api_has_every_public_name(tmp_path):

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 STRATEGIES, RATIOS, SEEDS, LABELS = ("bait", "margin", "random"), (1.0, 20.0), (0, 1, 2), (10, 20, 30)
 
 
-def rounds(draws: random.Random) -> list[dict]:
+def draw_rounds(draws: random.Random) -> list[dict]:
     """Return three rounds with random numbers."""
     return [
         {
@@ -49,12 +49,12 @@ def rounds(draws: random.Random) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def written_sweep(tmp_path_factory):
     """A sweep's folder, and its rounds by strategy, ratio and seed; bait ties with random for one seed."""
     folder, draws = tmp_path_factory.mktemp("records") / "sweep", random.Random(4)
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump({"name": "s", "grid": {"imbalance.ratio": [], "seed": []}}))
-    all_rounds = {(s, r, seed): rounds(draws) for s in STRATEGIES for r in RATIOS for seed in SEEDS}
+    all_rounds = {(s, r, seed): draw_rounds(draws) for s in STRATEGIES for r in RATIOS for seed in SEEDS}
     for bait, baseline in zip(all_rounds["bait", 1.0, 1], all_rounds["random", 1.0, 1], strict=True):
         bait["balanced_accuracy"] = baseline["balanced_accuracy"]
     for (strategy, ratio, seed), results in all_rounds.items():
@@ -68,8 +68,8 @@ def written(tmp_path_factory):
     return folder, all_rounds
 
 
-def test_summary_has_means_deviations_gains_and_wins_over_seeds(written):
-    folder, all_rounds = written
+def test_summary_has_means_deviations_gains_and_wins_over_seeds(written_sweep):
+    folder, all_rounds = written_sweep
     summary = summarize(read_rounds(folder)[0])
     by_key = summary.set_index(["imbalance.ratio", "strategy"])
     for ratio in RATIOS:
@@ -100,8 +100,8 @@ def test_summary_has_means_deviations_gains_and_wins_over_seeds(written):
     assert summary["imbalance.ratio"].is_monotonic_increasing
 
 
-def test_page_shows_the_summary_and_the_curves_as_numbers(written):
-    folder, all_rounds = written
+def test_page_shows_the_summary_and_the_curves_as_numbers(written_sweep):
+    folder, all_rounds = written_sweep
     page = (folder / "summary.md").read_text()
     final = [all_rounds["margin", 20.0, seed][-1]["accuracy"] for seed in SEEDS]
     row = next(line for line in page.splitlines() if line.startswith("| 20 | margin |"))
@@ -113,13 +113,13 @@ def test_page_shows_the_summary_and_the_curves_as_numbers(written):
         values = [all_rounds["margin", 20.0, seed][index]["balanced_accuracy"] for seed in SEEDS]
         cells.append(f"{mean(values):.3f}±{stdev(values):.3f}")
     assert row == f"| margin | {' | '.join(cells)} |"
-    capped = sum(r["ended_by"] == "cap" for run in all_rounds.values() for r in run)
-    assert f"in {capped} of 54 rounds" in page
-    assert capped != 27  # or both endings would have the same number
+    num_capped = sum(r["ended_by"] == "cap" for run in all_rounds.values() for r in run)
+    assert f"in {num_capped} of 54 rounds" in page
+    assert num_capped != 27  # or both endings would have the same number
 
 
-def test_table_has_every_number_of_every_round(written):
-    folder, all_rounds = written
+def test_table_has_every_number_of_every_round(written_sweep):
+    folder, all_rounds = written_sweep
     table = pd.read_csv(folder / "results.csv").set_index(["strategy", "imbalance.ratio", "seed", "round"])
     assert len(table) == 54
     for (strategy, ratio, seed), results in all_rounds.items():
@@ -132,8 +132,8 @@ def test_table_has_every_number_of_every_round(written):
                     assert row[f"{group}.{name}"] == pytest.approx(value, nan_ok=True)
 
 
-def test_curves_are_means_with_a_band_of_one_deviation_to_each_side(written):
-    folder, all_rounds = written
+def test_curves_are_means_with_a_band_of_one_deviation_to_each_side(written_sweep):
+    folder, all_rounds = written_sweep
     figure = curves.draw(read_rounds(folder)[0], "macro_f1", "sweep")
     for axis, ratio in zip(figure.axes, RATIOS, strict=True):
         for line, band, strategy in zip(axis.lines, axis.collections, STRATEGIES, strict=True):
@@ -147,25 +147,25 @@ def test_curves_are_means_with_a_band_of_one_deviation_to_each_side(written):
                 assert max(heights) == pytest.approx(mean(values) + stdev(values))
 
 
-def test_report_command_draws_the_requested_metric(written, capsys):
-    folder, _ = written
-    drawn = {}
+def test_report_command_draws_the_requested_metric(written_sweep, capsys):
+    folder, _ = written_sweep
+    pictures = {}
     for metric in METRICS:
         assert cli.main(["report", str(folder), "--metric", metric]) == 0
-        drawn[metric] = (folder / "curves.png").read_bytes()
+        pictures[metric] = (folder / "curves.png").read_bytes()
         curves.save(curves.draw(read_rounds(folder)[0], metric, folder.name), folder / "expected.png")
-        assert drawn[metric] == (folder / "expected.png").read_bytes()
-    assert len(set(drawn.values())) == 3
+        assert pictures[metric] == (folder / "expected.png").read_bytes()
+    assert len(set(pictures.values())) == 3
 
 
 def test_tensorboard_has_every_number_of_every_round_by_labels(tmp_path):
-    results = rounds(random.Random(1))
+    results = draw_rounds(random.Random(1))
     config = parse(ExperimentConfig, {"strategy": "margin", "imbalance": {"kind": "step", "ratio": 4}})
     events = RunEvents(RunFolder(tmp_path), config, ["imbalance.ratio"], results[:1])
     for result in results[1:]:
         events.add(result)
     events.finish()
-    stored = EventAccumulator(str(tmp_path)).Reload()
+    events_file = EventAccumulator(str(tmp_path)).Reload()
     expected: dict[str, list[tuple[int, float]]] = {}
     for result in results:
         values = {f"metrics/{metric}": result[metric] for metric in METRICS}
@@ -180,9 +180,9 @@ def test_tensorboard_has_every_number_of_every_round_by_labels(tmp_path):
     for metric in METRICS:
         expected[f"final/{metric}"] = [(30, results[-1][metric])]
         expected[f"mean/{metric}"] = [(30, mean(r[metric] for r in results[1:]))]
-    assert set(stored.Tags()["scalars"]) == set(expected)
+    assert set(events_file.Tags()["scalars"]) == set(expected)
     for tag, values in expected.items():
-        assert [(event.step, event.value) for event in stored.Scalars(tag)] == [
+        assert [(event.step, event.value) for event in events_file.Scalars(tag)] == [
             (step, pytest.approx(value, rel=1e-6)) for step, value in values
         ]
 
@@ -227,8 +227,8 @@ def test_failed_run_ends_the_command_with_status_1_and_names_its_log(tiny_yaml, 
     assert "lower training.learning_rate" in Path(log).read_text()
 
 
-def test_rounds_are_valid_json_and_the_recall_of_a_missing_class_is_null(written):
-    folder, _ = written
+def test_rounds_are_valid_json_and_the_recall_of_a_missing_class_is_null(written_sweep):
+    folder, _ = written_sweep
     for path in folder.glob("runs/*/rounds.jsonl"):
         lines = path.read_text().splitlines()
         records = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in lines]
@@ -242,11 +242,11 @@ def test_each_row_has_the_provenance_of_its_round(tiny_yaml, capsys):
     run = RunFolder(next((folder / "runs").iterdir()))
     first = run.rounds.read_text().splitlines(keepends=True)[0]
     run.rounds.write_text(first)
-    recorded = json.loads((run.path / "provenance.json").read_text())
-    identity = next(iter(recorded["identities"].values())) | {"fishermask": "0.0.9 (0123)"}
-    environment = next(iter(recorded["environments"].values())) | {"fishermask": "0.0.9 (0123)", "cpu": "another CPU"}
-    recorded |= {"identities": {"old": identity}, "environments": {"old": environment}}
-    (run.path / "provenance.json").write_text(json.dumps(recorded))
+    provenance = json.loads((run.path / "provenance.json").read_text())
+    identity = next(iter(provenance["identities"].values())) | {"fishermask": "0.0.9 (0123)"}
+    environment = next(iter(provenance["environments"].values())) | {"fishermask": "0.0.9 (0123)", "cpu": "another CPU"}
+    provenance |= {"identities": {"old": identity}, "environments": {"old": environment}}
+    (run.path / "provenance.json").write_text(json.dumps(provenance))
     run.rounds.write_text(json.dumps(json.loads(first) | {"identity": "old", "environment": "old"}) + "\n")
 
     assert cli.main(["run", tiny_yaml]) == 2

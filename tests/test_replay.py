@@ -6,6 +6,7 @@ A query strategy that only looks around sees the trained model, the labeled set 
 import copy
 import dataclasses
 import io
+import itertools
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ CLASSES, TRAIN, TEST = 3, 40, 20
 
 
 def pictures(per_class: int, channels: int, seed: int) -> tuple[torch.Tensor, list[int]]:
-    """Noise, uint8 [n, channels, 8, 8], brighter on the left, right or in the middle by class; the labels in turn."""
+    """Return uint8 noise [n, channels, 8, 8] that is brighter in columns that depend on the class, and the labels."""
     labels = [i % CLASSES for i in range(per_class * CLASSES)]
     images = np.random.default_rng(seed).integers(0, 156, (len(labels), channels, 8, 8), np.uint8)
     for image, label in zip(images, labels, strict=True):
@@ -64,7 +65,9 @@ TRAINING = {"learning_rate": 0.01, "batch_size": 16, "target_accuracy": 1.0, "ma
 BUDGET = {"initial": 20, "query": 8, "total": 42}
 
 
-def prepared(files, channels=3, *, training=None, data=None, strategy="random", dropout=0.0, **settings) -> RunInputs:
+def make_inputs(
+    files, channels=3, *, training=None, data=None, strategy="random", dropout=0.0, **settings
+) -> RunInputs:
     base: dict[str, Any] = {
         "data": files[channels] | (data or {}),
         "imbalance": "balanced",
@@ -80,34 +83,42 @@ class Observer:
     """A query strategy that queries at random and records its inputs in each round."""
 
     def __init__(self) -> None:
-        self.seen: list[dict[str, Any]] = []
+        self.observations: list[dict[str, Any]] = []
 
     def query(self, pool, budget):
         order = torch.randperm(len(pool.candidates), generator=pool.generator)
-        seen = {"model": copy.deepcopy(pool.model), "labeled": pool.labeled.tolist(), "labels": pool.labels.tolist()}
+        observation = {
+            "model": copy.deepcopy(pool.model),
+            "labeled": pool.labeled.tolist(),
+            "labels": pool.labels.tolist(),
+        }
         shard = pool.shards.shards[0]
-        seen |= {"sample": pool.sample(5).tolist(), "engine": pool.engine}
-        seen |= {"statistics": shard.preprocess, "shard model": shard.model, "candidates": pool.candidates.tolist()}
+        observation |= {"sample": pool.sample(5).tolist(), "engine": pool.engine}
+        observation |= {
+            "statistics": shard.preprocess,
+            "shard model": shard.model,
+            "candidates": pool.candidates.tolist(),
+        }
         layout = pool.plan_gradients()
         pool.store_embeddings(last_layer_mask(layout))
         shard.start_selection(KCenterScorer(torch.empty(37, 0)), pool.candidates, 0, pool.scores_type)
-        seen |= {"hidden": shard.embeddings[0].hidden, "scores": shard.scores[0]}
+        observation |= {"hidden": shard.embeddings[0].hidden, "scores": shard.scores[0]}
         pool.free_embeddings()
-        self.seen.append(seen)
+        self.observations.append(observation)
         return pool.candidates[order[:budget]]
 
 
-def observed(setup: RunInputs, **options) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def observe_run(setup: RunInputs, **options) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the results of all rounds, and the observations of the rounds with a query."""
     observer = Observer()
     results = [r.as_dict() for r in run(dataclasses.replace(setup, strategy=observer), LocalShards, **options)]
-    return results, observer.seen
+    return results, observer.observations
 
 
-def replayed(
+def predict_rounds(
     channels=3, *, training=None, rule=None, seed=0, augment, strategy="random", dropout=0.0
 ) -> list[dict[str, Any]]:
-    """Return the rounds that the documentation promises."""
+    """Return the rounds that the oracle predicts from the documentation."""
     images, labels = pictures(TRAIN, channels, 0)
     test_images, test_labels = pictures(TEST, channels, 1)
     rows = oracle.kept_images(labels, rule or {"kind": "balanced"}, seed)
@@ -149,20 +160,20 @@ def replayed(
         labeled += rounds[-1]["batch"]
 
 
-def assert_replayed(setup: RunInputs, expected: list[dict[str, Any]]) -> None:
+def assert_equals_prediction(setup: RunInputs, expected: list[dict[str, Any]]) -> None:
     """Assert that the rounds of a run and their models equal ``expected``."""
-    results, seen = observed(setup)
+    results, observations = observe_run(setup)
     assert [r["batch"] for r in results] == [e["ids"] for e in expected]
-    for result, promised in zip(results, expected, strict=True):
-        assert (result["epochs"], result["ended_by"]) == promised["epochs"][::2]
-        assert result["train_accuracy"] == pytest.approx(promised["epochs"][1])
-        assert result["accuracy"] == pytest.approx(promised["accuracy"])
-        assert list(result["recall"].values()) == pytest.approx(promised["recall"])
-        assert result["balanced_accuracy"] == pytest.approx(np.mean(promised["recall"]))
-    for observation, promised in zip(seen, expected, strict=False):
-        assert (observation["labeled"], observation["labels"]) == (promised["labeled"], promised["labels"])
-        assert observation["sample"] == promised["sample"]
-        states = observation["model"].state_dict(), promised["model"].state_dict()
+    for result, prediction in zip(results, expected, strict=True):
+        assert (result["epochs"], result["ended_by"]) == prediction["epochs"][::2]
+        assert result["train_accuracy"] == pytest.approx(prediction["epochs"][1])
+        assert result["accuracy"] == pytest.approx(prediction["accuracy"])
+        assert list(result["recall"].values()) == pytest.approx(prediction["recall"])
+        assert result["balanced_accuracy"] == pytest.approx(np.mean(prediction["recall"]))
+    for observation, prediction in zip(observations, expected, strict=False):
+        assert (observation["labeled"], observation["labels"]) == (prediction["labeled"], prediction["labels"])
+        assert observation["sample"] == prediction["sample"]
+        states = observation["model"].state_dict(), prediction["model"].state_dict()
         torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
         assert set(observation["labeled"]).isdisjoint(observation["candidates"])
 
@@ -187,57 +198,59 @@ def test_run_equals_the_prediction_of_the_oracle(files, case):
     settings = {key: value for key, value in case.items() if key != "rule"}
     if "rule" in case:
         settings["imbalance"] = case["rule"]
-    expected = replayed(**case, augment=True)
+    expected = predict_rounds(**case, augment=True)
     state = torch.get_rng_state()
-    assert_replayed(prepared(files, **settings), expected)
-    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn from it, nor is it seeded anew
+    assert_equals_prediction(make_inputs(files, **settings), expected)
+    assert torch.equal(torch.get_rng_state(), state)  # the run neither draws from it nor seeds it
 
 
 def test_each_setting_changes_the_trained_model():
-    """Without this, the test above would not notice a setting that is ignored."""
-    models = [replayed(**case, augment=True)[0]["model"] for name, case in CASES.items() if name != "another strategy"]
+    """Without this test, the test above would pass if a setting were ignored."""
+    models = [
+        predict_rounds(**case, augment=True)[0]["model"] for name, case in CASES.items() if name != "another strategy"
+    ]
     heads = [model[-1].weight for model in models]
-    for i, one in enumerate(heads):
-        for other in heads[:i]:
-            assert (one - other).abs().max() > 1e-2 * one.abs().max()
+    for first, second in itertools.combinations(heads, 2):
+        assert (first - second).abs().max() > 1e-2 * second.abs().max()
 
 
 @pytest.mark.parametrize(("channels", "augment"), [(3, None), (3, False), (1, None), (1, True)])
-def test_augmentation_applies_to_color_images_or_as_set(files, channels, augment):
-    expected = replayed(channels, augment=channels == 3 if augment is None else augment)
-    assert_replayed(prepared(files, channels, data={"augment": augment}), expected)
-    other = replayed(channels, augment=not (channels == 3 if augment is None else augment))
-    assert (other[0]["model"][-1].weight - expected[0]["model"][-1].weight).abs().max() > 0.01
+def test_augmentation_applies_to_color_images_unless_the_setting_says_otherwise(files, channels, augment):
+    expected = predict_rounds(channels, augment=channels == 3 if augment is None else augment)
+    assert_equals_prediction(make_inputs(files, channels, data={"augment": augment}), expected)
+    opposite = predict_rounds(channels, augment=not (channels == 3 if augment is None else augment))
+    assert (opposite[0]["model"][-1].weight - expected[0]["model"][-1].weight).abs().max() > 0.01
 
 
-def test_rounds_and_seeds_have_separate_streams_and_strategies_share_all_but_one(files):
+def test_rounds_and_seeds_have_separate_streams_and_strategies_share_all_streams_but_one(files):
     """Compare observations only, independently of the oracle."""
     runs = {
-        (name, seed): observed(prepared(files, strategy=name, seed=seed))
+        (name, seed): observe_run(make_inputs(files, strategy=name, seed=seed))
         for name, seed in (("random", 0), ("margin", 0), ("random", 1))
     }
-    (results, seen), (other_results, other_seen), (_, another_seed) = runs.values()
+    (results, observations), (margin_results, margin_observations), (_, seed_1_observations) = runs.values()
     assert [r["labels"] for r in results] == [20, 28, 36, 42]
 
-    def weights(observations):
-        return [torch.cat([p.flatten() for p in one["model"].parameters()]) for one in observations]
+    def weights(observation):
+        return torch.cat([p.flatten() for p in observation["model"].parameters()])
 
-    assert torch.equal(weights(seen)[0], weights(other_seen)[0])  # the same labels, weights and order
-    assert seen[0]["labeled"] == other_seen[0]["labeled"] != another_seed[0]["labeled"]
-    assert [one["sample"] for one in seen] == [one["sample"] for one in other_seen]
-    assert results[0]["batch"] != other_results[0]["batch"]
-    samples = [tuple(one["sample"]) for one in (*seen, *another_seed)]
+    # Both strategies train round 0 on the same labels, from the same weights, in the same order.
+    assert torch.equal(weights(observations[0]), weights(margin_observations[0]))
+    assert observations[0]["labeled"] == margin_observations[0]["labeled"] != seed_1_observations[0]["labeled"]
+    assert [o["sample"] for o in observations] == [o["sample"] for o in margin_observations]
+    assert results[0]["batch"] != margin_results[0]["batch"]
+    samples = [tuple(o["sample"]) for o in (*observations, *seed_1_observations)]
     assert len(set(samples)) == len(samples)
 
 
-def test_each_round_has_other_initial_weights(files):
-    """With a learning rate of next to nothing the weights stay as they were made."""
-    _, seen = observed(prepared(files, training={"learning_rate": 1e-12, "max_epochs": 1}))
-    made = [one["model"][0].weight for one in seen]
-    for index, weight in enumerate(made):
+def test_each_round_has_different_initial_weights(files):
+    """With a learning rate of almost 0, the weights keep their initial values."""
+    _, observations = observe_run(make_inputs(files, training={"learning_rate": 1e-12, "max_epochs": 1}))
+    weights = [observation["model"][0].weight for observation in observations]
+    for index, weight in enumerate(weights):
         torch.manual_seed(oracle.stream_seed(0, "model", index))
         torch.testing.assert_close(weight, tiny_network.build(CLASSES)[0].weight)
-    assert not any(torch.equal(one, other) for i, one in enumerate(made) for other in made[:i])
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(weights, 2))
 
 
 STRATEGIES = [
@@ -250,7 +263,7 @@ STRATEGIES = [
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 def test_resumed_run_gives_identical_rounds(files, strategy):
     def rounds(history):
-        setup = prepared(files, strategy=strategy, dropout=0.2, training={"max_epochs": 2})
+        setup = make_inputs(files, strategy=strategy, dropout=0.2, training={"max_epochs": 2})
         return [r.as_dict() | {"seconds": None} for r in run(setup, LocalShards, history)]
 
     uninterrupted = rounds(())
@@ -272,10 +285,10 @@ RULES = [
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_seed_decides_the_images_of_an_imbalance_and_the_initial_labels(files, rule):
+def test_seed_determines_the_images_of_an_imbalance_and_the_initial_set(files, rule):
     pools, initial = [], []
     for seed in range(4):
-        setup = prepared(files, imbalance=rule, seed=seed, budget={"initial": 9, "query": 1, "total": 10})
+        setup = make_inputs(files, imbalance=rule, seed=seed, budget={"initial": 9, "query": 1, "total": 10})
         _, labels = pictures(TRAIN, 3, 0)
         rows = oracle.kept_images(labels, rule, seed)
         assert [int(name) for name in setup.data.train.ids] == rows
@@ -288,7 +301,7 @@ def test_seed_decides_the_images_of_an_imbalance_and_the_initial_labels(files, r
     assert len(set(pools)) == len(set(initial)) == 4
     if not {"rare_classes", "order", "counts"} & rule.keys() and rule["kind"] != "balanced" or rule.get("permute"):
         sizes = {tuple(sum(row % CLASSES == c for row in rows) for c in range(CLASSES)) for rows in pools}
-        assert len(sizes) > 1  # which classes are rare is drawn too
+        assert len(sizes) > 1  # the rare classes are drawn too
 
 
 def test_channel_statistics_are_published_or_computed_from_the_pool(files):
@@ -297,25 +310,23 @@ def test_channel_statistics_are_published_or_computed_from_the_pool(files):
     images = pictures(TRAIN, 3, 0)[0][oracle.kept_images(labels, rule, 0)]
     mean, std = oracle.pool_statistics(images)
     for name in ("auto", "pool"):
-        setup = prepared(files, data={"statistics": name}, imbalance=rule)
+        setup = make_inputs(files, data={"statistics": name}, imbalance=rule)
         assert setup.statistics.mean == pytest.approx(mean)
         assert setup.statistics.std == pytest.approx(std)
-        assert observed(setup)[1][0]["statistics"] == setup.statistics
+        assert observe_run(setup)[1][0]["statistics"] == setup.statistics
     with pytest.raises(InputError, match="data.statistics: no published statistics are known for parquet; use pool"):
-        prepared(files, data={"statistics": "published"})
+        make_inputs(files, data={"statistics": "published"})
 
     def bundled(name):
         settings = {"data": {"statistics": name}, "strategy": "random", "imbalance": {"kind": "balanced"}}
         return prepare_inputs(parse(ExperimentConfig, settings))
 
     assert bundled("auto").statistics == bundled("published").statistics == ((0.2860,), (0.3530,))
-    computed = bundled("pool")
-    expected = oracle.pool_statistics(computed.data.train.images[:])
-    assert (computed.statistics.mean, computed.statistics.std) == (
-        pytest.approx(expected[0]),
-        pytest.approx(expected[1]),
-    )
-    assert computed.statistics != bundled("auto").statistics
+    setup = bundled("pool")
+    mean, std = oracle.pool_statistics(setup.data.train.images[:])
+    assert setup.statistics.mean == pytest.approx(mean)
+    assert setup.statistics.std == pytest.approx(std)
+    assert setup.statistics != bundled("auto").statistics
 
 
 ENGINE = [
@@ -331,7 +342,7 @@ ENGINE = [
 
 @pytest.mark.parametrize("engine", ENGINE, ids=str)
 def test_engine_settings_reach_the_shards(files, engine):
-    observation = observed(prepared(files, engine=engine))[1][0]
+    observation = observe_run(make_inputs(files, engine=engine))[1][0]
     assert observation["hidden"].dtype == getattr(torch, engine.get("storage", "float32"))
     assert observation["scores"].dtype == getattr(torch, engine.get("scores", "float32"))
     numbers = observation["hidden"].float()
@@ -342,14 +353,14 @@ def test_engine_settings_reach_the_shards(files, engine):
     assert observation["engine"].drift == engine.get("drift", 1e-3)
 
 
-def test_plan_decides_the_number_of_images_per_gradient_chunk(files):
+def test_plan_determines_the_number_of_images_per_gradient_chunk(files):
     plan = QueryPlan(1, 32, 5, 1.0, Estimate({}, "embed the pool"))
-    engine = observed(prepared(files), plan=plan)[1][0]["engine"]
+    engine = observe_run(make_inputs(files), plan=plan)[1][0]["engine"]
     assert (engine.chunk, engine.diagonal_batch) == (32, 5)
 
 
 def test_shards_differentiate_in_evaluation_mode(files):
-    observation = observed(prepared(files))[1][0]
+    observation = observe_run(make_inputs(files))[1][0]
     assert not any(module.training for module in observation["shard model"].modules())
     images, statistics = pictures(TRAIN, 3, 0)[0], oracle.pool_statistics(pictures(TRAIN, 3, 0)[0])
     with torch.no_grad():

@@ -24,7 +24,7 @@ from fishermask.results.files import (
 from fishermask.results.tables import display_labels, format_value, read_rounds, short_names, summarize
 
 
-def result(index, accuracy, labels=None):
+def make_result(index, accuracy, labels=None):
     return {
         "round": index,
         "labels": labels or 10 * (index + 1),
@@ -57,7 +57,7 @@ def add_run(sweep, strategy, seed=0, accuracies=(0.2, 0.4, 0.6), **settings):
     run = RunFolder(sweep / "runs" / f"run-{len(run_folders(sweep)):02d}")
     run.create(config, {}, "p.csv")
     for index, accuracy in enumerate(accuracies):
-        run.append(result(index, accuracy))
+        run.append(make_result(index, accuracy))
     return run
 
 
@@ -153,8 +153,8 @@ def test_settings_with_the_same_last_part_stay_two_columns(tmp_path):
     for data in ("fashion_mnist_small", "MNIST"):
         for model in ("mlp", "small_cnn"):
             add_run(folder, "random", data={"name": data}, model={"name": model})
-    written = report.write(folder)
-    header, rows = report.format_summary(written.summary)
+    sweep_report = report.write(folder)
+    header, rows = report.format_summary(sweep_report.summary)
     assert header[:4] == ["query", "data.name", "model.name", "strategy"]
     assert sorted(row[:3] for row in rows) == [
         ["10", "MNIST", "mlp"], ["10", "MNIST", "small_cnn"],
@@ -257,7 +257,7 @@ def test_curves_leave_out_unfinished_runs_where_the_cell_has_finished_ones(sweep
     assert lines["bait"] == pytest.approx([0.5, 0.7])
 
 
-def picture_table(strategies, panels=1):
+def make_picture_table(strategies, panels=1):
     """Return a table of runs of these strategies (label -> name)."""
     rows = [
         {"run": f"{label}-{panel}", "strategy_name": name, "strategy": label, "panel": panel, "seed": 0}
@@ -273,13 +273,13 @@ def test_every_strategy_has_its_own_style_in_all_pictures():
     names = [path.stem for path in Path(fishermask.__file__).parent.glob("query_strategies/[a-z]*.py")]
     assert len(names) == 8
     labels = {name: name for name in names} | {"bait(damping=2.0)": "bait", "mine": "mine", "yours": "yours"}
-    styles = curves.strategy_styles(picture_table(labels))
+    styles = curves.strategy_styles(make_picture_table(labels))
     assert len({tuple(style.values()) for style in styles.values()}) == len(labels)
     for part in ("color", "marker"):
         assert len({styles[name][part] for name in names}) == 8
     assert styles["random"] == {"color": "#7F7F7F", "marker": ".", "linestyle": "--"}
-    few = {name: labels[name] for name in ("bait", "margin", "random")}
-    assert curves.strategy_styles(picture_table(few)) == {name: styles[name] for name in few}
+    labels_of_few = {name: labels[name] for name in ("bait", "margin", "random")}
+    assert curves.strategy_styles(make_picture_table(labels_of_few)) == {name: styles[name] for name in labels_of_few}
     assert len({tuple(curves.style(number).values()) for number in range(77)}) == 77
 
 
@@ -288,7 +288,7 @@ def test_legend_and_titles_stay_within_the_picture(panels, monkeypatch):
     monkeypatch.setattr(curves, "MAX_PANELS", 3)
     long = "fisher_mask(body_size=1024,fisher_samples=1024,damping=1.0,top_classes=10,oversample=2.0)"
     labels = {long: "fisher_mask"} | {name: name for name in (*curves.NAMES[1:], "random", "mine")}
-    figure = curves.draw(picture_table(labels, panels), "accuracy", "s" * 100)
+    figure = curves.draw(make_picture_table(labels, panels), "accuracy", "s" * 100)
     figure.draw_without_rendering()
     assert len(figure.axes) == min(panels, curves.MAX_PANELS)
     (legend,) = figure.legends
@@ -304,18 +304,18 @@ def test_legend_and_titles_stay_within_the_picture(panels, monkeypatch):
 def test_incomplete_last_line_is_ignored_and_overwritten(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.create(parse(ExperimentConfig, {}), {}, "p.csv")
-    folder.append(result(0, 0.2))
+    folder.append(make_result(0, 0.2))
     with folder.rounds.open("a") as file:
-        file.write(json.dumps(result(1, 0.3))[:40])
+        file.write(json.dumps(make_result(1, 0.3))[:40])
     assert [r["round"] for r in folder.history()] == [0]
-    folder.append(result(1, 0.4))
+    folder.append(make_result(1, 0.4))
     assert [r["accuracy"] for r in folder.history()] == [0.2, 0.4]
 
 
 def test_damaged_rounds_file_is_refused(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.create(parse(ExperimentConfig, {}), {}, "p.csv")
-    line = json.dumps(result(0, 0.2)) + "\n"
+    line = json.dumps(make_result(0, 0.2)) + "\n"
     for content in (
         '{"round": 0\n',
         line + line,
@@ -336,7 +336,7 @@ def test_run_with_rounds_refuses_another_pool(tmp_path):
     pools = [write_pool(tmp_path, [(name, "cat")]) for name in "ab"]
     for pool in pools:
         folder.create(parse(ExperimentConfig, {}), {}, pool)
-    folder.append(result(0, 0.2))
+    folder.append(make_result(0, 0.2))
     folder.create(parse(ExperimentConfig, {}), {}, pools[1])
     with pytest.raises(InputError, match=f"data: the pool differs from pools/{pools[1]}"):
         folder.create(parse(ExperimentConfig, {}), {}, pools[0])
@@ -424,7 +424,7 @@ def test_journal_returns_the_entries_of_a_query_and_is_removed_with_its_round(tm
     assert journal.read(0) == [["a", 3], ["b", 1], ["c", 2]]
     assert journal.read(1) == [["d", 9]]
     assert journal.read(2) == []
-    folder.append(result(0, 0.5))
+    folder.append(make_result(0, 0.5))
     assert not journal.path.exists()
     journal.append(1, [["e", 0]])
     assert RunFolder(tmp_path).journal.read(1) == [["e", 0]]
@@ -439,9 +439,9 @@ def test_truncated_journal_continues_after_its_last_complete_line(tmp_path):
         journal.path.write_bytes(content[:size])
         entries = JournalFile(journal.path).read(4)
         assert entries == [["a", 1], ["b", 2]][: content[:size].count(b"\n")]
-        reopened = JournalFile(journal.path)
-        reopened.append(4, [["x", 0]])
-        assert reopened.read(4) == [*entries, ["x", 0]]
+        reopened_journal = JournalFile(journal.path)
+        reopened_journal.append(4, [["x", 0]])
+        assert reopened_journal.read(4) == [*entries, ["x", 0]]
 
 
 def test_late_writer_neither_shifts_nor_repeats_journal_entries(tmp_path):

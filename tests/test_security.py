@@ -69,7 +69,7 @@ def sweep_file(tmp_path, monkeypatch):
     return path
 
 
-def refused(arguments, capsys):
+def run_and_get_error(arguments, capsys):
     """Return the one-line error of a command."""
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
@@ -78,23 +78,23 @@ def refused(arguments, capsys):
     return error
 
 
-def calls(tree):
+def list_calls(tree):
     """Yield the dotted name, the keywords and the node of every call."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
             yield ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}, node
 
 
-def unsafe_calls(source):
+def find_unsafe_calls(source):
     """Return the names of calls in ``source`` that can run code from their input."""
     names = []
-    for name, keywords, node in calls(ast.parse(source)):
-        last = name.split(".")[-1]
+    for name, keywords, node in list_calls(ast.parse(source)):
+        function = name.split(".")[-1]
         unsafe = name in ("eval", "exec", "compile", "__import__", "os.system", "torch.load", "joblib.load")
         unsafe |= name.startswith(("pickle.load", "cloudpickle.load", "dill.", "marshal.load", "shelve."))
-        unsafe |= last in ("Unpickler", "unsafe_load", "full_load", "read_pickle")
+        unsafe |= function in ("Unpickler", "unsafe_load", "full_load", "read_pickle")
         unsafe |= keywords.get("allow_pickle", "False") != "False"
-        if last == "load" and name.split(".")[0] == "yaml":
+        if function == "load" and name.split(".")[0] == "yaml":
             loader = keywords.get("Loader") or (ast.unparse(node.args[1]) if len(node.args) > 1 else "")
             unsafe |= loader not in ("StrictLoader", "yaml.SafeLoader")
         if unsafe:
@@ -106,7 +106,7 @@ def test_only_documented_files_of_the_package_make_unsafe_calls():
     unsafe = {
         str(path.relative_to(SOURCES)): calls
         for path in SOURCES.rglob("*.py")
-        if (calls := unsafe_calls(path.read_text()))
+        if (calls := find_unsafe_calls(path.read_text()))
     }
     assert unsafe == {
         "pool/packing.py": ["pickle.loads"],  # messages between a run and its shards
@@ -123,7 +123,7 @@ def test_only_documented_files_of_the_package_make_unsafe_calls():
      "np.load(p, allow_pickle=True)", "yaml.unsafe_load(t)", "pickle.Unpickler(f).load()", "pd.read_pickle(p)"],
 )  # fmt: skip
 def test_the_search_finds_each_kind_of_unsafe_call(source):
-    assert unsafe_calls(source)
+    assert find_unsafe_calls(source)
 
 
 @pytest.mark.parametrize("where", ["file", "setting"])
@@ -131,9 +131,9 @@ def test_a_python_tag_in_yaml_is_refused_and_runs_no_code(sweep_file, trap, caps
     tag = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{trap}']]"
     if where == "file":
         sweep_file.write_text(f"name: {tag}\n")
-        assert "is not YAML" in refused(["sweep", str(sweep_file)], capsys)
+        assert "is not YAML" in run_and_get_error(["sweep", str(sweep_file)], capsys)
     else:
-        assert "is not YAML" in refused(["sweep", str(sweep_file), f"seed={tag}"], capsys)
+        assert "is not YAML" in run_and_get_error(["sweep", str(sweep_file), f"seed={tag}"], capsys)
     assert not trap.exists()
 
 
@@ -153,24 +153,24 @@ def test_pickled_objects_in_a_cache_are_refused_and_run_no_code(sweep_file, trap
                 cache.map_array(path)
     # In another process: this one caches the stores that it has opened.
     command = [sys.executable, "-m", "fishermask.cli", "sweep", str(sweep_file), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"fishermask: {cache.VARIABLE}: ")
-    assert done.stderr.count("\n") == 1
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith(f"fishermask: {cache.VARIABLE}: ")
+    assert result.stderr.count("\n") == 1
     assert not trap.exists()
 
 
 def test_planted_pickles_in_a_results_folder_run_no_code(sweep_file, trap, capsys):
     assert cli.main(["run", str(sweep_file)]) == 0
     (folder,) = (sweep_file.parent / "results").iterdir()
-    planted = pickle.dumps(Planted(trap))
+    planted_pickle = pickle.dumps(Planted(trap))
     for run in (folder / "runs").iterdir():
         lines = (run / "rounds.jsonl").read_bytes().splitlines(keepends=True)
         (run / "rounds.jsonl").write_bytes(lines[0])  # to be resumed
         for name in ("journal.jsonl", "model.pt", "state.pkl", "events.out.tfevents.1.x.0"):
-            (run / name).write_bytes(planted)
-    (folder / "results.parquet").write_bytes(planted)
-    (folder / "results.csv").write_bytes(planted)
+            (run / name).write_bytes(planted_pickle)
+    (folder / "results.parquet").write_bytes(planted_pickle)
+    (folder / "results.csv").write_bytes(planted_pickle)
     capsys.readouterr()
     assert cli.main(["report", str(folder)]) == 0
     assert cli.main(["run", str(sweep_file)]) in (0, 1, 2)
@@ -235,7 +235,7 @@ def sweep(tmp_path_factory):
 
 def test_open_ports_of_a_sweep_are_those_in_the_documentation(sweep):
     on_all_addresses = [Path(name).name for name, address, _ in sweep.listening if address in ("::", "0.0.0.0")]
-    documented = {
+    documented_ports = {
         "gcs_server": 1,
         "raylet": 2,
         "python": 1,
@@ -243,11 +243,11 @@ def test_open_ports_of_a_sweep_are_those_in_the_documentation(sweep):
         "ray::ImplicitFunc": 1,
         "ray::ShardActor": 1,
     }
-    for prefix, count in documented.items():
+    for prefix, count in documented_ports.items():
         assert sum(name.startswith(prefix) for name in on_all_addresses) == count, (prefix, on_all_addresses)
     # Ray may keep an idle worker, which becomes a trial or a shard.
-    others = [name for name in on_all_addresses if not name.startswith(tuple(documented))]
-    assert set(others) <= {"ray::IDLE"}
+    other_processes = [name for name in on_all_addresses if not name.startswith(tuple(documented_ports))]
+    assert set(other_processes) <= {"ray::IDLE"}
     ((agent, _),) = [(name, address) for name, address, _ in sweep.listening if address not in ("::", "0.0.0.0")]
     assert agent == "ray::RuntimeEnvAgent"
 
@@ -271,14 +271,14 @@ def test_only_a_client_with_the_token_of_the_sweep_is_accepted(sweep):
     assert len(bytes.fromhex(token)) == 32
     settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     assert query_gcs(sweep, **settings).returncode == 0
-    for changed in ({"RAY_AUTH_MODE": "disabled"}, settings | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}):
-        answer = query_gcs(sweep, **changed)
+    for changed_settings in ({"RAY_AUTH_MODE": "disabled"}, settings | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+        answer = query_gcs(sweep, **changed_settings)
         assert answer.returncode != 0
         assert "InvalidAuthToken" in answer.stderr
     ((_, address, port),) = [port for port in sweep.listening if port[0] == "ray::RuntimeEnvAgent"]
-    with pytest.raises(urllib.error.HTTPError) as caught:
+    with pytest.raises(urllib.error.HTTPError) as exception_info:
         urllib.request.urlopen(f"http://{address}:{port}/", data=b"x", timeout=10)
-    assert caught.value.code == 401
+    assert exception_info.value.code == 401
 
 
 def test_other_users_cannot_connect_to_the_unix_sockets(sweep):

@@ -21,7 +21,7 @@ WITHOUT_EFFECT |= {"resources.cpus_per_shard", "resources.gpus_per_shard"}  # th
 """Settings that change no result: a name, and how the pool is cut into shards."""
 
 
-def another_value(value: Any) -> Any:
+def choose_another_value(value: Any) -> Any:
     """Return another value of the same type."""
     match value:
         case bool():
@@ -33,16 +33,16 @@ def another_value(value: Any) -> Any:
     return f"{value} and more"
 
 
-def variants(config: Config, prefix: str = "") -> dict[str, Config]:
+def list_variants(config: Config, prefix: str = "") -> dict[str, Config]:
     """Return ``config`` with another value of one setting, by the dotted path of that setting."""
     configs: dict[str, Config] = {}
     for name in type(config).model_fields:
         value, path = getattr(config, name), f"{prefix}{name}"
         if isinstance(value, Config):
-            inner = variants(value, f"{path}.")
-            configs |= {key: config.model_copy(update={name: one}) for key, one in inner.items()}
+            inner = list_variants(value, f"{path}.")
+            configs |= {key: config.model_copy(update={name: variant}) for key, variant in inner.items()}
         else:
-            configs[path] = config.model_copy(update={name: another_value(value)})
+            configs[path] = config.model_copy(update={name: choose_another_value(value)})
     return configs
 
 
@@ -52,7 +52,7 @@ def test_the_identity_of_a_run_depends_on_every_setting_that_can_change_a_result
     # Other parameters than a strategy has are refused elsewhere.
     monkeypatch.setattr(query_strategies, "load", lambda strategy: SimpleNamespace(params=Given(**strategy.params)))
     base = parse(ExperimentConfig, {"imbalance": imbalance})
-    configs = variants(base)
+    configs = list_variants(base)
     identities = {path: identify(config) for path, config in configs.items()}
     assert {path for path, identity in identities.items() if identity == identify(base)} == WITHOUT_EFFECT
     different = [json.dumps(identity) for path, identity in identities.items() if path not in WITHOUT_EFFECT]
@@ -80,9 +80,9 @@ def test_the_identity_holds_the_content_of_the_users_model_file(tmp_path):
     with pytest.raises(InputError, match=f"^model.name: {file}"):
         identify(config)
     file.write_text("x = 1")
-    before = identify(config)
+    original = identify(config)
     file.write_text("x = 2")
-    (difference,) = describe_differences(before, identify(config))
+    (difference,) = describe_differences(original, identify(config))
     assert difference.startswith("code.model.name is ")
 
 
@@ -96,8 +96,8 @@ def test_the_identity_holds_version_source_devices_and_threads():
     ray_shards = identity(workers="ray", gpus_per_shard=1)
     assert describe_differences(identity(), ray_shards) == ["device.shards is 'cpu' in the folder, 'cuda' here"]
     assert describe_differences(identity(), identity(cpus=2)) == ["threads is 1 in the folder, 2 here"]
-    older = identity() | {"fishermask": "0.0.9 (0123)"}
-    assert describe_differences(older, identity()) == [
+    older_identity = identity() | {"fishermask": "0.0.9 (0123)"}
+    assert describe_differences(older_identity, identity()) == [
         f"fishermask 0.0.9 (0123) in the folder, {installed_version()} here"
     ]
 
@@ -120,18 +120,18 @@ def test_the_identity_holds_version_source_devices_and_threads():
     ids=str,
 )
 def test_value_of_another_type_is_refused_in_one_line(settings, path):
-    with pytest.raises(InputError, match=f"^{path}: ") as caught:
+    with pytest.raises(InputError, match=f"^{path}: ") as exception_info:
         parse(ExperimentConfig, settings)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(exception_info.value)
 
 
 def test_runs_of_a_sweep_share_no_mutable_settings(tmp_path):
     variants = [{"name": "fisher_mask", "params": {"fraction": 0.1}}, "margin"]
     grid = {"strategy": variants, "training.max_epochs": [3, 5], "seed": [0, 1]}
     config = SweepConfig(name="s", base={"budget": {"query": 7}}, grid=grid, output=str(tmp_path))
-    before = config.model_dump_json()
+    original = config.model_dump_json()
     runs = sweep_file.expand(config).runs
-    assert config.model_dump_json() == before
+    assert config.model_dump_json() == original
     assert [run.config.training.max_epochs for run in runs] == [3, 3, 5, 5] * 2
     assert {run.config.budget.query for run in runs} == {7}
     assert [run.config.strategy.params for run in runs] == [{"fraction": 0.1}, {}] * 4

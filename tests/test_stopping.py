@@ -49,8 +49,8 @@ def test_sigterm_ends_a_command_with_one_line_and_status_143(tmp_path, command):
     assert error.startswith("fishermask: terminated; 0 of 1 runs are finished, and all finished rounds are in ")
     assert error.count("\n") == 1
     assert next(tmp_path.glob("out/*/runs/*/rounds.jsonl")).read_text().count("\n") >= 1
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+    _, remaining = psutil.wait_procs(children, timeout=10)
+    assert not [child for child in remaining if child.status() != psutil.STATUS_ZOMBIE]
 
 
 # A command whose cluster is simulated by two child processes. If "blocked", it ignores SIGTERM, as a blocking call of
@@ -88,14 +88,14 @@ def test_loss_of_a_ray_process_ends_the_command_and_kills_the_others(tmp_path, k
         [sys.executable, "-c", CLUSTER, kind, str(tmp_path / "gcs_server"), str(tmp_path / "other")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    gcs, other = (psutil.Process(int(pid)) for pid in process.stdout.readline().split())
+    gcs, other_process = (psutil.Process(int(pid)) for pid in process.stdout.readline().split())
     gcs.kill()
     _, error = process.communicate(timeout=30)
     assert process.returncode == 1
     assert error.startswith("fishermask: gcs_server, a process of Ray on this machine, has ended")
     assert error.endswith(f"{end}\n")
     assert error.count("\n") == 1
-    assert not psutil.wait_procs([other], timeout=10)[1]
+    assert not psutil.wait_procs([other_process], timeout=10)[1]
 
 
 # A command with a long cleanup that imports nothing slow.

@@ -42,12 +42,12 @@ def load(folder, *overrides):
     return sweep_file.expand(sweep_file.load(file, overrides))
 
 
-def without_seconds(folder):
+def read_rounds_without_seconds(folder):
     return [{k: v for k, v in r.items() if k != "seconds"} for r in folder.history()]
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory, ray_session):
+def finished_sweep(tmp_path_factory, ray_session):
     folder = tmp_path_factory.mktemp("sweep")
     sweep = load(folder)
     recorder = run_on_ray(sweep, Console(file=(out := io.StringIO()), soft_wrap=True))
@@ -55,13 +55,13 @@ def swept(tmp_path_factory, ray_session):
     return folder, sweep, recorder, out.getvalue()
 
 
-def by_name(sweep, start):
+def find_run(sweep, start):
     return next(run for run in sweep.runs if run.name.startswith(start))
 
 
-def test_run_folders_have_settings_provenance_and_rounds_and_share_a_pool(swept):
-    _, sweep, *_ = swept
-    run = by_name(sweep, "bait-learning_rate=0.001")
+def test_run_folders_have_settings_provenance_and_rounds_and_share_a_pool(finished_sweep):
+    _, sweep, *_ = finished_sweep
+    run = find_run(sweep, "bait-learning_rate=0.001")
     assert run.folder.config() == run.config
     assert [r["labels"] for r in run.folder.history()] == [10, 20, 30]
     (pool,) = (sweep.folder / "pools").iterdir()  # all runs share it
@@ -73,9 +73,9 @@ def test_run_folders_have_settings_provenance_and_rounds_and_share_a_pool(swept)
     assert yaml.safe_load((sweep.folder / "config.yaml").read_text())["grid"] == SWEEP["grid"]
 
 
-def test_failing_run_leaves_its_traceback_and_does_not_end_the_sweep(swept):
-    _, sweep, recorder, out = swept
-    failed = by_name(sweep, "random-learning_rate=1e+30")
+def test_failing_run_leaves_its_traceback_and_does_not_end_the_sweep(finished_sweep):
+    _, sweep, recorder, out = finished_sweep
+    failed = find_run(sweep, "random-learning_rate=1e+30")
     assert set(recorder.failed) == {run.name for run in sweep.runs if "1e+30" in run.name}
     assert "lower training.learning_rate" in recorder.failed[failed.name]
     assert "Traceback" in failed.folder.error.read_text()
@@ -84,9 +84,9 @@ def test_failing_run_leaves_its_traceback_and_does_not_end_the_sweep(swept):
     assert "restarted" not in out  # it would fail again
 
 
-def test_round_that_is_reported_twice_is_written_once(swept, tmp_path):
-    _, first, *_ = swept
-    original = by_name(first, "random-learning_rate=0.001").folder.history()
+def test_round_that_is_reported_twice_is_written_once(finished_sweep, tmp_path):
+    _, first, *_ = finished_sweep
+    original = find_run(first, "random-learning_rate=0.001").folder.history()
     sweep = load(tmp_path, "training.learning_rate=0.001", "strategy=random")
     (run,), plans = sweep.runs, runner.plan_sweep(sweep, this_machine(), QUIET)
     run.folder.path.mkdir(parents=True)
@@ -111,8 +111,8 @@ def test_journal_of_a_trial_is_on_the_drivers_disk_and_survives_its_writer(tmp_p
     ray.kill(storage)
 
 
-def test_table_has_the_finished_rounds(swept):
-    _, sweep, *_ = swept
+def test_table_has_the_finished_rounds(finished_sweep):
+    _, sweep, *_ = finished_sweep
     table = pd.read_parquet(sweep.folder / "results.parquet")
     assert sorted(table.groupby("strategy")["labels"].apply(list).to_dict().items()) == [
         ("bait", [10, 20, 30]),
@@ -120,12 +120,12 @@ def test_table_has_the_finished_rounds(swept):
     ]
 
 
-def test_tensorboard_has_metrics_by_labels_and_the_hyperparameters(swept):
-    _, sweep, *_ = swept
-    run = by_name(sweep, "bait-learning_rate=0.001")
+def test_tensorboard_has_metrics_by_labels_and_the_hyperparameters(finished_sweep):
+    _, sweep, *_ = finished_sweep
+    run = find_run(sweep, "bait-learning_rate=0.001")
     events = EventAccumulator(str(run.folder.path)).Reload()
-    shown = [(e.step, e.value) for e in events.Scalars("metrics/accuracy")]
-    assert shown == [(r["labels"], pytest.approx(r["accuracy"])) for r in run.folder.history()]
+    points = [(e.step, e.value) for e in events.Scalars("metrics/accuracy")]
+    assert points == [(r["labels"], pytest.approx(r["accuracy"])) for r in run.folder.history()]
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     values = HParamsPluginData.FromString(content).session_start_info.hparams
     assert values["strategy"].string_value == "bait"
@@ -136,35 +136,35 @@ def test_tensorboard_has_metrics_by_labels_and_the_hyperparameters(swept):
     assert folders == {run.folder.path for run in sweep.runs if run.folder.history()}
 
 
-def test_same_command_again_computes_only_the_missing_rounds(swept, tmp_path):
+def test_same_command_again_computes_only_the_missing_rounds(finished_sweep, tmp_path):
     """One run cut short in the middle of a line, one not begun, two untouched."""
-    folder, first, *_ = swept
+    folder, first, *_ = finished_sweep
     shutil.copytree(folder / "results", tmp_path / "results")
     sweep = load(tmp_path, "training.learning_rate=0.001", "seed=[0,1]")
-    interrupted, finished = (
-        by_name(sweep, "random-learning_rate=0.001-seed=0"),
-        by_name(sweep, "bait-learning_rate=0.001-seed=0"),
+    interrupted_run, finished = (
+        find_run(sweep, "random-learning_rate=0.001-seed=0"),
+        find_run(sweep, "bait-learning_rate=0.001-seed=0"),
     )
-    lines = interrupted.folder.rounds.read_text().splitlines(keepends=True)
-    interrupted.folder.rounds.write_text(lines[0] + lines[1][:50])
+    lines = interrupted_run.folder.rounds.read_text().splitlines(keepends=True)
+    interrupted_run.folder.rounds.write_text(lines[0] + lines[1][:50])
     before = {path: path.stat().st_mtime_ns for path in finished.folder.path.iterdir()}
     recorder = run_on_ray(sweep, QUIET)
     assert recorder.total == 2 + 3 + 3
     assert {path: path.stat().st_mtime_ns for path in finished.folder.path.iterdir()} == before
-    assert interrupted.folder.rounds.read_text().startswith(lines[0])
-    original = by_name(first, "random-learning_rate=0.001-seed=0")
-    assert without_seconds(interrupted.folder) == without_seconds(original.folder)
-    events = EventAccumulator(str(interrupted.folder.path)).Reload()
+    assert interrupted_run.folder.rounds.read_text().startswith(lines[0])
+    original = find_run(first, "random-learning_rate=0.001-seed=0")
+    assert read_rounds_without_seconds(interrupted_run.folder) == read_rounds_without_seconds(original.folder)
+    events = EventAccumulator(str(interrupted_run.folder.path)).Reload()
     assert [e.step for e in events.Scalars("metrics/accuracy")] == [10, 20, 30]
     assert runner.unfinished_runs(sweep) == []
 
 
-def test_run_in_this_process_gives_the_rounds_of_the_trial(swept, tmp_path):
-    folder, first, *_ = swept
+def test_run_in_this_process_gives_the_rounds_of_the_trial(finished_sweep, tmp_path):
+    folder, first, *_ = finished_sweep
     sweep = load(tmp_path, "training.learning_rate=0.001", "resources.workers=in_process", "resources.shards=1")
     run_in_process(sweep, QUIET)
     for run in sweep.runs:
-        assert without_seconds(run.folder) == without_seconds(by_name(first, run.name).folder)
+        assert read_rounds_without_seconds(run.folder) == read_rounds_without_seconds(find_run(first, run.name).folder)
 
 
 def test_run_that_requests_more_than_the_cluster_has_is_refused_before_any_starts(tmp_path, ray_session):
@@ -174,9 +174,9 @@ def test_run_that_requests_more_than_the_cluster_has_is_refused_before_any_start
     assert not sweep.folder.exists()
 
 
-def test_rounds_are_json_lines(swept):
-    _, sweep, *_ = swept
-    lines = by_name(sweep, "bait-learning_rate=0.001").folder.rounds.read_text().splitlines()
+def test_rounds_are_json_lines(finished_sweep):
+    _, sweep, *_ = finished_sweep
+    lines = find_run(sweep, "bait-learning_rate=0.001").folder.rounds.read_text().splitlines()
     first = json.loads(lines[0])
     assert first["ended_by"] == "cap"
     assert len(first["batch"]) == 10

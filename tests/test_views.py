@@ -29,13 +29,13 @@ def test_views_index_like_numpy_arrays(tmp_path):
     train = load(write(tmp_path / "a.parquet")).train
     all_images = torch.from_numpy(PIXELS[BY_NAME][:, None])
     rows = torch.tensor([0, 3, 4, 5, 50, 119])
-    unsorted = torch.tensor([4, 1, 1, 0])
+    positions = torch.tensor([4, 1, 1, 0])
     views = [
         (train.images, all_images),
         (train.images.narrow(0, 10, 30), all_images[10:40]),
         (train.take(rows).images, all_images[rows]),
-        (train.take(rows).images.take(unsorted), all_images[rows][unsorted]),
-        (train.images.narrow(0, 10, 30).take(unsorted).narrow(0, 1, 3), all_images[10:40][unsorted][1:]),
+        (train.take(rows).images.take(positions), all_images[rows][positions]),
+        (train.images.narrow(0, 10, 30).take(positions).narrow(0, 1, 3), all_images[10:40][positions][1:]),
         (train.images.narrow(0, 7, 0), all_images[7:7]),
     ]
     for view, expected in views:
@@ -44,9 +44,9 @@ def test_views_index_like_numpy_arrays(tmp_path):
             images = view[selection]
             assert torch.equal(images, expected[selection])
             assert (images.dtype, images.is_contiguous()) == (torch.uint8, True)
-    for wrong in (-1, 30):
+    for position in (-1, 30):
         with pytest.raises(IndexError):
-            train.images.narrow(0, 10, 30)[torch.tensor([wrong])]
+            train.images.narrow(0, 10, 30)[torch.tensor([position])]
     train.images[:5].zero_()
     assert torch.equal(train.images[:5], all_images[:5])
 
@@ -68,20 +68,20 @@ def test_pickled_view_has_no_pixels_and_maps_an_existing_store(tmp_path, monkeyp
     view = images.take(torch.tensor([7, 3, 90]))
     assert len(pickle.dumps(images)) < 2500 < PIXELS.nbytes
     (folder,) = stores(tmp_path)
-    sent = pickle.dumps(view)
+    pickled_view = pickle.dumps(view)
     (tmp_path / "a.parquet").unlink()
-    elsewhere = tmp_path / "elsewhere"
-    monkeypatch.setenv("FISHERMASK_CACHE", str(elsewhere))
-    assert torch.equal(pickle.loads(sent)[:], view[:])  # located by path
-    elsewhere.mkdir()
-    folder.rename(elsewhere / folder.name)
-    assert torch.equal(pickle.loads(sent)[:], view[:])  # located by name in the cache
+    new_cache = tmp_path / "elsewhere"
+    monkeypatch.setenv("FISHERMASK_CACHE", str(new_cache))
+    assert torch.equal(pickle.loads(pickled_view)[:], view[:])  # located by path
+    new_cache.mkdir()
+    folder.rename(new_cache / folder.name)
+    assert torch.equal(pickle.loads(pickled_view)[:], view[:])  # located by name in the cache
 
 
 def pickle_and_remove_store(tmp_path, images) -> bytes:
-    sent = pickle.dumps(images)
+    pickled_view = pickle.dumps(images)
     shutil.rmtree(tmp_path / "cache")
-    return sent
+    return pickled_view
 
 
 @pytest.mark.parametrize("order", [range(120), SHUFFLED])
@@ -92,21 +92,21 @@ def test_machine_without_store_reads_only_the_row_groups_of_the_view(tmp_path, o
     group = {NAMES[i]: row // 30 for row, i in enumerate(order)}
     rows = torch.tensor([i for i, name in enumerate(train.ids) if group[name] != 1])[torch.randperm(90)]
     view = train.images.take(rows)
-    expected, narrowed = view[:], view[:][20:50]
-    lost = pickle.dumps(train.images)
-    sent = pickle_and_remove_store(tmp_path, view)
+    expected, expected_slice = view[:], view[:][20:50]
+    pickled_images = pickle.dumps(train.images)
+    pickled_view = pickle_and_remove_store(tmp_path, view)
     pages = pq.ParquetFile(file).metadata.row_group(1).column(0)
-    with file.open("r+b") as damaged:
-        damaged.seek(pages.dictionary_page_offset or pages.data_page_offset)
-        damaged.write(bytes(pages.total_compressed_size))
+    with file.open("r+b") as stream:
+        stream.seek(pages.dictionary_page_offset or pages.data_page_offset)
+        stream.write(bytes(pages.total_compressed_size))
     monkeypatch.chdir("/")
-    assert torch.equal(pickle.loads(sent)[:], expected)
-    again = pickle.loads(pickle.dumps(pickle.loads(sent)))
-    assert torch.equal(again.narrow(0, 20, 30)[:], narrowed)
-    assert torch.equal(again[torch.arange(89, -1, -1)], expected.flip(0))
-    assert torch.equal(again.narrow(0, 20, 30)[:], narrowed)
+    assert torch.equal(pickle.loads(pickled_view)[:], expected)
+    unpickled_twice = pickle.loads(pickle.dumps(pickle.loads(pickled_view)))
+    assert torch.equal(unpickled_twice.narrow(0, 20, 30)[:], expected_slice)
+    assert torch.equal(unpickled_twice[torch.arange(89, -1, -1)], expected.flip(0))
+    assert torch.equal(unpickled_twice.narrow(0, 20, 30)[:], expected_slice)
     with pytest.raises(Exception):  # noqa: B017  whatever Parquet says
-        pickle.loads(lost)[:]
+        pickle.loads(pickled_images)[:]
     assert not (tmp_path / "cache").exists()
 
 
@@ -118,15 +118,15 @@ def test_bundled_data_are_decoded_again_without_a_store(tmp_path):
 
 def test_missing_or_changed_source_is_refused_with_its_name(tmp_path):
     file = write(tmp_path / "a.parquet")
-    sent = pickle_and_remove_store(tmp_path, load(file).train.images)
+    pickled_view = pickle_and_remove_store(tmp_path, load(file).train.images)
     write(file, names=None)
     with pytest.raises(
         InputError, match=rf"^data.train: {file} on .* differs from the file on the machine where the run began; .*"
     ):
-        pickle.loads(sent)[:1]
+        pickle.loads(pickled_view)[:1]
     file.unlink()
     with pytest.raises(InputError, match=rf"^data.train: {file} is not on .*; copy the file to every machine$"):
-        pickle.loads(sent)[:1]
+        pickle.loads(pickled_view)[:1]
 
 
 def test_ray_shards_decode_their_images_without_a_store(tmp_path, ray_session):

@@ -1,4 +1,4 @@
-"""The deliberate mistakes that ``mutants.py`` puts into the source, one at a time, and those that no test notices.
+"""The deliberate mistakes that ``mutants.py`` puts into the source, one at a time.
 
 A mutant replaces a text that occurs exactly once in its file. ``tests`` names the test files most likely to fail.
 """
@@ -19,7 +19,7 @@ class Mutant(NamedTuple):
     tests: str
     """Test files without ``test_`` and ``.py``, separated by spaces, the most likely first."""
     reason: str = ""
-    """Why it is right that no test fails, if none does."""
+    """Why no test can fail; empty if a test must fail."""
 
 
 # Layers from the bottom up.

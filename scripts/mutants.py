@@ -1,21 +1,21 @@
-"""Mutation testing: put deliberate mistakes into the source, one at a time, and see that a test fails for each.
+"""Mutation testing: put deliberate mistakes into the source, one at a time, and check that a test fails for each.
 
-    python scripts/mutants.py                   run what has no result yet, then print a table and a summary
+    python scripts/mutants.py                   run mutants without a result, then print a table and a summary
     python scripts/mutants.py --list            list the mutants with their numbers
-    python scripts/mutants.py 3 10-20 mask.py   some of them, by number, range or part of the file's path
-    python scripts/mutants.py --whole-suite     run survivors against all tests as well
-    python scripts/mutants.py --again           forget earlier results
+    python scripts/mutants.py 3 10-20 mask.py   run some mutants, by number, range or part of the file's path
+    python scripts/mutants.py --whole-suite     also run the surviving mutants against all tests
+    python scripts/mutants.py --again           delete earlier results first
 
-``mutant_list.py`` holds the mutants. Each run works on a copy of the tree in a temporary folder: the working tree is
-never changed. For each mutant the test files it names run one after the other until a test fails (the mutant is
-killed) or none is left (it survived). A mutant that hangs is killed by a time limit. Before that, each named test file
-must pass on the unchanged copy. Results go to a JSON file as they come, so an interrupted run continues where it
-stopped; a result counts until the mutant, its source file or its test files change.
+``mutant_list.py`` holds the mutants. The script works on a copy of the tree in a temporary folder and never changes the
+working tree. Each named test file must first pass on the unchanged copy. For each mutant, the script then runs its test
+files in order until a test fails. If a test fails or exceeds the time limit, the mutant is killed; otherwise it has
+survived. Each result is written to a JSON file at once, so an interrupted run resumes. A result is valid until the
+mutant, its source file or its test files change.
 
 The exit status is 0 if each mutant is killed or has a reason to survive in ``mutant_list.py``, otherwise 1.
 
-Tools that mutate operators (mutmut, cosmic-ray) make thousands of mutants of this tree, at minutes of tests each, and
-cannot express the mistakes that matter here, such as training on permuted labels; hence a list and these few lines.
+The mutants are a list because tools that mutate operators (mutmut, cosmic-ray) make thousands of mutants, each with
+minutes of tests, and cannot express mistakes such as training on permuted labels.
 """
 
 import argparse
@@ -39,14 +39,14 @@ from mutant_list import MUTANTS, Mutant
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path("platform/fishermask")
 TIME_LIMIT = 900.0
-"""Seconds for one test file, or for the whole suite: far more than either takes."""
+"""Maximum number of seconds for one test file or for the whole suite; both normally take far less."""
 ALL_TESTS = ["tests", "--ignore=tests/test_mutants.py"]
-"""The test left out says that the text to replace is in the source, which is no merit of a test suite."""
+"""test_mutants.py is left out because it fails for every mutant: the text to replace is missing."""
 PASSED, FAILED, INTERRUPTED = 0, 1, 2
-"""Exit statuses of pytest; the last includes a test file that cannot be imported."""
+"""Exit statuses of pytest. INTERRUPTED includes a test file that cannot be imported."""
 
 
-def mutated(text: str, mutant: Mutant) -> str:
+def apply_mutant(text: str, mutant: Mutant) -> str:
     """Return the source ``text`` with the mistake in it.
 
     Raises:
@@ -59,7 +59,7 @@ def mutated(text: str, mutant: Mutant) -> str:
 
 
 @contextmanager
-def copied_tree(root: Path) -> Iterator[Path]:
+def copy_tree(root: Path) -> Iterator[Path]:
     """Yield a copy of all files of ``root`` that git tracks or does not ignore, in a temporary folder."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
@@ -74,8 +74,8 @@ def copied_tree(root: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def environment(tree: Path) -> dict[str, str]:
-    """Return the environment in which ``fishermask`` is that of ``tree``, in child processes too."""
+def make_environment(tree: Path) -> dict[str, str]:
+    """Return an environment in which processes import ``fishermask`` from ``tree``."""
     return os.environ | {"PYTHONPATH": str(tree / "platform"), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
@@ -83,17 +83,17 @@ def require_copy(tree: Path) -> None:
     """Raise ``RuntimeError`` unless Python imports ``fishermask`` from ``tree``."""
     code = "import fishermask; print(fishermask.__file__)"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tree, env=environment(tree), capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=tree, env=make_environment(tree), capture_output=True, text=True, check=True)
     if not Path(done.stdout.strip()).is_relative_to(tree):
         raise RuntimeError(f"Python imports {done.stdout.strip()}, not the copy in {tree}")
 
 
 def run_tests(tree: Path, paths: Sequence[str], limit: float = TIME_LIMIT) -> tuple[int | None, str]:
-    """Run pytest on ``paths`` in ``tree`` until the first failure; its exit status (None: time limit) and last line."""
+    """Run pytest until the first failure; return its exit status (None after the time limit) and its last line."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--durations=0", "--tb=no", *paths]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            command, cwd=tree, env=environment(tree), stdout=output, stderr=output, start_new_session=True
+            command, cwd=tree, env=make_environment(tree), stdout=output, stderr=output, start_new_session=True
         )
         try:
             process.wait(limit)
@@ -109,7 +109,7 @@ def run_tests(tree: Path, paths: Sequence[str], limit: float = TIME_LIMIT) -> tu
     return process.returncode, failed[0] if failed else (text.strip().splitlines() or [""])[-1]
 
 
-def verdict(status: int | None, line: str) -> bool:
+def is_killed(status: int | None, line: str) -> bool:
     """Return whether tests noticed the mutant.
 
     Raises:
@@ -124,11 +124,11 @@ def run_mutant(tree: Path, mutant: Mutant, whole_suite: bool) -> dict[str, Any]:
     """Put ``mutant`` into ``tree``, run its tests, and restore the file."""
     started, target = time.monotonic(), tree / PACKAGE / mutant.file
     original = target.read_text()
-    target.write_text(mutated(original, mutant))
+    target.write_text(apply_mutant(original, mutant))
     try:
         for paths in [*([f"tests/test_{name}.py"] for name in mutant.tests.split()), *([ALL_TESTS] * whole_suite)]:
             status, line = run_tests(tree, paths)
-            killed = verdict(status, line)
+            killed = is_killed(status, line)
             if killed:
                 break
     finally:
@@ -137,30 +137,30 @@ def run_mutant(tree: Path, mutant: Mutant, whole_suite: bool) -> dict[str, Any]:
     return {"killed": killed, "by": by, "whole_suite": whole_suite, "seconds": round(time.monotonic() - started, 1)}
 
 
-def key(root: Path, mutant: Mutant) -> str:
-    """Return a digest of all that a result is valid for: the mutant, its source file and its test files."""
+def make_key(root: Path, mutant: Mutant) -> str:
+    """Return a hash of the mutant, its source file and its test files, which determine its result."""
     paths = [PACKAGE / mutant.file, *(Path(f"tests/test_{name}.py") for name in mutant.tests.split())]
     contents = [(root / path).read_text() for path in paths]
-    decisive = [mutant.file, mutant.old, mutant.new, mutant.tests, *contents]
-    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+    content = [mutant.file, mutant.old, mutant.new, mutant.tests, *contents]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def baseline_key(root: Path, name: str) -> str:
-    """Return a digest of a test file and of the whole package that it tests."""
+def make_baseline_key(root: Path, name: str) -> str:
+    """Return a hash of a test file and of the whole package."""
     files = [root / f"tests/test_{name}.py", *sorted((root / PACKAGE).rglob("*.py"))]
     files += sorted((root / PACKAGE / "query_strategies").glob("*.py"))
     return "baseline " + hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def selected(words: Sequence[str], mutants: Sequence[Mutant]) -> list[int]:
+def select_mutants(words: Sequence[str], mutants: Sequence[Mutant]) -> list[int]:
     """Return the indices of the mutants that ``words`` name by number, range of numbers or part of the file's path."""
-    found = set()
+    indices = set()
     for word in words:
         if match := re.fullmatch(r"(\d+)(?:-(\d+))?", word):
-            found |= set(range(int(match[1]) - 1, int(match[2] or match[1])))
+            indices |= set(range(int(match[1]) - 1, int(match[2] or match[1])))
         else:
-            found |= {i for i, mutant in enumerate(mutants) if word in mutant.file}
-    return sorted(found & set(range(len(mutants)))) if words else list(range(len(mutants)))
+            indices |= {i for i, mutant in enumerate(mutants) if word in mutant.file}
+    return sorted(indices & set(range(len(mutants)))) if words else list(range(len(mutants)))
 
 
 def run(root: Path, mutants: Sequence[Mutant], chosen: list[int], store: Path, whole_suite: bool) -> dict[str, Any]:
@@ -170,46 +170,48 @@ def run(root: Path, mutants: Sequence[Mutant], chosen: list[int], store: Path, w
         ValueError: a text to replace does not occur exactly once.
         RuntimeError: tests fail without any mutant, or do not run.
     """
-    for i in chosen:  # before anything takes time
-        mutated((root / PACKAGE / mutants[i].file).read_text(), mutants[i])
+    for i in chosen:  # report mistakes in the list before the tests run
+        apply_mutant((root / PACKAGE / mutants[i].file).read_text(), mutants[i])
     results: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
 
-    def missing(i: int) -> bool:
-        result = results.get(key(root, mutants[i]))
+    def is_missing(i: int) -> bool:
+        result = results.get(make_key(root, mutants[i]))
         return result is None or (whole_suite and not result["killed"] and not result["whole_suite"])
 
-    def keep(name: str, result: Any) -> None:
+    def store_result(name: str, result: Any) -> None:
         results[name] = result
         store.parent.mkdir(parents=True, exist_ok=True)
         partial = store.with_suffix(".partial")
         partial.write_text(json.dumps(results, indent=1))
         partial.replace(store)
 
-    todo = [i for i in chosen if missing(i)]
-    if not todo:
+    pending = [i for i in chosen if is_missing(i)]
+    if not pending:
         return results
-    with copied_tree(root) as tree:
+    with copy_tree(root) as tree:
         require_copy(tree)
         broken: dict[str, str] = {}
-        for i in todo:
+        for i in pending:
             names = mutants[i].tests.split()
             for name in names:
-                if baseline_key(tree, name) not in results and name not in broken:
+                if make_baseline_key(tree, name) not in results and name not in broken:
                     status, line = run_tests(tree, [f"tests/test_{name}.py"])
                     if status == PASSED:
-                        keep(baseline_key(tree, name), "passed")
+                        store_result(make_baseline_key(tree, name), "passed")
                     else:
                         broken[name] = f"tests/test_{name}.py does not pass without a mutant: {line}"
             if not broken.keys() & set(names):
                 result = run_mutant(tree, mutants[i], whole_suite)
-                keep(key(tree, mutants[i]), result)  # of the copy: the working tree may have changed meanwhile
-                print(row(i, mutants[i], result), flush=True)
+                store_result(
+                    make_key(tree, mutants[i]), result
+                )  # key of the copy, because the working tree may have changed
+                print(format_row(i, mutants[i], result), flush=True)
         if broken:
             raise RuntimeError("\n".join(broken.values()))
     return results
 
 
-def row(i: int, mutant: Mutant, result: dict[str, Any] | None) -> str:
+def format_row(i: int, mutant: Mutant, result: dict[str, Any] | None) -> str:
     """Return one line of the table."""
     state = "-" if result is None else "killed" if result["killed"] else "SURVIVED"
     by = "" if result is None else f"  [{result['by'].removeprefix('tests/')}, {result['seconds']:.0f} s]"
@@ -218,17 +220,17 @@ def row(i: int, mutant: Mutant, result: dict[str, Any] | None) -> str:
 
 def report(root: Path, mutants: Sequence[Mutant], chosen: list[int], results: dict[str, Any]) -> int:
     """Print the table and the summary; return how many mutants survived without a reason."""
-    found = {i: results.get(key(root, mutants[i])) for i in chosen}
-    survivors = [i for i, result in found.items() if result is not None and not result["killed"]]
-    for i, result in found.items():
-        print(row(i, mutants[i], result))
+    chosen_results = {i: results.get(make_key(root, mutants[i])) for i in chosen}
+    survivors = [i for i, result in chosen_results.items() if result and not result["killed"]]
+    for i, result in chosen_results.items():
+        print(format_row(i, mutants[i], result))
     for i in survivors:
         print(f"survived: {i + 1} {mutants[i].file}: {mutants[i].breaks}; {mutants[i].reason or 'NO REASON GIVEN'}")
-    for i, result in found.items():
+    for i, result in chosen_results.items():
         if mutants[i].reason and result is not None and result["killed"]:
             print(f"stale reason: {i + 1} {mutants[i].file} is killed")
-    done = [i for i, result in found.items() if result is not None]
-    print(f"{len(done) - len(survivors)} of {len(done)} mutants killed")
+    finished = [i for i, result in chosen_results.items() if result is not None]
+    print(f"{len(finished) - len(survivors)} of {len(finished)} mutants killed")
     return sum(not mutants[i].reason for i in survivors)
 
 
@@ -242,12 +244,12 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT, mutants: Sequence
     parser.add_argument("--results", type=Path, help="JSON file of the results (build/mutants.json)")
     arguments = parser.parse_args(argv)
     store = arguments.results or root / "build/mutants.json"
-    chosen = selected(arguments.which, mutants)
+    chosen = select_mutants(arguments.which, mutants)
     if arguments.list:
         for i in chosen:
             print(f"{i + 1:4} {mutants[i].file:28} {mutants[i].breaks}  [{mutants[i].tests}]")
         return 0
-    # End the tests that run and remove the copy. A job in the background ignores Ctrl-C, and so would its tests.
+    # An exception stops the running tests and removes the copy. By default, a background job ignores SIGINT.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if arguments.again:

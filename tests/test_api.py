@@ -1,4 +1,4 @@
-"""The public API: its names, one query with the user's model and pool, runs, and what it refuses."""
+"""The public API: its names, one query with the user's model and pool, runs, and the errors of invalid arguments."""
 
 import ast
 import inspect
@@ -92,7 +92,7 @@ def test_strategies_are_listed_with_descriptions_and_default_params():
 
 
 @pytest.mark.parametrize("name", ["fisher_mask", "bait", "badge", "random"])
-def test_batch_is_the_one_that_the_definition_gives(name):
+def test_batch_equals_the_batch_from_the_definition(name):
     model, pool, labeled, seed = (
         make_network(dtype=torch.float64),
         make_features(40, dtype=torch.float64),
@@ -126,7 +126,7 @@ def test_batch_is_the_one_that_the_definition_gives(name):
         assert (selection.gains > 0).all()
 
 
-def test_batch_is_that_of_round_0_of_a_run_on_uint8_images():
+def test_batch_equals_round_0_of_a_run_on_uint8_images():
     settings = {
         "imbalance": {"kind": "balanced", "per_class": 30},
         "model": {"name": "mlp", "params": {"width": 8, "depth": 1}},
@@ -204,7 +204,7 @@ def test_shards_and_memory_do_not_change_the_batch(name):
     assert batch_1.positions.tolist() == batch_3.positions.tolist() == small_batch.positions.tolist()
 
 
-def test_model_pool_and_global_states_are_left_as_they_were():
+def test_select_does_not_change_model_pool_and_global_states():
     model, pool = make_network(), make_features()
     model.insert(0, nn.ReLU(inplace=True))  # writes to its input
     model.insert(3, nn.Dropout())
@@ -232,7 +232,7 @@ def test_model_pool_and_global_states_are_left_as_they_were():
     assert torch.equal(torch.random.get_rng_state(), states[2])
 
 
-def test_function_sees_the_pool_and_its_labels():
+def test_strategy_function_gets_the_pool_and_its_labels():
     def smallest_index(pool, budget, params):
         assert pool.labeled.tolist() == [3, 11]
         assert pool.labels.tolist() == [2, 0]
@@ -250,7 +250,7 @@ def test_function_sees_the_pool_and_its_labels():
     ]
 
 
-def test_selection_shows_itself_as_text_and_as_a_table():
+def test_selection_has_a_text_and_a_table():
     selection = select(make_network(), make_features(), [3, 11], 12, "bait")
     text = repr(selection)
     assert text.startswith("Selection(12 positions by bait, objective ")
@@ -382,7 +382,7 @@ def test_bad_argument_is_one_line_that_names_it(arguments, message):
     assert "\n" not in str(exception_info.value)
 
 
-def test_error_of_a_users_strategy_is_raised_as_it_is():
+def test_error_in_a_users_strategy_is_raised_unchanged():
     def failing(pool, budget):
         raise KeyError("mine")
 

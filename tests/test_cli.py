@@ -65,7 +65,7 @@ def test_sweep_works_without_ray_settings_in_the_environment(sweep):
     assert "[2/2 runs, 6/6 rounds, ETA 0:00]" in result.stdout
     assert "curves:      results/tiny/curves.png" in result.stdout
     assert result.stderr == ""
-    assert not (home / ".ray").exists()  # Ray's own default writes a token there
+    assert not (home / ".ray").exists()  # by default, Ray writes a token to it
     second_result = fishermask("sweep", "tiny.yaml")
     assert "2 runs, 2 finished, 0 rounds to go" in second_result.stdout
     assert second_result.returncode == 0
@@ -182,7 +182,7 @@ def test_all_settings_are_listed_with_their_defaults(capsys):
 
 
 def test_init_writes_a_sweep_file_that_runs_and_never_overwrites_one(tmp_path, monkeypatch, capsys):
-    """As in an empty folder, with an installed package."""
+    """Run in an empty folder, as with an installed package."""
     monkeypatch.chdir(tmp_path)
     assert cli.main(["init"]) == 0
     assert "fishermask sweep sweep.yaml" in capsys.readouterr().out
@@ -213,7 +213,7 @@ def test_help_starts_with_commands_that_work_without_a_clone(capsys):
     assert "demo" not in out
 
 
-def test_help_and_version(capsys):
+def test_help_and_version_are_printed(capsys):
     for arguments in (["--help"], ["run", "--help"], ["sweep", "-h"]):
         assert cli.main(arguments) == 0
     assert "seed=[0,1,2]" in capsys.readouterr().out
@@ -314,7 +314,7 @@ def test_a_folder_with_other_files_is_refused_and_kept(sweep, capsys):
 
 @pytest.mark.parametrize("command", ["run", "sweep"])
 def test_ctrl_c_keeps_finished_rounds_and_prints_their_folder(sweep, command):
-    """SIGINT to the whole group, as a terminal sends it, once a round is finished."""
+    """Send SIGINT to the process group, as a terminal does, after the first round."""
     slow = ["budget={initial: 10, query: 1, total: 300}", "output=out"]
     process = subprocess.Popen(
         [sys.executable, "-m", "fishermask.cli", command, "tiny.yaml", *slow],

@@ -46,7 +46,7 @@ def test_a_listener_other_than_ray_is_refused_after_the_timeout(monkeypatch):
 
 
 def test_a_cluster_with_another_ray_is_refused_with_both_versions():
-    """The message comes from Ray itself, so a change of its wording fails here."""
+    """The message comes from Ray, so this test fails if Ray changes its wording."""
     with pytest.raises(RuntimeError) as exception_info:
         check_version_info({"ray_version": "1.2.3", "python_version": "3.9.1"}, "node 10.0.0.1")
     reason = cluster.describe_refusal("10.0.0.1:6379", str(exception_info.value))
@@ -98,7 +98,7 @@ def test_source_version_covers_the_version_and_every_source_file(tmp_path):
 
 
 def test_an_autoscaler_is_distinguished_from_a_plain_monitor():
-    """Both statuses are as Ray 2.60 writes them: without an autoscaler, the monitor makes up one type per node."""
+    """Both statuses are as Ray 2.60 writes them: without an autoscaler, the monitor invents one type per node."""
 
     def status(types):
         return json.dumps({"autoscaler_report": {"active_nodes": {}, "node_type_mapping": types}}).encode()

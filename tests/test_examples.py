@@ -1,4 +1,4 @@
-"""The examples run as they are, and finish with the results that they print."""
+"""The examples run unchanged and print results."""
 
 import runpy
 from pathlib import Path
@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture(scope="module")
 def one_process():
-    """A Ray cluster on which runs take turns: to start more processes takes longer than all runs of the example."""
+    """Start a Ray cluster with one CPU: starting more processes would take longer than the runs of the example."""
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
@@ -26,7 +26,7 @@ def execute(name, tmp_path, monkeypatch, capsys):
     return capsys.readouterr().out
 
 
-def test_select_from_arrays(tmp_path, monkeypatch, capsys):
+def test_example_with_arrays_improves_the_accuracy(tmp_path, monkeypatch, capsys):
     out = execute("select_from_arrays.py", tmp_path, monkeypatch, capsys)
     accuracies = [float(line.split()[-1]) for line in out.splitlines() if "accuracy" in line]
     assert len(accuracies) == 4
@@ -34,7 +34,7 @@ def test_select_from_arrays(tmp_path, monkeypatch, capsys):
     assert "Selection(16 positions by fisher_mask, objective" in out
 
 
-def test_sweep_from_python(tmp_path, monkeypatch, capsys, one_process):
+def test_example_of_a_sweep_from_python_runs(tmp_path, monkeypatch, capsys, one_process):
     out = execute("sweep_from_python.py", tmp_path, monkeypatch, capsys)
     assert "4/4 runs" in out
     assert "fisher_mask" in out
@@ -71,7 +71,7 @@ def test_strategy_file_beside_a_sweep_file_works_in_the_processes_of_ray(tmp_pat
     assert (results.folder / "summary.md").exists()
 
 
-def test_own_strategy(tmp_path, monkeypatch, capsys):
+def test_example_with_a_users_strategy_runs(tmp_path, monkeypatch, capsys):
     out = execute("own_strategy.py", tmp_path, monkeypatch, capsys)
     assert "Selection(5 positions by query" in out
     assert [line.split()[1:3] for line in out.splitlines()[-2:]] == [["own_strategy", "20"], ["own_strategy", "40"]]

@@ -96,7 +96,7 @@ def test_interrupted_query_resumes_after_the_picks_of_its_journal(strategy, tmp_
 
 
 def test_journal_of_another_model_is_not_used(tmp_path, monkeypatch):
-    """A data file was replaced by another with the same ids, before the end of round 0."""
+    """A data file is replaced by another file with the same ids before the end of round 0."""
     monkeypatch.setattr(journal_module, "WRITE_SECONDS", 0.0)
     journal, bait_inputs = JournalFile(tmp_path / "j"), make_inputs("bait", training={"max_epochs": 4})
     next(run(bait_inputs, LocalShards, journal=journal))
@@ -138,7 +138,7 @@ def test_pool_statistics_are_computed_from_the_images_of_the_pool():
 
 
 def test_model_can_be_any_module_that_returns_logits(tmp_path):
-    """A network of torchvision's, with attention and parameters that belong to no layer, named in the settings."""
+    """The settings name a torchvision model with attention and with parameters outside of layers."""
     generator, images = np.random.default_rng(0), []
     for i in range(40):
         buffer = io.BytesIO()

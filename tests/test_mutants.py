@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))  # where the script finds its list
+sys.path.insert(0, str(ROOT / "scripts"))  # for mutants.py and mutant_list.py
 
 import mutants  # noqa: E402
 from mutant_list import MUTANTS, Mutant  # noqa: E402
@@ -16,7 +16,7 @@ from mutant_list import MUTANTS, Mutant  # noqa: E402
 def test_the_text_that_each_mutant_replaces_occurs_once_in_its_file():
     for mutant in MUTANTS:
         text = (ROOT / mutants.PACKAGE / mutant.file).read_text()
-        assert mutants.mutated(text, mutant) != text
+        assert mutants.apply_mutant(text, mutant) != text
 
 
 def test_the_list_covers_all_layers_and_names_tests_that_exist():
@@ -47,7 +47,7 @@ EXCUSED = SURVIVOR._replace(old="return 0", new="return 00", reason="it is the s
 
 @pytest.fixture
 def tree(tmp_path):
-    """A package of one file, with a test for half of it."""
+    """A package with one file and two functions, of which one has a test."""
     package, tests = tmp_path / "platform/fishermask", tmp_path / "tests"
     (package / "query_strategies").mkdir(parents=True)
     tests.mkdir()
@@ -91,11 +91,11 @@ def test_a_text_that_is_not_unique_and_tests_that_fail_without_a_mutant_are_erro
     with pytest.raises(RuntimeError, match="test_sums.py does not pass without a mutant"):
         mutants.main([], tree, [SURVIVOR])
     with pytest.raises(RuntimeError, match="pytest ended with status 4"):
-        mutants.verdict(4, "no such file")
+        mutants.is_killed(4, "no such file")
 
 
 def test_mutants_are_chosen_by_number_range_and_file():
     listed = [Mutant(f"{name}.py", "", "", "", "") for name in ("a", "b", "ab", "c")]
-    assert mutants.selected([], listed) == [0, 1, 2, 3]
-    assert mutants.selected(["4", "1-2"], listed) == [0, 1, 3]
-    assert mutants.selected(["a"], listed) == [0, 2]
+    assert mutants.select_mutants([], listed) == [0, 1, 2, 3]
+    assert mutants.select_mutants(["4", "1-2"], listed) == [0, 1, 3]
+    assert mutants.select_mutants(["a"], listed) == [0, 2]

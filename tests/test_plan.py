@@ -1,4 +1,4 @@
-"""Sweep files: the runs that they describe, and the messages about wrong ones."""
+"""Sweep files: the runs that they describe, and the messages about invalid files."""
 
 from pathlib import Path
 
@@ -101,7 +101,7 @@ BASE = {"strategy": "random"}
         ({"base": {"seed": 1}, "grid": {"seed.x": [1]}}, "seed.x: seed is 1, which has no keys"),
     ],
 )  # fmt: skip
-def test_wrong_sweep_file_is_refused_in_one_line_with_field_value_and_remedy(tmp_path, content, message):
+def test_invalid_sweep_file_is_refused_in_one_line_with_field_value_and_remedy(tmp_path, content, message):
     content = content | {"base": BASE | content.get("base", {})}
     with pytest.raises(InputError, match=message) as exception_info:
         make_sweep(tmp_path, **content)
@@ -193,11 +193,11 @@ def test_run_of_another_source_is_not_continued_without_the_option(tmp_path, mon
     assert check_folder(sweep, True) == [f"continuing under another identity: random-seed=0: {difference}"]
     for run in sweep.runs:
         run.folder.create(run.config, identify(run.config), "p.csv")
-    assert check_folder(sweep) == []  # from here on, the rounds have this identity
+    assert check_folder(sweep) == []  # the rounds have the current identity now
 
 
 def test_changed_default_of_a_strategy_parameter_is_noticed(tmp_path):
-    """The sweep file is the same; the default in the strategy's file is another."""
+    """The sweep file is the same, but the default in the strategy's file has changed."""
     sweep = make_sweep(tmp_path, base={"strategy": "bait"}, grid={"seed": [0]})
     begin(sweep, finished=True)
     folder = sweep.runs[0].folder
@@ -220,7 +220,7 @@ def test_rounds_without_a_recorded_identity_are_not_continued(tmp_path):
     ("overrides", "setting"),
     [(["output=s3://bucket/results"], "output"), (["data.train=https://host/a.parquet"], "data.train")],
 )
-def test_url_in_place_of_a_path_is_refused(tmp_path, overrides, setting):
+def test_url_instead_of_a_path_is_refused(tmp_path, overrides, setting):
     with pytest.raises(InputError, match=f"{setting}: is a URL, .*://...; only local paths are supported"):
         make_sweep(tmp_path, overrides, base=BASE)
 
@@ -242,7 +242,7 @@ def test_run_folder_name_depends_on_settings_only(tmp_path, monkeypatch):
         return sweep_file.select_first_run(config).name
 
     before = name()
-    assert name(training={"max_epochs": 100}, resources={"shards": 2}) == before  # the default, spelled out
+    assert name(training={"max_epochs": 100}, resources={"shards": 2}) == before  # 100 is the default
     assert name(training={"max_epochs": 5}) != before
     monkeypatch.setattr(identity, "loaded_version", lambda: "0.2.0 (abc)")
     assert name() == before

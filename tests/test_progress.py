@@ -70,7 +70,7 @@ def test_eta_scales_plans_by_measured_rounds():
     assert eta.seconds_left(56.0) == 0.0
 
 
-def test_eta_counts_as_many_runs_at_once_as_there_were():
+def test_eta_assumes_as_many_concurrent_runs_as_before():
     eta = make_estimator(num_runs=4)
     eta.start_stage("run-0", "train", 0, 60, 0.0)
     assert eta.seconds_left(0.0) == 4 * 40.0

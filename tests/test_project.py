@@ -99,7 +99,7 @@ def test_every_dependency_has_a_reason():
         assert "==" not in requirement
 
 
-def test_nodes_are_compared_by_every_source_file_strategies_included(tmp_path, monkeypatch):
+def test_source_version_covers_the_files_of_a_linked_strategies_folder(tmp_path, monkeypatch):
     """The strategies may be a linked folder, which ``os.walk`` leaves out by default."""
     import fishermask
     from fishermask.environment import installed_version

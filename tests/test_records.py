@@ -50,7 +50,7 @@ def draw_rounds(draws: random.Random) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def written_sweep(tmp_path_factory):
-    """A sweep's folder, and its rounds by strategy, ratio and seed; bait ties with random for one seed."""
+    """Return a sweep's folder, and its rounds by strategy, ratio and seed. For one seed, bait equals random."""
     folder, draws = tmp_path_factory.mktemp("records") / "sweep", random.Random(4)
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump({"name": "s", "grid": {"imbalance.ratio": [], "seed": []}}))
@@ -115,7 +115,7 @@ def test_page_shows_the_summary_and_the_curves_as_numbers(written_sweep):
     assert row == f"| margin | {' | '.join(cells)} |"
     num_capped = sum(r["ended_by"] == "cap" for run in all_rounds.values() for r in run)
     assert f"in {num_capped} of 54 rounds" in page
-    assert num_capped != 27  # or both endings would have the same number
+    assert num_capped != 27  # otherwise, both values of ended_by would occur equally often
 
 
 def test_table_has_every_number_of_every_round(written_sweep):

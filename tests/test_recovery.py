@@ -71,7 +71,7 @@ def read_parents():
         try:
             parent_of[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it has ended
+            continue  # the process has ended
     return parent_of
 
 
@@ -113,9 +113,9 @@ def uninterrupted(tmp_path_factory):
 
 
 def kill_after_two_rounds(run, killed_processes):
-    """SIGKILL the process of ``run``, the only one that runs, after its second round."""
+    """Kill the process of ``run``, the only running trial, with SIGKILL after its second round."""
 
-    old_processes = find_trial_processes(os.getpid()).keys()  # of the test before, about to end
+    old_processes = find_trial_processes(os.getpid()).keys()  # processes of the previous test that are about to end
 
     def kill():
         (process,) = wait_until(lambda: find_trial_processes(os.getpid()).keys() - old_processes)

@@ -1,6 +1,6 @@
-"""The loop against a replay of it by ``oracle``: labels, seeds, modes, and what each setting does to the weights.
+"""The rounds of the loop equal the predictions of ``oracle``: labels, random streams, and the effect of each setting.
 
-A query strategy that only looks around sees the trained model, the labeled set and the random streams of each round.
+A query strategy records the trained model, the labeled set and the random streams of each round.
 """
 
 import copy
@@ -30,7 +30,7 @@ from fishermask.tensors.distances import KCenterScorer
 from fishermask.tensors.mask import last_layer_mask
 
 CLASSES, TRAIN, TEST = 3, 40, 20
-"""Classes, and training and test images of each."""
+"""Number of classes, and of training and test images per class."""
 
 
 def pictures(per_class: int, channels: int, seed: int) -> tuple[torch.Tensor, list[int]]:

@@ -151,7 +151,7 @@ def test_pickled_objects_in_a_cache_are_refused_and_run_no_code(sweep_file, trap
             path.write_bytes(content)
             with pytest.raises(InputError, match="is damaged"):
                 cache.map_array(path)
-    # In another process: this one caches the stores that it has opened.
+    # Use a new process, because this process caches the stores that it has opened.
     command = [sys.executable, "-m", "fishermask.cli", "sweep", str(sweep_file), "--dry-run"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stderr
@@ -166,7 +166,7 @@ def test_planted_pickles_in_a_results_folder_run_no_code(sweep_file, trap, capsy
     planted_pickle = pickle.dumps(Planted(trap))
     for run in (folder / "runs").iterdir():
         lines = (run / "rounds.jsonl").read_bytes().splitlines(keepends=True)
-        (run / "rounds.jsonl").write_bytes(lines[0])  # to be resumed
+        (run / "rounds.jsonl").write_bytes(lines[0])  # the run has rounds to resume
         for name in ("journal.jsonl", "model.pt", "state.pkl", "events.out.tfevents.1.x.0"):
             (run / name).write_bytes(planted_pickle)
     (folder / "results.parquet").write_bytes(planted_pickle)
@@ -213,7 +213,7 @@ class Sweep:
         self.processes = [driver, *driver.children(recursive=True)]
         self.gcs = next(process for process in self.processes if process.name() == "gcs_server")
         self.listening = []
-        """(process name, address, port)"""
+        """(process name, address, port) of each listening socket."""
         for process in self.processes:
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
@@ -292,7 +292,7 @@ def test_other_users_cannot_connect_to_the_unix_sockets(sweep):
 
 
 def test_a_killed_raylet_ends_the_sweep_and_all_its_processes(sweep):
-    """This test is the last of the file, because it ends the sweep of the others."""
+    """This test is the last one in the file, because it ends the sweep that the tests share."""
     next(process for process in sweep.processes if process.name() == "raylet").kill()
     _, error = sweep.process.communicate(timeout=60)
     assert sweep.process.returncode == 1

@@ -18,7 +18,7 @@ from fishermask.sweeps.sweep_file import SweepConfig
 
 WITHOUT_EFFECT = {"strategy.label", *(f"resources.{name}" for name in ("shards", "workers", "memory", "restarts"))}
 WITHOUT_EFFECT |= {"resources.cpus_per_shard", "resources.gpus_per_shard"}  # the device of in-process shards is gpus
-"""Settings that change no result: a name, and how the pool is cut into shards."""
+"""Settings that change no result: the label, and the number and place of shards."""
 
 
 def choose_another_value(value: Any) -> Any:
@@ -49,7 +49,7 @@ def list_variants(config: Config, prefix: str = "") -> dict[str, Config]:
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 @pytest.mark.parametrize("imbalance", [{"kind": "step", "ratio": 2}, {"kind": "long_tail", "ratio": 2}])
 def test_the_identity_of_a_run_depends_on_every_setting_that_can_change_a_result(imbalance, monkeypatch):
-    # Other parameters than a strategy has are refused elsewhere.
+    # Another test covers parameters that the strategy does not have.
     monkeypatch.setattr(query_strategies, "load", lambda strategy: SimpleNamespace(params=Given(**strategy.params)))
     base = parse(ExperimentConfig, {"imbalance": imbalance})
     configs = list_variants(base)

@@ -1,4 +1,4 @@
-"""Signals, and the loss of a Ray process: one line on stderr, the right exit status, finished rounds kept."""
+"""Signals, and the loss of a Ray process: one line on stderr, the exit status, and finished rounds are kept."""
 
 import shutil
 import signal
@@ -81,7 +81,7 @@ except KeyboardInterrupt as interrupt:
 @pytest.mark.parametrize(
     ("kind", "end"), [("responsive", "cleaned up"), ("blocked", "run the same command again to continue")]
 )
-def test_loss_of_a_ray_process_ends_the_command_and_kills_the_others(tmp_path, kind, end):
+def test_loss_of_a_ray_process_ends_the_command_and_kills_the_remaining_processes(tmp_path, kind, end):
     for name in ("gcs_server", "other"):
         shutil.copy(shutil.which("sleep"), tmp_path / name)
     process = subprocess.Popen(

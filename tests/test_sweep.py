@@ -28,7 +28,7 @@ SWEEP = {
         "model": {"name": "mlp", "params": {"width": 8, "depth": 1}},
         "budget": {"initial": 10, "query": 10, "total": 30},
         "training": {"max_epochs": 3},
-        # Two trials side by side; each has a bundle for itself and one for each shard.
+        # Two concurrent trials. Each has a bundle for itself and one for each shard.
         "resources": {"cpus": 1, "shards": 2, "workers": "ray", "cpus_per_shard": 0.5},
     },
     # A learning rate so large that training fails: one failing run must not end the sweep.
@@ -81,7 +81,7 @@ def test_failing_run_leaves_its_traceback_and_does_not_end_the_sweep(finished_sw
     assert "Traceback" in failed.folder.error.read_text()
     assert failed.folder.history() == []
     assert recorder.finished == 2
-    assert "restarted" not in out  # it would fail again
+    assert "restarted" not in out  # because it would fail again
 
 
 def test_round_that_is_reported_twice_is_written_once(finished_sweep, tmp_path):
@@ -131,13 +131,13 @@ def test_tensorboard_has_metrics_by_labels_and_the_hyperparameters(finished_swee
     assert values["strategy"].string_value == "bait"
     assert values["training.learning_rate"].number_value == 0.001
     assert values["seed"].number_value == 0
-    # A run in TensorBoard is a run of the sweep; there are no other event files.
+    # TensorBoard shows exactly the runs of the sweep: there are no other event files.
     folders = {path.parent for path in sweep.folder.rglob("events.out.tfevents.*")}
     assert folders == {run.folder.path for run in sweep.runs if run.folder.history()}
 
 
 def test_same_command_again_computes_only_the_missing_rounds(finished_sweep, tmp_path):
-    """One run cut short in the middle of a line, one not begun, two untouched."""
+    """The file of one run ends in the middle of a line, one run has not begun, and two runs are finished."""
     folder, first, *_ = finished_sweep
     shutil.copytree(folder / "results", tmp_path / "results")
     sweep = load(tmp_path, "training.learning_rate=0.001", "seed=[0,1]")

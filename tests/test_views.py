@@ -86,7 +86,7 @@ def pickle_and_remove_store(tmp_path, images) -> bytes:
 
 @pytest.mark.parametrize("order", [range(120), SHUFFLED])
 def test_machine_without_store_reads_only_the_row_groups_of_the_view(tmp_path, order, monkeypatch):
-    """Another row group is overwritten with zeros, so that reading it fails."""
+    """A row group that the view does not need is overwritten with zeros, so that reading it fails."""
     file = write(tmp_path / "a.parquet", order)
     train = load(file).train
     group = {NAMES[i]: row // 30 for row, i in enumerate(order)}
@@ -105,7 +105,7 @@ def test_machine_without_store_reads_only_the_row_groups_of_the_view(tmp_path, o
     assert torch.equal(unpickled_twice.narrow(0, 20, 30)[:], expected_slice)
     assert torch.equal(unpickled_twice[torch.arange(89, -1, -1)], expected.flip(0))
     assert torch.equal(unpickled_twice.narrow(0, 20, 30)[:], expected_slice)
-    with pytest.raises(Exception):  # noqa: B017  whatever Parquet says
+    with pytest.raises(Exception):  # noqa: B017  the exception depends on pyarrow
         pickle.loads(pickled_images)[:]
     assert not (tmp_path / "cache").exists()
 

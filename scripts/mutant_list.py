@@ -911,8 +911,15 @@ MUTANTS = [
         "api",
     ),
     Mutant(
-        "api/select.py", "values.cpu().nonzero()[:, 0]", "values.cpu().long()", "a mask is read as positions", "api"
+        "api/select.py",
+        "torch.inference_mode(False), ",
+        "",
+        "gradients fail under torch.inference_mode of the caller",
+        "api",
     ),
+    Mutant("pool/pool.py", "labeled.clone()", "labeled", "a strategy writes to the caller's positions", "api"),
+    Mutant("sweeps/sweep_file.py", "if not config.grid[key]:", "if False:", "an empty list in the grid fails", "api plan"),
+    Mutant("api/select.py", "values.nonzero()[:, 0]", "values.long()", "a mask is read as positions", "api"),
     Mutant(
         "api/samples.py",
         "self.start + position)\n                if",

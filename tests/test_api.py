@@ -232,6 +232,40 @@ def test_select_does_not_change_model_pool_and_global_states():
     assert torch.equal(torch.random.get_rng_state(), states[2])
 
 
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")], ids=["no_grad", "inference", "meta"]
+)
+def test_modes_of_the_caller_do_not_change_the_batch(context):
+    model, pool = make_network(), make_features()
+    with torch.inference_mode():
+        inference_model, inference_pool = make_network(), make_features()
+    expected = select(model, pool, [3, 11], 4, "bait", seed=1).positions.tolist()
+    with context():
+        assert select(model, pool, [3, 11], 4, "bait", seed=1).positions.tolist() == expected
+    assert select(inference_model, inference_pool, [3, 11], 4, "bait", seed=1).positions.tolist() == expected
+
+
+def test_strategy_cannot_change_the_arguments_or_the_candidates():
+    labeled, labels = torch.tensor([3, 11]), np.array([2, 0])
+
+    def writing(pool, budget):
+        batch = pool.candidates[:budget].clone()
+        for attribute in (pool.labeled, pool.labels, pool.candidates):
+            attribute.fill_(7)
+        return batch
+
+    assert select(make_network(), make_features(), labeled, 2, writing, labels=labels).positions.tolist() == [0, 1]
+    assert (labeled.tolist(), labels.tolist()) == ([3, 11], [2, 0])
+
+
+def test_numpy_numbers_are_accepted():
+    model, pool = make_network(), make_features()
+    params = {"num_body_parameters": np.int64(10), "damping": np.float32(1)}
+    batch = select(model, pool, [3], np.int64(4), params=params, memory=np.float32(1), seed=np.int32(0))
+    expected = select(model, pool, [3], 4, params={"num_body_parameters": 10, "damping": 1.0})
+    assert batch.positions.tolist() == expected.positions.tolist()
+
+
 def test_strategy_function_gets_the_pool_and_its_labels():
     def smallest_index(pool, budget, params):
         assert pool.labeled.tolist() == [3, 11]
@@ -324,6 +358,8 @@ NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
         ({"pool": make_features()[:, 0]}, r"pool: has shape \(60,\); expected \[n, ...\]"),
         ({"pool": make_features()[:0]}, "pool: holds 0 samples"),
         ({"pool": make_features().numpy()[::-1]}, "pool: is a reversed view"),
+        ({"pool": make_features().numpy().astype(">f4")}, "pool: has another byte order; give array.astype"),
+        ({"pool": np.ma.masked_array(make_features().numpy())}, "pool: is a masked array; replace the masked values"),
         ({"pool": 5}, "pool: is int 5; give a tensor, an array or a map-style data set"),
         ({"pool": DataLoader(TensorDataset(make_features()))}, "pool: is a DataLoader.* give its data set"),
         ({"pool": Stream()}, "pool: is an iterable-style data set"),
@@ -342,8 +378,18 @@ NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
         ({"labeled": [True, False]}, r"labeled: the mask has shape \(2,\); expected \(60,\)"),
         ({"labeled": [0.5]}, r"labeled: is torch.float32 of shape \(1,\); expected positions"),
         ({"labeled": 3}, "labeled: is not a list of positions"),
+        ({"labeled": None}, r"labeled: is None; expected positions \[l\] or a boolean mask \[n\], \[\] for no label"),
+        ({"labeled": {3: 1}}, "labeled: is {3: 1}; expected positions"),
+        ({"labeled": ""}, "labeled: is ''; expected positions"),
+        ({"labeled": [True, 3]}, "labeled: .*positions and booleans are mixed"),
+        ({"labeled": [[]]}, r"labeled: is torch.float32 of shape \(1, 0\); expected positions"),
+        ({"labeled": np.zeros((0, 5))}, r"labeled: is torch.float64 of shape \(0, 5\); expected positions"),
+        ({"labeled": torch.tensor([3, 11]).to_sparse()}, "labeled: is not a list of positions .*sparse"),
+        ({"labeled": range(60)}, "labeled: holds all positions of the pool; no unlabeled sample is left"),
         ({"labeled": [], "strategy": "coreset"}, "labeled: coreset measures distances to labeled images"),
         ({"labels": [1]}, r"labels: is torch.int64 of shape \(1,\); expected 2 integers"),
+        ({"labels": [0, 3]}, "labels: holds class 3; the classes of the model are 0 to 2"),
+        ({"labels": [0, -1]}, "labels: holds class -1; expected classes from 0"),
         ({"budget": 59}, "budget: is 59; expected 1 to 58, the number of unlabeled samples"),
         ({"budget": 0}, "budget: is 0; expected 1 to 58"),
         ({"budget": 2.0}, "budget: is 2.0; expected an integer"),
@@ -353,11 +399,16 @@ NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
         ({"strategy": 5}, "strategy: is 5; expected a name, or a function"),
         ({"strategy": lambda pool: []}, "strategy: <lambda> takes 1 arguments"),
         ({"strategy": lambda pool, budget: [0, 0]}, "strategy: the strategy returned 2 positions, 1 distinct"),
+        ({"strategy": max}, "strategy: max has no signature; expected a function"),
+        ({"strategy": lambda pool, budget: sys.exit(3)}, "strategy: <lambda> exits the process; raise an exception"),
         ({"params": {"x": 1}}, "params.x: unknown key; there are none|params.x: unknown key"),
         ({"strategy": "bait", "params": {"damping": -1.0}}, "params.damping: .* greater than 0"),
         ({"params": 5}, "params: is 5; expected a dictionary"),
         ({"memory": 1e-5, "strategy": "bait"}, "memory: .*needs .* available"),
         ({"memory": "1"}, "memory: is '1'; expected a number of GB"),
+        ({"memory": True}, "memory: is True; expected a number of GB"),
+        ({"engine": 5}, "engine: expected keys and values, got 5"),
+        ({"engine": "x"}, "engine: expected keys and values, got 'x'"),
         ({"engine": {"storage": "int8"}}, "engine.storage: .*'int8'"),
         ({"progress": "bar"}, "progress: is 'bar'; expected True, False or a function"),
         ({"transform": 5}, "transform: is 5; expected a function"),
@@ -395,6 +446,7 @@ def test_error_in_a_users_strategy_is_raised_unchanged():
     [
         ({"name": "a", "base": {"sede": 1}}, "sede: unknown key"),
         ({"base": {}}, "config.name: missing"),
+        ({"name": "a", "grid": {"seed": []}}, "grid.seed: no values; give at least one"),
         (5, "config: is 5; expected a Config, a dictionary or the path of a sweep file"),
         ("missing.yaml", "missing.yaml: cannot be read"),
     ],
@@ -407,7 +459,38 @@ def test_bad_config_is_refused_before_anything_runs(config, message, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "a/b"}, "config.name: expected letters, digits .*, got 'a/b'"),
+        ({"name": "a", "grid": {"seed": 3}}, "config.grid.seed: .*valid list, got 3"),
+        ({"name": "a", "gird": {}}, "config.gird: unknown key; there are name, description, base, grid, output"),
+    ],
+)
+def test_config_with_a_bad_value_is_one_line_that_names_it(settings, message):
+    with pytest.raises(InputError, match=f"^{message}") as exception_info:
+        fishermask.Config(**settings)
+    assert "\n" not in str(exception_info.value)
+
+
+def test_config_has_a_readable_signature():
+    signature = inspect.signature(fishermask.Config)
+    assert list(signature.parameters) == ["name", "description", "base", "grid", "output"]
+    assert "Annotated" not in str(signature)
+    config = fishermask.Config(name="a", grid={"seed": [1, 2]})
+    assert (config.base, config.grid, config.output) == ({}, {"seed": [1, 2]}, "results")
+
+
+def test_bad_options_of_a_run_are_refused():
+    for option in ({"progress": "x"}, {"continue_anyway": 1}):
+        with pytest.raises(InputError, match="expected True or False"):
+            fishermask.run({"name": "a"}, **option)
+
+
 def test_results_of_a_folder_without_results_are_refused(tmp_path):
+    for value in (5, None):
+        with pytest.raises(InputError, match=f"folder: is {value}; expected the path"):
+            fishermask.read_results(value)
     with pytest.raises(InputError, match="holds no results"):
         fishermask.read_results(tmp_path)
     with pytest.raises(InputError, match="is not a folder"):

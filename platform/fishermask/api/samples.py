@@ -122,6 +122,10 @@ def _dataset(pool: Any) -> DatasetSamples:
 
 
 def _from_numpy(array: np.ndarray, name: str) -> Tensor:
+    if isinstance(array, np.ma.MaskedArray):
+        raise InputError(f"{name}: is a masked array; replace the masked values, as array.filled(0.0) does")
+    if not array.dtype.isnative:
+        raise InputError(f"{name}: has another byte order; give array.astype(array.dtype.newbyteorder('='))")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the array is not writable; fishermask does not write to it

@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +86,24 @@ def select(
         InputError: an argument is invalid; the message names the argument and a remedy.
     """
     device, dtype = _get_device_and_dtype(model)
-    with _rename_settings(), _restore_random_states(device), reporter(progress) as report:
+    with ExitStack() as stack:
+        # The caller may have disabled gradients or set a default device.
+        for context in (torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), _rename_settings()):
+            stack.enter_context(context)
+        stack.enter_context(_restore_random_states(device))
+        report = stack.enter_context(reporter(progress))
         samples = as_samples(pool)
         inputs = ModelInputs(samples, transform)
         positions = _parse_labeled(labeled, len(samples))
+        if len(positions) == len(samples):
+            raise InputError("labeled: holds all positions of the pool; no unlabeled sample is left to select")
         _require_integer("budget", budget, 1, len(samples) - len(positions), "the number of unlabeled samples")
         _require_integer("shards", shards, 1, min(len(samples), MAX_SHARDS), "the largest number for this pool")
         _require_integer("seed", seed, 0, MAX_SEED, "the largest seed")
-        if memory is not None and not (isinstance(memory, int | float) and memory > 0):
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, Real) or not memory > 0):
             raise InputError(f"memory: is {short(memory)}; expected a number of GB above 0")
         classes = _parse_labels(labels, len(positions))
-        engine_config = parse(EngineConfig, dict(engine or {}), "engine")
+        engine_config = parse(EngineConfig, {} if engine is None else _plain(engine), "engine")
         query_strategy, name = _load_strategy(strategy, params)
         with guarded("model", "cannot be copied"):
             trained = copy_model(model).cpu().eval()
@@ -104,7 +112,7 @@ def select(
         local_shards = LocalShards(samples, inputs, shards, str(device))
         try:
             clock("check", 0, 1)
-            plan = _plan_query(trained, samples, inputs, query_strategy, request, shards, memory, device)
+            plan = _plan_query(trained, samples, inputs, classes, query_strategy, request, shards, memory, device)
             pool_view = Pool(
                 local_shards,
                 len(samples),
@@ -116,6 +124,7 @@ def select(
                 clock,
                 Engine(request.precision, engine_config.drift, plan.chunk, plan.diagonal_batch),
             )
+            candidates = pool_view.candidates.clone()  # the strategy may write to the attributes of the pool
             batch = query_strategy.query(pool_view, budget)
         except NotFiniteError:
             position = first_not_finite(samples, inputs, dtype)
@@ -124,10 +133,14 @@ def select(
             ) from None
         except FloatingPointError as error:
             raise InputError(_rephrase_numerical_error(str(error))) from error
+        except RuntimeError as error:
+            if isinstance(error.__cause__, SystemExit):
+                raise InputError(f"strategy: {name} exits the process; raise an exception instead") from error
+            raise
         finally:
             local_shards.close()
         try:
-            batch = validate_batch(batch, pool_view.candidates, budget)
+            batch = validate_batch(batch, candidates, budget)
         except RuntimeError as error:
             raise InputError(f"strategy: {error}") from None
         before, after = pool_view.objective or (None, None)
@@ -153,19 +166,24 @@ def _get_device_and_dtype(model: object) -> tuple[torch.device, torch.dtype]:
 
 def _parse_labeled(labeled: object, size: int) -> Tensor:
     """Return the labeled positions, [l], from positions or from a mask [size]."""
+    if labeled is None or isinstance(labeled, str | bytes | Mapping | np.ma.MaskedArray):
+        raise InputError(f"labeled: is {short(labeled)}; expected positions [l] or a boolean mask [n], [] for no label")
     with guarded("labeled", "is not a list of positions"):
-        values = torch.as_tensor(labeled if isinstance(labeled, Tensor | np.ndarray) else list(labeled))  # type: ignore[call-overload]
+        if not isinstance(labeled, Tensor | np.ndarray):
+            items = list(labeled)  # type: ignore[call-overload]
+            if len({isinstance(item, bool | np.bool_) for item in items}) > 1:
+                raise TypeError("positions and booleans are mixed")
+            labeled = items
+        values = _as_tensor(labeled)
     if values.dtype == torch.bool:
         if values.shape != (size,):
             raise InputError(f"labeled: the mask has shape {tuple(values.shape)}; expected ({size},), as the pool has")
-        return values.cpu().nonzero()[:, 0]
-    if not values.numel():
-        return torch.empty(0, dtype=torch.long)
-    if values.dim() != 1 or values.is_floating_point() or values.is_complex():
+        return values.nonzero()[:, 0]
+    if values.dim() != 1 or (len(values) and (values.is_floating_point() or values.is_complex())):
         raise InputError(
             f"labeled: is {values.dtype} of shape {tuple(values.shape)}; expected positions [l] or a boolean mask [n]"
         )
-    values = values.cpu().long()
+    values = values.long()
     if len(invalid := values[(values < 0) | (values >= size)]):
         raise InputError(f"labeled: holds position {invalid[0]}; the positions of the pool are 0 to {size - 1}")
     unique, counts = values.unique(return_counts=True)
@@ -179,13 +197,22 @@ def _parse_labels(labels: object, count: int) -> Tensor:
     if labels is None:
         return torch.full((count,), -1)
     with guarded("labels", "is not a list of classes"):
-        values = torch.as_tensor(labels)
+        values = _as_tensor(labels)
     if values.shape != (count,) or (count and (values.is_floating_point() or values.is_complex())):
         raise InputError(
             f"labels: is {values.dtype} of shape {tuple(values.shape)}; expected {count} integers, one for each "
             "labeled position"
         )
-    return values.cpu().long()
+    if (values < 0).any():
+        raise InputError(f"labels: holds class {values.min()}; expected classes from 0")
+    return values.long()
+
+
+def _as_tensor(values: object) -> Tensor:
+    tensor = torch.as_tensor(values)
+    if tensor.layout != torch.strided:
+        raise TypeError("a sparse tensor")
+    return tensor.cpu()
 
 
 def _require_integer(name: str, value: object, smallest: int, largest: int, bound: str) -> None:
@@ -207,14 +234,22 @@ def _load_strategy(strategy: object, params: object) -> tuple[Strategy, str]:
     if not isinstance(params, Mapping | None):
         raise InputError(f"params: is {short(params)}; expected a dictionary")
     name = absolute_file_name(strategy, Path.cwd())
-    config = parse(StrategyConfig, {"name": name, "params": dict(params or {})}, "strategy")
+    config = parse(StrategyConfig, {"name": name, "params": _plain(params or {})}, "strategy")
     return query_strategies.load(config), config.short_name
+
+
+def _plain(settings: object) -> object:
+    """Return a dictionary of ``settings`` with Python numbers for NumPy's; other values are returned unchanged."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {key: value.item() if isinstance(value, np.generic) else value for key, value in settings.items()}
 
 
 def _plan_query(
     model: nn.Module,
     samples: Images,
     inputs: ModelInputs,
+    classes: Tensor,
     strategy: Strategy,
     request: QueryRequest,
     shards: int,
@@ -233,6 +268,10 @@ def _plan_query(
     with guarded("model", f"fails for inputs of shape {tuple(examples.shape)}"), torch.no_grad():
         logits = model(examples.clone())
     check_logits(model, logits, len(examples))
+    if (classes >= logits.shape[1]).any():
+        raise InputError(
+            f"labels: holds class {classes.max()}; the classes of the model are 0 to {logits.shape[1] - 1}"
+        )
     with guarded("strategy", f"{strategy.file} cannot work with this model"):
         try:
             work = strategy.check(model, examples)

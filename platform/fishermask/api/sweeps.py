@@ -32,7 +32,25 @@ class Config(SweepConfig):
             ``seed``, ``engine`` and ``resources``, each with defaults.
         grid: values of the settings that vary, by dotted path into ``base``; every combination is a run.
         output: the folder that contains the results of all sweeps.
+
+    Raises:
+        InputError: a value is invalid, or a name is unknown; the message names it and a remedy.
     """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        description: str = "",
+        base: dict[str, Any] | None = None,
+        grid: dict[str, list[Any]] | None = None,
+        output: str = "results",
+        **unknown: Any,
+    ) -> None:
+        given = {"name": name, "description": description, "base": base, "grid": grid, "output": output, **unknown}
+        settings = {key: value for key, value in given.items() if value is not None or key not in ("base", "grid")}
+        parse(SweepConfig, settings, "config")
+        super().__init__(**settings)
 
 
 @dataclass(frozen=True)
@@ -112,6 +130,8 @@ def read_results(folder: "str | PathLike[str]") -> "pd.DataFrame":
     Raises:
         InputError: the folder does not hold results, or no round is finished.
     """
+    if not isinstance(folder, str | PathLike):
+        raise InputError(f"folder: is {short(folder)}; expected the path of a folder with results")
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise InputError(f"folder: {path} is not a folder")
@@ -130,6 +150,9 @@ def _load(config: object) -> SweepConfig:
 
 def _execute(sweep: Sweep, in_process: bool, progress: bool, continue_anyway: bool) -> Results:
     """Check the runs of ``sweep``, and run those that are not finished."""
+    for name, value in (("progress", progress), ("continue_anyway", continue_anyway)):
+        if not isinstance(value, bool):
+            raise InputError(f"{name}: is {short(value)}; expected True or False")
     console = Console(quiet=not progress, markup=False, highlight=False, soft_wrap=True)
     with ExitStack() as stack, _restore_num_threads():
         on_ray = not in_process or sweep.runs[0].config.resources.workers == "ray"

@@ -131,7 +131,8 @@ def run(
                     stages,
                     replace(engine, past_picks=query_journal.past_picks(), record_pick=query_journal.add),
                 )
-                batch = validate_batch(inputs.strategy.query(pool, size), pool.candidates, size)
+                candidates = pool.candidates.clone()  # the strategy may write to the attributes of the pool
+                batch = validate_batch(inputs.strategy.query(pool, size), candidates, size)
                 num_rebuilt = shards.num_rebuilt - num_rebuilt_before
                 notes = pool.notes | ({"rebuilt shards": num_rebuilt} if num_rebuilt else {})
             queried = time.perf_counter()

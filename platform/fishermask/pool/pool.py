@@ -90,7 +90,7 @@ class Pool:
         unlabeled = torch.ones(size, dtype=torch.bool)
         unlabeled[labeled] = False
         self.candidates = unlabeled.nonzero()[:, 0]
-        self.labeled, self.labels = labeled, labels
+        self.labeled, self.labels = labeled.clone(), labels.clone()  # a strategy may write to them
         self.size, self.shards, self.model = size, shards, model
         self.generator, self.progress = generator, progress
         self._sample_generator = sample_generator

@@ -123,7 +123,12 @@ def from_function(function: Query, params: Any = None) -> Strategy:
         InputError: the function takes other arguments, or takes no ``params`` and some are given.
     """
     name = getattr(function, "__name__", type(function).__name__)
-    count = _num_arguments(function)
+    try:
+        count = _num_arguments(function)
+    except ValueError:  # functions in C
+        raise InputError(
+            f"strategy: {name} has no signature; expected a function (pool, budget) or (pool, budget, params)"
+        ) from None
     if count not in (2, 3):
         raise InputError(f"strategy: {name} takes {count} arguments; expected (pool, budget) or (pool, budget, params)")
     if count == 2 and params:

@@ -107,13 +107,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
             raise InputError(f"{key}: the grid varies {parents[0]}, which would replace it; give {parents[0]}=VALUE")
         else:
             _set_value(content["base"], key, value)
-    config = absolute_files(parse(SweepConfig, content, str(path)), Path.cwd())
-    for key, values in config.grid.items():
-        if not values:
-            raise InputError(f"grid.{key}: no values; give at least one")
-        if parents := [path for path in config.grid if key.startswith(f"{path}.")]:
-            raise InputError(f"grid.{key}: {parents[0]} is varied too, and replaces it; vary one of them")
-    return config
+    return absolute_files(parse(SweepConfig, content, str(path)), Path.cwd())
 
 
 def absolute_files(config: SweepConfig, folder: Path) -> SweepConfig:
@@ -136,8 +130,14 @@ def expand(config: SweepConfig) -> Sweep:
     """Return all runs of a sweep, the seed varying slowest and the strategy fastest.
 
     Raises:
-        InputError: a combination is not valid, two combinations are equal, or two strategies have the same label.
+        InputError: the grid or a combination is not valid, two combinations are equal, or two strategies have the same
+            label.
     """
+    for key in config.grid:
+        if not config.grid[key]:
+            raise InputError(f"grid.{key}: no values; give at least one")
+        if parents := [path for path in config.grid if key.startswith(f"{path}.")]:
+            raise InputError(f"grid.{key}: {parents[0]} is varied too, and replaces it; vary one of them")
     # The seed varies slowest, so that an interrupted sweep has compared all strategies on its first seeds.
     keys = sorted(config.grid, key=lambda key: (key.startswith("strategy"), key != "seed"))
     count = math.prod(len(config.grid[key]) for key in keys)

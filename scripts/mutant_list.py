@@ -918,7 +918,9 @@ MUTANTS = [
         "api",
     ),
     Mutant("pool/pool.py", "labeled.clone()", "labeled", "a strategy writes to the caller's positions", "api"),
-    Mutant("sweeps/sweep_file.py", "if not config.grid[key]:", "if False:", "an empty list in the grid fails", "api plan"),
+    Mutant(
+        "sweeps/sweep_file.py", "if not config.grid[key]:", "if False:", "an empty list in the grid fails", "api plan"
+    ),
     Mutant("api/select.py", "values.nonzero()[:, 0]", "values.long()", "a mask is read as positions", "api"),
     Mutant(
         "api/samples.py",

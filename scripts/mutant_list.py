@@ -557,6 +557,13 @@ MUTANTS = [
         "parameters",
     ),
     Mutant(
+        "tensors/confidence.py",
+        "largest == 1, others",
+        "largest > 1, others",
+        "certain predictions are ordered by position",
+        "api",
+    ),
+    Mutant(
         "query_strategies/margin.py", "top[:, 0] - top[:, 1]", "top[:, 0]", "margin is least confidence", "parameters"
     ),
     Mutant(

@@ -86,6 +86,7 @@ def test_strategies_are_listed_with_descriptions_and_default_params():
     assert {"fisher_mask", "bait", "badge", "coreset", "margin", "entropy", "random"} <= set(listed)
     assert listed["bait"].params["damping"] == 1.0
     assert all(info.description.endswith(".") for info in listed.values())
+    assert listed["bait"].param_descriptions["damping"].startswith("Factor of the identity matrix")
 
 
 # The selection
@@ -196,6 +197,15 @@ def test_tensors_arrays_files_and_data_sets_give_the_same_batch(tmp_path):
         assert batch.positions.tolist() == expected
 
 
+@pytest.mark.parametrize("name", ["margin", "least_confidence"])
+def test_predictions_that_round_to_1_are_ordered_by_their_other_probabilities(name):
+    model = nn.Linear(1, 2)
+    model.weight.data, model.bias.data = torch.tensor([[1.0], [0.0]]), torch.zeros(2)
+    pool = torch.tensor([60.0, 30, 50, 5, 40, 20, 70, 30])[:, None]  # differences between the logits
+    assert (model(pool).softmax(-1).amax(-1) == 1).sum() == 7
+    assert select(model, pool, [], 8, name).positions.tolist() == [3, 5, 1, 7, 4, 2, 0, 6]
+
+
 @pytest.mark.parametrize("name", ["fisher_mask", "badge", "margin"])
 def test_shards_and_memory_do_not_change_the_batch(name):
     model, pool = make_network(), make_features(5000)
@@ -277,6 +287,7 @@ def test_strategy_function_gets_the_pool_and_its_labels():
     assert selection.positions.tolist() == [4, 5]
     assert selection.strategy == "smallest_index"
     assert selection.gains is None
+    assert list(select(make_network(), make_features(), [], 2, lambda pool, budget: range(5, 7))) == [5, 6]
     assert select(make_network(), make_features(), [], 3, lambda pool, budget: [2, 1, 0]).positions.tolist() == [
         2,
         1,
@@ -295,6 +306,7 @@ def test_selection_has_a_text_and_a_table():
     assert "<table" in selection._repr_html_()
     assert {"embed", "pick"} <= set(selection.seconds)
     assert len(selection) == 12
+    assert list(selection) == selection.positions.tolist()
     assert list(select(make_network(), make_features(), [3], 2, "random").to_frame().columns) == ["position"]
 
 
@@ -339,6 +351,19 @@ IMAGES = torch.zeros(60, 1, 4, 4, dtype=torch.uint8)
 FROZEN = make_network().requires_grad_(False)
 OVERFLOWING = make_network()
 OVERFLOWING[2].weight.data.fill_(1e38)
+
+
+class Outputs(nn.Module):
+    """Returns its logits in a structure that ``wrap`` makes."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.network, self.wrap = make_network(), wrap
+
+    def forward(self, inputs):
+        return self.wrap(self.network(inputs))
+
+
 NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
 
 
@@ -350,7 +375,19 @@ NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
         ({"model": make_network().to("meta")}, "model: has parameters on meta; move it to one device"),
         ({"model": make_network(7)}, "model: fails for inputs of shape .7, 6. .RuntimeError"),
         ({"model": NO_CLASSES}, "model: Sequential must return logits"),
-        ({"model": OVERFLOWING, "pool": 10 * make_features()}, "model: .*not finite"),
+        (
+            {"model": OVERFLOWING, "pool": 10 * make_features()},
+            "model: .*not finite.*; check its parameters and inputs",
+        ),
+        (
+            {"model": Outputs(lambda logits: logits * torch.inf if len(logits) > 20 else logits)},
+            "model: the model predicts probabilities that are not finite; check its parameters and inputs",
+        ),
+        (
+            {"model": Outputs(lambda logits: {"logits": logits, "loss": 0})},
+            "model: .*returned dict with the keys logits, loss; wrap it in a module whose forward returns the logits",
+        ),
+        ({"model": Outputs(lambda logits: (logits,))}, "model: .*returned tuple; wrap it in a module"),
         ({"model": FROZEN, "strategy": "bait"}, "model: all parameters of Sequential are frozen"),
         ({"pool": IMAGES}, "pool: torch.uint8 samples need a transform .*lambda batch: batch.float.. / 255"),
         ({"pool": make_features().long()}, "pool: torch.int64 samples need a transform"),
@@ -399,6 +436,7 @@ NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
         ({"strategy": 5}, "strategy: is 5; expected a name, or a function"),
         ({"strategy": lambda pool: []}, "strategy: <lambda> takes 1 arguments"),
         ({"strategy": lambda pool, budget: [0, 0]}, "strategy: the strategy returned 2 positions, 1 distinct"),
+        ({"strategy": lambda pool, budget: {0, 1}}, "strategy: .* expected a list, a range, an array or a tensor"),
         ({"strategy": max}, "strategy: max has no signature; expected a function"),
         ({"strategy": lambda pool, budget: sys.exit(3)}, "strategy: <lambda> exits the process; raise an exception"),
         ({"params": {"x": 1}}, "params.x: unknown key; there are none|params.x: unknown key"),

@@ -227,7 +227,7 @@ def test_a_model_that_raises_in_training_is_a_failed_run(folder, capfd, model, l
 QUERIES = {
     "raise KeyError('boom')": "KeyError: 'boom'",
     "raise SystemExit(7)": "RuntimeError: the strategy raises SystemExit (status 7)",
-    "return None": "RuntimeError: the strategy returned NoneType None; expected a 1-D integer tensor",
+    "return None": "RuntimeError: the strategy returned NoneType None; expected a list, a range, an array or a tensor",
     "return [0.5] * budget": "RuntimeError: the strategy returned list [0.5, ",
     "return pool.candidates[:budget].double()": "RuntimeError: the strategy returned Tensor torch.float64 (10,); ",
     "return pool.candidates[:budget] > 0": "RuntimeError: the strategy returned Tensor torch.bool (10,); ",

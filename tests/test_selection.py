@@ -291,7 +291,7 @@ def test_too_few_repeated_or_labeled_positions_of_a_strategy_raise(batch):
 
 @pytest.mark.parametrize("batch", [[1, 2, 3], torch.tensor([1.2, 2.0, 3.0]), torch.tensor([[1, 2, 3]])])
 def test_batch_that_is_not_a_1d_integer_tensor_raises(batch):
-    with pytest.raises(RuntimeError, match="expected a 1-D integer tensor"):
+    with pytest.raises(RuntimeError, match="expected a list, a range, an array or a tensor .b. of integers"):
         validate_batch(batch, torch.tensor([1, 2, 3]), 3)
 
 

@@ -14,10 +14,12 @@ class StrategyInfo:
     Attributes:
         description: which samples the strategy selects, and where it was published.
         params: the default of each parameter, by name.
+        param_descriptions: what each parameter means, by name; empty for a parameter without a description.
     """
 
     description: str
     params: Mapping[str, Any]
+    param_descriptions: Mapping[str, str]
 
 
 def strategies() -> dict[str, StrategyInfo]:
@@ -31,6 +33,7 @@ def strategies() -> dict[str, StrategyInfo]:
         name: StrategyInfo(
             description,
             {key: field.get_default(call_default_factory=True) for key, field in params.model_fields.items()},
+            {key: field.description or "" for key, field in params.model_fields.items()},
         )
         for name, (description, params) in described.items()
     }

@@ -302,7 +302,7 @@ def _rephrase_numerical_error(message: str) -> str:
     """Return the message of a failed computation as an error of an argument."""
     if message.startswith(("strategy.", "engine.")):
         return message
-    return f"model: {message.removesuffix('; lower training.learning_rate')}"
+    return f"model: {message.replace('lower training.learning_rate', 'check its parameters and inputs')}"
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The result of ``fishermask.select``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ SHOWN = 10
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The batch that a strategy selected, in the order of choice.
+    """The batch that a strategy selected, in the order of choice. Iteration yields the positions as integers.
 
     Attributes:
         positions: positions in the pool, int64 [budget]. They index tensors, NumPy arrays and data sets.
@@ -39,6 +39,9 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.positions.tolist())
 
     def to_frame(self) -> "pd.DataFrame":
         """Return a table with one row for each pick: ``position``, and ``gain`` where the strategy has gains."""

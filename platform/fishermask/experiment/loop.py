@@ -216,7 +216,10 @@ def validate_batch(batch: Tensor, candidates: Tensor, size: int) -> Tensor:
     """
     if not isinstance(batch, Tensor) or batch.dim() != 1 or batch.dtype not in INTEGERS:
         kind = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else short(batch)
-        raise RuntimeError(f"the strategy returned {type(batch).__name__} {kind}; expected a 1-D integer tensor")
+        raise RuntimeError(
+            f"the strategy returned {type(batch).__name__} {kind}; expected a list, a range, an array or a tensor [b] "
+            "of integers"
+        )
     batch = batch.cpu().long()
     if len(batch) != size or len(batch.unique()) != size or not torch.isin(batch, candidates).all():
         raise RuntimeError(

@@ -61,7 +61,12 @@ class Engine:
 class Pool:
     """The pool in one round, with the model trained on the images labeled so far.
 
+    Your own strategy may use ``candidates``, ``labeled``, ``labels``, ``generator``, ``model``, ``size``, ``notes``,
+    ``note()`` and ``probabilities()``. The other attributes and methods are for the strategies of fishermask, and may
+    change in any release.
+
     Attributes:
+        size: number of images in the pool, n.
         candidates: positions that may be queried, ascending, [n - n_L].
         labeled: positions that are labeled, in the order of labeling, [n_L].
         labels: labels of the labeled positions, [n_L].

@@ -4,7 +4,7 @@ A strategy is a module with
 
 * a docstring, whose first line says which samples the strategy chooses, and where the strategy was published;
 * ``query(pool, budget, params)`` or ``query(pool, budget)``: returns the positions of ``budget`` distinct candidates in
-  the order of choice, as a tensor, a NumPy array or a list of integers;
+  the order of choice, as a tensor, a NumPy array, a list or a range of integers;
 * ``class Params(StrategyParams)``, if the strategy has parameters;
 * ``check(params, model, images)``, if a query does more than predict the pool, or if some models are not supported. It
   raises ``InputError`` if the model or the parameters are not supported. It returns the workload, from which memory and
@@ -189,4 +189,4 @@ def _num_arguments(function: Callable[..., Any]) -> int:
 def _holds_integers(positions: object) -> bool:
     if isinstance(positions, np.ndarray):
         return np.issubdtype(positions.dtype, np.integer)
-    return isinstance(positions, list | tuple) and all(isinstance(p, int | np.integer) for p in positions)
+    return isinstance(positions, list | tuple | range) and all(isinstance(p, int | np.integer) for p in positions)

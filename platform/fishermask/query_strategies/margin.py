@@ -4,10 +4,12 @@ from torch import Tensor
 
 from fishermask.config import Config
 from fishermask.pool.pool import Pool
+from fishermask.tensors.confidence import other_probability, sort_by_confidence
 
 
 def query(pool: Pool, budget: int, params: Config) -> Tensor:
-    """Return the positions of the ``budget`` candidates with the smallest margin; ties go to the lowest position."""
-    top = pool.probabilities().topk(2).values
-    order = (top[:, 0] - top[:, 1]).sort(stable=True).indices
-    return pool.candidates[order[:budget]]
+    """Return the positions of the ``budget`` candidates with the smallest margin, ties by position."""
+    probabilities = pool.probabilities()
+    top = probabilities.topk(2).values
+    doubt = other_probability(probabilities) + top[:, 1]
+    return pool.candidates[sort_by_confidence(top[:, 0] - top[:, 1], doubt)[:budget]]

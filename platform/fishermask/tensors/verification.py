@@ -60,11 +60,19 @@ def check_logits(model: nn.Module, logits: Any, count: int) -> None:
     """Raise ``InputError`` if ``logits`` are not finite floating-point numbers [count, C]."""
     name = type(model).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
-        raise InputError(f"model: {name} must return logits [{count}, C], a row per image and a column per class")
+        got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        if isinstance(logits, Mapping):
+            got += f" with the keys {', '.join(map(str, logits))}"
+        raise InputError(
+            f"model: {name} must return logits [{count}, C], a row per image and a column per class, and returned "
+            f"{got}; wrap it in a module whose forward returns the logits"
+        )
     if not logits.is_floating_point():
         raise InputError(f"model: {name} must return floating-point logits, got {logits.dtype}")
     if not logits.isfinite().all():
-        raise InputError(f"model: {name} returns logits that are not finite in eval mode")
+        raise InputError(
+            f"model: {name} returns logits that are not finite in eval mode; check its parameters and inputs"
+        )
 
 
 def refuse_mixing(model: nn.Module, batches: Sequence[Batch]) -> None:

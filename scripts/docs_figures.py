@@ -17,7 +17,7 @@ from PIL import Image
 
 from fishermask import cli, query_strategies
 from fishermask.results import curves, report
-from fishermask.results.tables import read_rounds, summarize
+from fishermask.results.tables import read_rounds
 from fishermask.sweeps import sweep_file
 from fishermask.sweeps.sweep_file import Sweep
 
@@ -49,7 +49,7 @@ def write_figures(sweep: Sweep, docs: Path) -> None:
     table, unfinished = read_rounds(sweep.folder)
     if unfinished:
         raise SystemExit(f"docs_figures: {unfinished[0].name} is not finished; run the sweep again")
-    text = report.format_page(report.Report(summarize(table), unfinished), table, sweep.config.name, picture.name)
+    text = report.format_page(report.create(sweep.folder, table, unfinished), table, sweep.config.name, picture.name)
     page.write_text(text, encoding="utf-8")
     metadata = {TABLE_KEY: hashlib.sha256(text.encode()).hexdigest(), SETTINGS_KEY: settings_hash(sweep)}
     curves.save(curves.draw(table, "balanced_accuracy", sweep.config.name), picture, metadata)

@@ -775,10 +775,28 @@ MUTANTS = [
     ),
     Mutant(
         "results/files.py",
-        'if provenance.pool not in ("", pool):',
-        "if False:",
+        'if recorded not in ("", pool) and',
+        "if False and",
         "a run goes on with other images",
         "results",
+    ),
+    Mutant("results/report.py", "name not in grid", "name in grid", "runs in the grid count as others", "results"),
+    Mutant(
+        "results/provenance.py",
+        "dict.fromkeys(repr(i.get(key)) for i in run)",
+        "[repr(run[0].get(key))] * len(run)",
+        "each round counts as a run with a value",
+        "results",
+    ),
+    Mutant(
+        "results/provenance.py",
+        "if len(counts) > 1:",
+        "if len(counts) > 2:",
+        "two settings in one table have no note",
+        "results",
+    ),
+    Mutant(
+        "results/curves.py", "    if all(cells):", "    if any(cells):", "unfinished curves have no mark", "results"
     ),
     Mutant("results/tables.py", "(gain > 0).sum()", "(gain >= 0).sum()", "ties count as wins", "records results"),
     Mutant(
@@ -830,6 +848,17 @@ MUTANTS = [
     ),
     Mutant("sweeps/sweep_file.py", 'key != "seed"', 'key == "seed"', "the seed varies fastest", "plan"),
     Mutant(
+        "sweeps/runner.py", "    check_pools(sweep)", "    pass", "other pools are noticed after files changed", "plan"
+    ),
+    Mutant("sweeps/folder_check.py", "if not dry_run:", "if dry_run:", "a dry run is refused by the lock", "plan"),
+    Mutant(
+        "sweeps/sweep_file.py",
+        "name.casefold()] = Run(",
+        "name] = Run(",
+        "run names may differ only in case",
+        "plan",
+    ),
+    Mutant(
         "sweeps/folder_check.py",
         "if differences and same_settings and",
         "if",
@@ -875,7 +904,7 @@ MUTANTS = [
         "sweep cli",
     ),
     Mutant(
-        "sweeps/runner.py",
+        "sweeps/folder_check.py",
         "classes[label] for label",
         "classes[0] for label",
         "the file of a pool has wrong classes",
@@ -955,8 +984,8 @@ MUTANTS = [
     Mutant("cli.py", " = 1, 2", " = 1, 1", "bad input ends in exit status 1", "cli"),
     Mutant(
         "cli.py",
-        "_print_report(folder, metric, console)",
-        '_print_report(folder, "balanced_accuracy", console)',
+        "_print_report(folder, metric, console, ",
+        '_print_report(folder, "balanced_accuracy", console, ',
         "report ignores --metric",
         "records cli",
     ),

@@ -1,18 +1,22 @@
 """Sweep files: the runs that they describe, and the messages about invalid files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
-from running import run_in_process
+from running import QUIET, run_in_process
 
-from fishermask import environment, query_strategies
+from fishermask import cli, environment, query_strategies
 from fishermask.config import ExperimentConfig, StrategyConfig, parse
 from fishermask.errors import InputError
 from fishermask.experiment import identity
 from fishermask.experiment.identity import identify
 from fishermask.experiment.inputs import load_pool, prepare_inputs
-from fishermask.sweeps import sweep_file
+from fishermask.planning.estimates import Estimate
+from fishermask.planning.placement import this_machine
+from fishermask.results.files import locked
+from fishermask.sweeps import runner, sweep_file
 from fishermask.sweeps.folder_check import check_folder
 
 ROOT = Path(__file__).parent.parent
@@ -236,6 +240,70 @@ def test_each_pool_is_drawn_once_for_all_runs_from_check_to_last_round(tmp_path)
     assert len(list((sweep.folder / "pools").iterdir())) == 2
 
 
+STEP = {
+    "imbalance": {"kind": "step", "ratio": 4, "rare": 5},
+    "budget": {"initial": 10, "query": 10, "total": 20},
+    "model": {"name": "mlp", "params": {"width": 4}},
+    "training": {"max_epochs": 1},
+    "strategy": "random",
+}
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("num_rounds", [1, 2])
+def test_refused_continuation_with_another_pool_leaves_the_folder_as_it_was(tmp_path, capsys, num_rounds):
+    sweep = make_sweep(tmp_path, base=STEP, grid={"seed": [0, 1]})
+    run_in_process(sweep)
+    last = sweep.runs[1].folder
+    last.rounds.write_text("".join(last.rounds.read_text().splitlines(keepends=True)[:num_rounds]))
+    last.journal.append("1", [["a", 1]])
+    before = contents(sweep.folder)
+    command = ["sweep", str(tmp_path / "s.yaml")]
+    for option in ("--dry-run", "--continue-anyway"):
+        changed = [*command, "imbalance.ratio=2", "seed=[1,0,2]", "--continue-anyway", option]
+        assert cli.main(changed) == 2
+        assert "data: the pool differs from pools/" in capsys.readouterr().err
+        assert contents(sweep.folder) == before
+    assert cli.main([*command, "--dry-run"]) == 0
+
+
+def test_settings_of_the_folder_are_replaced_after_all_runs_are_accepted(tmp_path, monkeypatch):
+    sweep = make_sweep(tmp_path, base=STEP, grid={"seed": [0]})
+    runner.create_folders(sweep, [(run, []) for run in sweep.runs])
+    before = (sweep.folder / "config.yaml").read_bytes()
+    more = make_sweep(tmp_path, base=STEP, grid={"seed": [0, 1]})
+    (sweep.folder / "runs/random-seed=1").write_text("a file in place of the run's folder")
+    with pytest.raises(InputError, match="output: cannot write to "):
+        runner.create_folders(more, [(run, []) for run in more.runs])
+    assert (sweep.folder / "config.yaml").read_bytes() == before
+
+
+def test_time_of_a_strategy_is_that_of_its_longest_query_and_the_total_counts_all_queries(tmp_path):
+    sweep = make_sweep(tmp_path, base=STEP | {"strategy": "margin"}, grid={"seed": [0, 1]})
+    first, second = runner.plan_sweep(sweep, this_machine(), QUIET, True).values()
+    larger = Estimate({"embeddings": 1e9}, "embed the pool")
+    plans = {
+        "a": replace(first, query=replace(first.query, seconds=20.0, coordinator=larger)),
+        "b": replace(second, query=replace(second.query, seconds=60.0)),
+    }
+    *_pools, line, total = runner.describe_plans(plans)
+    assert line.startswith("margin: about 60 s per query, peak memory 1.00 GB")
+    assert total == "all queries of all runs: about 80 s if no runs are concurrent"
+
+
+def test_folder_in_use_is_refused_before_anything_is_checked_except_in_a_dry_run(tmp_path):
+    sweep = make_sweep(tmp_path, base=BASE, grid={"seed": [0]})
+    begin(sweep)
+    with locked(sweep.folder):
+        with pytest.raises(InputError, match="another process is writing to"):
+            check_folder(sweep)
+        assert check_folder(sweep, dry_run=True) == []
+    assert check_folder(sweep) == []
+
+
 def test_run_folder_name_depends_on_settings_only(tmp_path, monkeypatch):
     def name(**base):
         config = sweep_file.SweepConfig(name="s", base=BASE | base, output=str(tmp_path))
@@ -264,6 +332,13 @@ def test_run_folder_name_depends_on_settings_only(tmp_path, monkeypatch):
 def test_labels_that_collide_are_refused(tmp_path, strategies, message):
     with pytest.raises(InputError, match=f"^strategy.label: {message}"):
         make_sweep(tmp_path, grid={"strategy": strategies})
+
+
+def test_run_names_that_differ_only_in_case_are_refused(tmp_path):
+    """Some file systems ignore case, and would give both runs one folder."""
+    labels = [{"name": "bait", "label": label, "params": {"damping": d}} for label, d in (("Ours", 1.0), ("ours", 2.0))]
+    with pytest.raises(InputError, match="grid: the run names Ours-seed=0 and ours-seed=0 differ only in upper and"):
+        make_sweep(tmp_path, grid={"strategy": labels, "seed": [0]})
 
 
 def test_settings_with_the_same_last_part_have_their_full_paths_in_run_names(tmp_path):

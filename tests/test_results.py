@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import fishermask
-from fishermask.config import ExperimentConfig, StrategyConfig, parse
+from fishermask.config import ExperimentConfig, StrategyConfig, hash_json, parse
 from fishermask.errors import InputError
 from fishermask.results import curves, report
 from fishermask.results.files import (
@@ -127,6 +127,57 @@ def test_unfinished_runs_do_not_count_in_the_summary_and_the_page_lists_them(swe
 def test_report_notes_different_numbers_of_seeds(sweep):
     page = report.format_notes(report.write(sweep))
     assert "Cells have different numbers of seeds (1 to 2)." in page
+
+
+def add_identified_run(sweep, seed, epochs=3, version="0.1.0", device="cpu", strategy="random", accuracies=(0.2, 0.4)):
+    """Add a run whose rounds record their identity."""
+    settings = {"training": {"max_epochs": epochs}, "seed": seed, "strategy": {"name": strategy}}
+    identity = {"fishermask": version, "code": {"strategy.name": strategy}, "device": {"trial": device}}
+    identity |= {"threads": 1, "settings": settings}
+    run = add_run(sweep, strategy, seed, ())
+    run.create(run.config(), identity, "p.csv")
+    for index, accuracy in enumerate(accuracies):
+        run.append(make_result(index, accuracy) | {"identity": hash_json(identity)})
+
+
+def test_report_notes_runs_with_different_settings_versions_and_devices(tmp_path):
+    folder = make_sweep(tmp_path / "s")
+    for seed in range(6):
+        add_identified_run(folder, seed, strategy=("margin", "random")[seed % 2])
+    assert not any("different s" in note for note in report.format_notes(report.write(folder)))
+    for seed in (6, 7):
+        add_identified_run(folder, seed, epochs=40)
+    expected = (
+        "The runs have different settings: training.max_epochs is 3 in 6 runs and 40 in 2 runs (column config_hash)."
+    )
+    assert expected in report.format_notes(report.write(folder))
+    assert expected in (folder / "summary.md").read_text()
+    add_identified_run(folder, 8, version="0.2.0", device="cuda")
+    assert (
+        "The runs have different software or devices: fishermask is '0.1.0' in 8 runs and '0.2.0' in 1 run; "
+        "device.trial is 'cpu' in 8 runs and 'cuda' in 1 run (provenance.json of each run)."
+    ) in report.format_notes(report.write(folder))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "s", "grid": {"training.max_epochs": [], "seed": []}}))
+    assert not any("different settings" in note for note in report.format_notes(report.write(folder)))
+
+
+def test_report_notes_runs_outside_the_current_grid(sweep):
+    grid = {"run-00", "run-01", "run-02", "run-05", "another"}
+    note = "2 of 6 runs in the folder are not in the current grid; the tables include them."
+    assert note in report.format_notes(report.write(sweep, grid=grid))
+    assert note in (sweep / "summary.md").read_text()
+    for names in (None, {folder.path.name for folder in run_folders(sweep)}):
+        assert "current grid" not in " ".join(report.format_notes(report.write(sweep, grid=names)))
+
+
+def test_report_notes_capped_training_and_a_missing_baseline(tmp_path):
+    folder = make_sweep(tmp_path / "s")
+    add_run(folder, "margin")
+    notes = report.format_notes(report.write(folder))
+    assert "Training ended at training.max_epochs in 2 of 3 rounds." in notes
+    assert "The gain needs runs of the strategy random." in notes
+    add_run(folder, "random")
+    assert not any("The gain" in note for note in report.format_notes(report.write(folder)))
 
 
 def test_baseline_is_the_strategy_random_whatever_the_labels(tmp_path):
@@ -255,6 +306,37 @@ def test_curves_leave_out_unfinished_runs_where_the_cell_has_finished_ones(sweep
     lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
     assert lines["margin"] == pytest.approx([0.2, 0.3, 0.7])
     assert lines["bait"] == pytest.approx([0.5, 0.7])
+
+
+def test_legend_marks_strategies_without_a_finished_run_and_the_title_counts_the_drawn_seeds(sweep):
+    ratios = [{"imbalance": {"kind": "step", "ratio": ratio}} for ratio in (1, 20)]
+    for ratio in ratios:
+        add_run(sweep, "bait", 0, (0.5, 0.7), **ratio)
+    add_run(sweep, "entropy", 0, (0.5, 0.7), **ratios[0])
+    add_run(sweep, "entropy", 0, **ratios[1])
+    add_run(sweep, "margin", 5, (0.5,), **ratios[0])
+    figure = curves.draw(read_rounds(sweep)[0], "accuracy", "s")
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["bait (unfinished)", "entropy (unfinished in some panels)", "margin", "random"]
+    assert "mean over 1 to 2 seeds" in figure.get_suptitle()
+
+
+def test_seeds_in_the_title_are_those_of_the_drawn_points(tmp_path, monkeypatch):
+    folder = make_sweep(tmp_path / "s", ["imbalance.ratio"])
+    for ratio, seeds in ((1, 2), (20, 3)):
+        for seed in range(seeds):
+            add_run(folder, "bait", seed, (0.5,) * (1 + seed), imbalance={"kind": "step", "ratio": ratio})
+    monkeypatch.setattr(curves, "MAX_PANELS", 1)
+    figure = curves.draw(read_rounds(folder)[0], "accuracy", "s")
+    assert "mean over 1 to 2 seeds" in figure.get_suptitle()
+
+
+def test_ticks_of_the_axis_of_labels_are_integers():
+    table = make_picture_table({"margin": "margin"})
+    for labels in ([10, 20, 30], [5, 15], [100, 150, 200, 250], [1, 2]):
+        rows = table.iloc[: len(labels)] if len(labels) < 4 else pd.concat([table, table.iloc[:1]])
+        figure = curves.draw(rows.assign(labels=labels, round=range(len(labels))), "accuracy", "s")
+        assert all(tick == round(tick) for tick in figure.axes[0].get_xticks())
 
 
 def make_picture_table(strategies, panels=1):

@@ -246,7 +246,7 @@ def sweep_command(console: Console, file: Path, settings: tuple[str, ...], dry_r
                     missing_data = f"{data.name} is not in {data.root}"
                     console.print(f"data.download: {missing_data}; a sweep downloads it, and then checks the runs")
             else:
-                plans = runner.plan_sweep(sweep, nodes, console, continue_anyway=continue_anyway)
+                plans = runner.plan_sweep(sweep, nodes, console, False, continue_anyway, dry_run)
             unfinished = runner.unfinished_runs(sweep)
         for line in runner.describe_plans(plans):
             console.print(line)
@@ -260,7 +260,7 @@ def sweep_command(console: Console, file: Path, settings: tuple[str, ...], dry_r
                 console.print(f"  {'missing ' if run.name in unfinished_names else 'finished'}  {run.name}")
             return 0
         if not unfinished:
-            return _print_report(sweep.folder, "balanced_accuracy", console)
+            return _print_report(sweep.folder, "balanced_accuracy", console, {run.name for run in sweep.runs})
         from fishermask.sweeps import tune_runner
 
         _connect(stack, nodes)
@@ -275,7 +275,9 @@ def report_command(console: Console, folder: Path, metric: str) -> int:
     """Write the tables, curves and summary.md of the sweep in DIR (results/NAME) again."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the folder of a sweep's results, such as results/NAME")
-    return _print_report(folder, metric, console)
+    from fishermask.sweeps import sweep_file
+
+    return _print_report(folder, metric, console, sweep_file.run_names(folder))
 
 
 def _add_listing(name: str, text: str) -> None:
@@ -343,7 +345,7 @@ def _run_and_report(sweep: "Sweep", work: "Callable[[], Recorder]", console: Con
         return reason.status
     status = 0
     if any(folder for run in sweep.runs if (folder := run.folder.history())):
-        status = _print_report(sweep.folder, "balanced_accuracy", console)
+        status = _print_report(sweep.folder, "balanced_accuracy", console, {run.name for run in sweep.runs})
     for name, error in recorder.failed.items():
         log = next(run.folder.error for run in sweep.runs if run.name == name)
         print(f"fishermask: {name} failed: {error}\n  log: {log}", file=sys.stderr)
@@ -351,12 +353,12 @@ def _run_and_report(sweep: "Sweep", work: "Callable[[], Recorder]", console: Con
     return status
 
 
-def _print_report(folder: Path, metric: str, console: Console) -> int:
+def _print_report(folder: Path, metric: str, console: Console, grid: set[str] | None) -> int:
     """Write the report of a sweep's folder, and print its summary and the paths of its files."""
     from fishermask.results import report
 
     with _check_input(str(folder)):
-        sweep_report = report.write(folder, metric)
+        sweep_report = report.write(folder, metric, grid)
         header, rows = report.format_brief_summary(sweep_report.summary)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):

@@ -173,7 +173,7 @@ def _execute(sweep: Sweep, in_process: bool, progress: bool, continue_anyway: bo
 
                 recorder = tune_runner.run_on_ray(sweep, plans, cluster, console)
     if any(run.folder.history() for run in sweep.runs):
-        report.write(sweep.folder)
+        report.write(sweep.folder, grid={run.name for run in sweep.runs})
     return Results(sweep.folder, dict(recorder.failed))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from typing import Any
 
 from fishermask import query_strategies
-from fishermask.config import ExperimentConfig, ResourcesConfig
+from fishermask.config import ExperimentConfig, ResourcesConfig, flatten
 from fishermask.environment import loaded_version
 from fishermask.guard import guarded, short
 from fishermask.paths import require_file
@@ -74,11 +74,3 @@ def describe_differences(recorded: Identity, current: Identity, ignored: Collect
         else:
             phrases.append(f"{path} is {short(values[0])} in the folder, {short(values[1])} here")
     return phrases
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested dictionaries by dotted path."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -10,6 +10,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fishermask.results.files import write_atomically
 from fishermask.results.tables import (
@@ -64,7 +65,8 @@ def strategy_styles(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
 def draw(table: pd.DataFrame, metric: str, title: str) -> Figure:
     """Return the figure: lines are means over seeds, bands are one standard deviation to each side.
 
-    The curves show finished runs. For a strategy and settings without a finished run, they show all its runs.
+    The curves show finished runs. For a strategy and settings without a finished run, they show all its runs, and the
+    legend says so.
     """
     styles = strategy_styles(table)
     table = rounds_to_show(table)
@@ -86,10 +88,13 @@ def draw(table: pd.DataFrame, metric: str, title: str) -> Figure:
         axis.remove()
     for axis in axes[: len(panels) : columns]:
         axis.set_ylabel(METRICS[metric])
-    seeds = table.groupby([*settings, "strategy"], dropna=False)["seed"].nunique()
+    drawn = pd.concat([panel for _, panel in panels])
+    seeds = drawn.groupby([*settings, "strategy", "labels"], dropna=False)["seed"].nunique()
+    finished = drawn.groupby([*settings, "strategy"], dropna=False)["finished"].any().groupby(level="strategy")
+    suffixes = {label: _describe_finished(cells.tolist()) for label, cells in finished}
     lines = [_wrap(title, width, 11), _describe_bands(seeds), *_describe_omitted(omitted)]
     figure.suptitle("\n".join(lines), fontsize=11)
-    _add_legend(figure, axes[: len(panels)], list(styles))
+    _add_legend(figure, axes[: len(panels)], {label: label + suffixes.get(label, "") for label in styles})
     return figure
 
 
@@ -104,6 +109,7 @@ def _draw_panel(axis: Axes, panel: pd.DataFrame, metric: str, styles: dict[str, 
         lower, upper = curve["mean"] - deviation, curve["mean"] + deviation
         axis.fill_between(curve.index, lower, upper, color=styles[label]["color"], alpha=0.12, linewidth=0)
     axis.set_xlabel("number of labels")
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -115,17 +121,32 @@ def _describe_bands(seeds: "pd.Series[int]") -> str:
     return f"mean over {count} seeds, band: ± 1 standard deviation"
 
 
+def _describe_finished(cells: list[bool]) -> str:
+    """Return the mark of a strategy in the legend.
+
+    Args:
+        cells: for each panel, whether a run of the strategy is finished.
+    """
+    if all(cells):
+        return ""
+    return " (unfinished in some panels)" if any(cells) else " (unfinished)"
+
+
 def _describe_omitted(panels: int) -> list[str]:
     return [f"{panels} more combinations of settings are not drawn"] if panels > 0 else []
 
 
-def _add_legend(figure: Figure, axes: Any, labels: list[str]) -> None:
-    """Put a legend below the panels, with as many columns as fit into the figure."""
+def _add_legend(figure: Figure, axes: Any, names: dict[str, str]) -> None:
+    """Put a legend below the panels, with as many columns as fit into the figure.
+
+    Args:
+        names: text of each label.
+    """
     lines: dict[str, Artist] = {}
     for axis in axes:
         lines |= {line.get_label(): line for line in axis.get_lines()}
-    labels = [label for label in labels if label in lines]
-    texts = [_wrap(label, figure.get_figwidth() - 1, 9) for label in labels]
+    labels = [label for label in names if label in lines]
+    texts = [_wrap(names[label], figure.get_figwidth() - 1, 9) for label in labels]
     for columns in range(min(5, len(labels)), 0, -1):
         legend = figure.legend(
             [lines[label] for label in labels],

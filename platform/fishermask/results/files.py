@@ -60,6 +60,13 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def check_unlocked(folder: Path) -> None:
+    """Raise ``InputError`` if another process holds the lock of a sweep's folder."""
+    if (folder / ".lock").exists():
+        with locked(folder):
+            pass
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Convert a disk error in the block to an ``InputError``.
@@ -154,6 +161,29 @@ def make_folder(path: Path) -> None:
         raise InputError(f"output: cannot write to {path} ({error.strerror}); choose another with output=DIR") from None
 
 
+class _HashWriter:
+    """A text file that keeps only the hash of its content."""
+
+    def __init__(self) -> None:
+        self.hash = hashlib.sha256()
+
+    def write(self, text: str) -> None:
+        self.hash.update(text.encode())
+
+
+def _write_images(file: Any, images: Iterable[tuple[str, str]]) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["id", "class"])
+    writer.writerows(images)
+
+
+def pool_name(images: Iterable[tuple[str, str]]) -> str:
+    """Return the name of the file of a pool, a hash of its content, without writing it."""
+    writer = _HashWriter()
+    _write_images(writer, images)
+    return f"{writer.hash.hexdigest()[:16]}.csv"
+
+
 def write_pool(sweep: Path, images: Iterable[tuple[str, str]]) -> str:
     """Write the id and class of each image of a pool to the sweep's folder ``pools``; return the file's name.
 
@@ -168,9 +198,7 @@ def write_pool(sweep: Path, images: Iterable[tuple[str, str]]) -> str:
     with writing(partial):
         try:
             with partial.open("w", encoding="utf-8", newline="") as table:
-                writer = csv.writer(table, lineterminator="\n")
-                writer.writerow(["id", "class"])
-                writer.writerows(images)
+                _write_images(table, images)
             with partial.open("rb") as content:
                 path = folder / f"{hashlib.file_digest(content, 'sha256').hexdigest()[:16]}.csv"
             partial.replace(path)
@@ -208,6 +236,15 @@ class RunFolder:
         except (ValueError, OSError, RecursionError) as error:
             raise InputError(f"{path}: is damaged ({one_line(str(error))}); move the run's folder away") from None
 
+    def check_pool(self, pool: str) -> None:
+        """Raise ``InputError`` if the rounds in the folder were computed with another pool than ``pool``."""
+        recorded = self.provenance().pool
+        if recorded not in ("", pool) and self.rounds.exists():
+            raise InputError(
+                f"data: the pool differs from pools/{recorded}, with which {self.path} was begun; restore the data, or "
+                "choose another name=NAME"
+            )
+
     def create(self, config: ExperimentConfig, identity: dict[str, Any], pool: str) -> None:
         """Create the folder of a run, or prepare it for more rounds of the run that it holds.
 
@@ -218,17 +255,13 @@ class RunFolder:
         Raises:
             InputError: the rounds in the folder were computed with another pool.
         """
+        self.check_pool(pool)
         make_folder(self.path)
         provenance = self.provenance()
         if provenance.identity != identity:
             self.journal.path.unlink(missing_ok=True)  # its picks belong to another identity
         if not self.rounds.exists():
             provenance = Provenance()
-        if provenance.pool not in ("", pool):
-            raise InputError(
-                f"data: the pool differs from pools/{provenance.pool}, with which {self.path} was begun; restore the "
-                "data, or choose another name=NAME"
-            )
         provenance = replace(provenance.with_identity(identity), pool=pool)
         write_atomically(self.path / "provenance.json", provenance.to_json())
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))

@@ -1,10 +1,13 @@
 """How the rounds of a run were computed: its pool, its identities and the environments of its processes."""
 
 import json
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from fishermask.config import hash_json
+from fishermask.config import flatten, hash_json
+from fishermask.guard import one_line
 
 COLUMNS = ("fishermask", "torch", "ray", "python", "device", "cpu", "cpu_capability", "git_commit")
 """Values of an environment that become columns of the table of rounds."""
@@ -68,3 +71,29 @@ class Provenance:
             row["config_hash"] = None if settings is None else hash_json(settings)
             rows.append(row | {"continued": result.get("identity") != first})
         return rows
+
+
+def describe_mixed_runs(runs: Iterable[list[dict[str, Any]]], ignored: Collection[str]) -> dict[str, list[str]]:
+    """Return a phrase for each value that is not the same in all runs, by section of the identity.
+
+    Args:
+        runs: for each run, the identities of its rounds.
+        ignored: dotted paths of settings that may differ.
+    """
+    flat_runs = [[flatten(identity) for identity in identities] for identities in runs if identities]
+    phrases: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for run in flat_runs for identity in run for key in identity):
+        section, _, path = key.partition(".")
+        if any(path == parent or path.startswith(f"{parent}.") for parent in ignored):
+            continue
+        counts = Counter(value for run in flat_runs for value in dict.fromkeys(repr(i.get(key)) for i in run))
+        if len(counts) > 1:
+            name = path if section == "settings" else key
+            *first, last = (f"{one_line(text, 60)} in {count_runs(number)}" for text, number in counts.most_common())
+            phrases.setdefault(section, []).append(f"{name} is {', '.join(first)} and {last}")
+    return phrases
+
+
+def count_runs(number: int) -> str:
+    """Return ``1 run`` or ``2 runs``."""
+    return f"{number} run" if number == 1 else f"{number} runs"

@@ -1,15 +1,17 @@
 """The report of a sweep: results.parquet, results.csv, curves.png and summary.md."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
 from fishermask.results import curves
-from fishermask.results.files import write_atomically
+from fishermask.results.files import RunFolder, run_folders, write_atomically
+from fishermask.results.provenance import count_runs, describe_mixed_runs
 from fishermask.results.tables import (
+    BASELINE,
     METRICS,
     UnfinishedRun,
     describe_settings,
@@ -20,8 +22,11 @@ from fishermask.results.tables import (
     setting_columns,
     short_names,
     summarize,
+    varied_settings,
 )
 
+MAX_DIFFERENCES = 5
+"""Maximum number of values that the note on runs with different settings lists."""
 MIN_SEEDS = 5
 """With fewer seeds, the report notes that they are too few."""
 NO_VALUE = "–"
@@ -47,13 +52,59 @@ class Report(NamedTuple):
     summary: pd.DataFrame
     """As ``tables.summarize`` returns it."""
     unfinished: list[UnfinishedRun]
+    notes: list[str]
+    """Sentences about the rounds in the tables."""
 
 
-def write(sweep: Path, metric: str = "balanced_accuracy") -> Report:
+def create(
+    sweep: Path, table: pd.DataFrame, unfinished: list[UnfinishedRun], grid: Collection[str] | None = None
+) -> Report:
+    """Return the report of the rounds that ``tables.read_rounds`` returned for ``sweep``.
+
+    Args:
+        grid: names of the runs in the current grid of the sweep; None if they are unknown.
+    """
+    names = [folder.path.name for folder in run_folders(sweep)]
+    notes = _mixed_runs(sweep, table)
+    if grid is not None and (others := sum(name not in grid for name in names)):
+        verb = "is" if others == 1 else "are"
+        notes.append(
+            f"{others} of {count_runs(len(names))} in the folder {verb} not in the current grid; the tables include "
+            "them."
+        )
+    if capped := int((table["ended_by"] == "cap").sum()):
+        notes.append(f"Training ended at training.max_epochs in {capped} of {len(table)} rounds.")
+    return Report(summarize(table), unfinished, notes)
+
+
+def _mixed_runs(sweep: Path, table: pd.DataFrame) -> list[str]:
+    """Return notes on values that are not the same in all runs, although the sweep does not vary them."""
+    if "identity" not in table:
+        return []
+    runs = []
+    for run, hashes in table.groupby("run")["identity"].unique().items():
+        recorded = RunFolder(sweep / "runs" / str(run)).provenance().identities
+        runs.append([recorded[name] for name in hashes if name in recorded])
+    phrases = describe_mixed_runs(runs, {*varied_settings(sweep), "strategy", "seed"})
+    notes = []
+    if settings := phrases.pop("settings", []):
+        notes.append(f"The runs have different settings: {_join(settings)} (column config_hash).")
+    if others := [phrase for section in phrases.values() for phrase in section]:
+        notes.append(f"The runs have different software or devices: {_join(others)} (provenance.json of each run).")
+    return notes
+
+
+def _join(phrases: list[str]) -> str:
+    more = len(phrases) - MAX_DIFFERENCES
+    return "; ".join(phrases[:MAX_DIFFERENCES] + ([f"{more} more"] if more > 0 else []))
+
+
+def write(sweep: Path, metric: str = "balanced_accuracy", grid: Collection[str] | None = None) -> Report:
     """Write the four files from the finished rounds of ``sweep``.
 
     Args:
         metric: metric of the curves.
+        grid: names of the runs in the current grid of the sweep; None if they are unknown.
 
     Raises:
         InputError: the folder holds no finished round, or cannot be written.
@@ -64,7 +115,7 @@ def write(sweep: Path, metric: str = "balanced_accuracy") -> Report:
     write_atomically(sweep / "results.parquet", buffer.getvalue())
     write_atomically(sweep / "results.csv", table.to_csv(index=False))
     curves.save(curves.draw(table, metric, sweep.name), sweep / "curves.png")
-    report = Report(summarize(table), unfinished)
+    report = create(sweep, table, unfinished, grid)
     write_atomically(sweep / "summary.md", format_page(report, table, sweep.name))
     return report
 
@@ -127,19 +178,18 @@ def _wins(summary: pd.DataFrame) -> list[str]:
 def format_notes(report: Report) -> list[str]:
     """Return sentences about the reliability of the numbers."""
     seeds = report.summary["seeds"]
-    notes = []
+    notes = list(report.notes)
     if report.unfinished:
-        notes.append(f"{_count(len(report.unfinished), 'run')} not finished; the table does not count them.")
+        verb = "is" if len(report.unfinished) == 1 else "are"
+        notes.append(f"{count_runs(len(report.unfinished))} {verb} not finished; the table does not count them.")
     if seeds.min() != seeds.max():
         notes.append(f"Cells have different numbers of seeds ({seeds.min()} to {seeds.max()}).")
     if seeds.min() < MIN_SEEDS:
         notes.append(f"Fewer than {MIN_SEEDS} seeds are a smoke test: they are no evidence for a difference.")
+    if BASELINE not in report.summary["strategy_name"].tolist():
+        notes.append(f"The gain needs runs of the strategy {BASELINE}.")
     notes.append("No significance test was made.")
     return notes
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun} is" if number == 1 else f"{number} {noun}s are"
 
 
 def format_page(report: Report, table: pd.DataFrame, name: str, picture: str = "curves.png") -> str:
@@ -160,10 +210,6 @@ def format_page(report: Report, table: pd.DataFrame, name: str, picture: str = "
         if settings:
             lines += ["", f"### {describe_settings(settings, values)}"]
         lines += ["", *_markdown_table(["strategy", *map(str, means.columns)], body)]
-    capped = int((table["ended_by"] == "cap").sum())
-    if capped:
-        lines += ["", f"Training ended at `training.max_epochs`, below the target accuracy, in {capped} of "]
-        lines[-1] += f"{len(table)} rounds."
     if "continued" in table and (continued := table[table["continued"]]["run"].nunique()):
         lines += ["", f"Runs that continued under another identity: {continued}; see `continued` in results.csv."]
     if report.unfinished:

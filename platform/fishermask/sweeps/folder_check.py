@@ -2,12 +2,15 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from fishermask.config import parse
+from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
 from fishermask.experiment.identity import describe_differences, identify
+from fishermask.experiment.inputs import load_pool
 from fishermask.guard import guarded
+from fishermask.results.files import check_unlocked, pool_name
 from fishermask.sweeps.sweep_file import Run, Sweep, SweepConfig, expand
 from fishermask.yaml_files import read_yaml
 
@@ -15,19 +18,23 @@ MAX_DIFFERENCES = 5
 """Maximum number of differing values that a message lists."""
 
 
-def check_folder(sweep: Sweep, continue_anyway: bool = False) -> list[str]:
+def check_folder(sweep: Sweep, continue_anyway: bool = False, dry_run: bool = False) -> list[str]:
     """Check that the folder of ``sweep`` is empty or holds results of the same sweep; return notes for the user.
 
     Two sweeps are the same if they have the same base and vary the same paths. The values of a path may differ.
 
     Args:
         continue_anyway: whether runs whose rounds have another identity may be continued.
+        dry_run: whether another process may be writing to the folder.
 
     Raises:
-        InputError: the folder cannot be written to, holds something else, or holds rounds of another identity.
+        InputError: the folder cannot be written to, is in use by another process, holds something else, or holds
+            rounds of another identity.
     """
     with guarded("output", f"{sweep.folder} cannot be used"):
         _check_writable(sweep.folder)
+        if not dry_run:
+            check_unlocked(sweep.folder)
         path = sweep.folder / "config.yaml"
         if not os.path.lexists(path):
             if sweep.folder.exists() and any(file.name != ".lock" for file in sweep.folder.iterdir()):
@@ -43,6 +50,33 @@ def check_folder(sweep: Sweep, continue_anyway: bool = False) -> list[str]:
                 f"{', '.join(stored.grid) or 'nothing'}; choose another name=NAME, or move it away"
             )
         return _check_identities(sweep, stored, continue_anyway)
+
+
+def check_pools(sweep: Sweep) -> None:
+    """Check that the data of each run with rounds still give the pool of its rounds.
+
+    Raises:
+        InputError: a pool differs.
+    """
+    names: dict[str, str] = {}
+    for run in sweep.runs:
+        if run.folder.rounds.exists():
+            key = pool_key(run.config)
+            if key not in names:
+                names[key] = pool_name(pool_images(run.config))
+            run.folder.check_pool(names[key])
+
+
+def pool_key(config: ExperimentConfig) -> str:
+    """Return a text that is equal for runs with the same pool."""
+    return config.model_dump_json(include={"data", "imbalance", "seed"})
+
+
+def pool_images(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
+    """Return the id and class of each image in the pool of a run."""
+    data = load_pool(config.data, config.imbalance, config.seed)
+    classes = (data.classes[label] for label in data.train.label_numbers())
+    return zip(data.train.ids, classes, strict=True)
 
 
 def _check_writable(folder: Path) -> None:

@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,17 +18,17 @@ from fishermask.environment import describe_environment
 from fishermask.errors import InputError
 from fishermask.experiment import loop
 from fishermask.experiment.identity import devices, identify, num_threads
-from fishermask.experiment.inputs import load_pool
 from fishermask.experiment.journal import Journal
 from fishermask.experiment.loop import MakeShards
 from fishermask.experiment.run_plan import RunPlan, plan_run
 from fishermask.guard import reason
 from fishermask.planning.placement import Bundle, Cluster, bundles, check_placement
+from fishermask.planning.query_plan import format_seconds
 from fishermask.pool.pool import Progress
 from fishermask.pool.shards import LocalShards, Shards
 from fishermask.results import files
 from fishermask.results.tables import strategy_label, varied_settings
-from fishermask.sweeps.folder_check import check_folder
+from fishermask.sweeps.folder_check import check_folder, check_pools, pool_images, pool_key
 from fishermask.sweeps.recorder import QUIET_SECONDS, Recorder
 from fishermask.sweeps.sweep_file import Run, Sweep
 from fishermask.tensors.images import Images
@@ -43,18 +44,24 @@ def joins_cluster() -> bool:
 
 
 def plan_sweep(
-    sweep: Sweep, cluster: Cluster, console: Console, in_process: bool = False, continue_anyway: bool = False
+    sweep: Sweep,
+    cluster: Cluster,
+    console: Console,
+    in_process: bool = False,
+    continue_anyway: bool = False,
+    dry_run: bool = False,
 ) -> Plans:
     """Check every run against its data, its model and the results folder before anything starts, and plan it.
 
     Args:
         in_process: whether the runs are computed in this process; only their Ray shards are placed on ``cluster``.
         continue_anyway: whether runs whose rounds have another identity may be continued.
+        dry_run: whether another process may be writing to the results folder.
 
     Raises:
         InputError: a setting cannot work; the message begins with its dotted path.
     """
-    for note in check_folder(sweep, continue_anyway):
+    for note in check_folder(sweep, continue_anyway, dry_run):
         console.print(note)
     plans: Plans = {}
     reported = time.monotonic()
@@ -70,6 +77,7 @@ def plan_sweep(
             plan = plans[run.name] = plan_run(run.config, cluster)
             if run.config.resources.workers == "ray" or not in_process:
                 check_placement(requested_bundles(plan, in_process), cluster)
+    check_pools(sweep)
     return plans
 
 
@@ -87,16 +95,22 @@ def requested_bundles(plan: RunPlan, in_process: bool = False) -> list[Bundle]:
 
 
 def describe_plans(plans: Plans) -> list[str]:
-    """Return one line for each distinct pool and one line for each strategy.
+    """Return one line for each distinct pool, one line for each strategy, and one line with the total time.
 
-    The line of a strategy shows the estimated time and memory of its run with the largest process.
+    The line of a strategy shows the memory of its run with the largest process, and the time of its longest query.
     """
     largest: Plans = {}
+    seconds: dict[str, float] = {}
     for plan in plans.values():
         label = strategy_label(plan.config.strategy)
         largest[label] = max(plan, largest.get(label, plan), key=lambda plan: plan.query.largest_bytes)
+        seconds[label] = max(plan.query.seconds, seconds.get(label, 0.0))
     pools = dict.fromkeys(plan.pool for plan in plans.values())
-    return [*pools, *(f"{label}: {plan.query}" for label, plan in largest.items())]
+    lines = [f"{label}: {replace(plan.query, seconds=seconds[label])}" for label, plan in largest.items()]
+    total = sum(plan.query.seconds * (plan.config.budget.num_rounds - 1) for plan in plans.values())
+    if total:
+        lines.append(f"all queries of all runs: about {format_seconds(total)} if no runs are concurrent")
+    return [*pools, *lines]
 
 
 def unfinished_runs(sweep: Sweep) -> list[tuple[Run, History]]:
@@ -112,17 +126,18 @@ def create_folders(sweep: Sweep, runs: list[tuple[Run, History]]) -> None:
         InputError: a folder cannot be written to, or a run was begun with another pool.
     """
     files.make_folder(sweep.folder)
-    resolved = sweep.config.model_dump(exclude={"output"})
-    files.write_atomically(sweep.folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    path = sweep.folder / "config.yaml"
+    content = yaml.safe_dump(sweep.config.model_dump(exclude={"output"}), sort_keys=False)
+    if not path.exists():  # first, so that an interrupted command can be repeated
+        files.write_atomically(path, content)
     pools: dict[str, str] = {}
     for run, _ in runs:
         config = run.config
-        key = config.model_dump_json(include={"data", "imbalance", "seed"})
+        key = pool_key(config)
         if key not in pools:
-            data = load_pool(config.data, config.imbalance, config.seed)
-            classes = (data.classes[label] for label in data.train.label_numbers())
-            pools[key] = files.write_pool(sweep.folder, zip(data.train.ids, classes, strict=True))
+            pools[key] = files.write_pool(sweep.folder, pool_images(config))
         run.folder.create(config, identify(config), pools[key])
+    files.write_atomically(path, content)
 
 
 def run_in_process(sweep: Sweep, plans: Plans, console: Console) -> Recorder:

@@ -19,9 +19,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from fishermask import query_strategies
-from fishermask.config import SHARDING, Config, ExperimentConfig, PathText, StrategyConfig, hash_json, parse
+from fishermask.config import SHARDING, Config, ExperimentConfig, PathText, StrategyConfig, flatten, hash_json, parse
 from fishermask.errors import InputError
-from fishermask.experiment.identity import flatten
 from fishermask.guard import short
 from fishermask.paths import check_text, invalid_character
 from fishermask.results.files import RunFolder
@@ -152,15 +151,30 @@ def expand(config: SweepConfig) -> Sweep:
         varied_values.append(dict(zip(keys, values, strict=True)))
     _check_labels([run_config.strategy for run_config in configs])
     folder = Path(config.output).expanduser().absolute() / config.name
-    runs: dict[str, Run] = {}
+    runs: dict[str, Run] = {}  # by name in lower case, because some file systems ignore case
     for run_config, varied in zip(configs, varied_values, strict=True):
         name = _run_name(run_config, varied)
-        if name in runs:
-            same = runs[name].config == run_config
+        first = runs.get(name.casefold())
+        if first is not None and first.name != name:
+            raise InputError(
+                f"grid: the run names {first.name} and {name} differ only in upper and lower case; change a "
+                "strategy.label or another value"
+            )
+        if first is not None:
+            same = first.config == run_config
             problem = "occurs twice in the grid" if same else "is the name of two runs; set strategy.label of each"
             raise InputError(f"grid: {name} {problem}")
-        runs[name] = Run(name, run_config, RunFolder(folder / "runs" / name))
+        runs[name.casefold()] = Run(name, run_config, RunFolder(folder / "runs" / name))
     return Sweep(config, folder, list(runs.values()))
+
+
+def run_names(folder: Path) -> set[str] | None:
+    """Return the names of the runs in the grid of a sweep's folder; None if its ``config.yaml`` is not valid here."""
+    path = folder / "config.yaml"
+    try:
+        return {run.name for run in expand(parse(SweepConfig, read_yaml(path), str(path))).runs}
+    except InputError:
+        return None
 
 
 def _check_labels(strategies: list[StrategyConfig]) -> None:

@@ -1,6 +1,7 @@
 """The public API: its names, one query with the user's model and pool, runs, and the errors of invalid arguments."""
 
 import ast
+import importlib
 import inspect
 import random
 import subprocess
@@ -19,8 +20,11 @@ from fishermask import InputError, select
 from fishermask.config import ExperimentConfig, parse
 from fishermask.experiment import loop
 from fishermask.experiment.inputs import prepare_inputs
+from fishermask.planning import workload
+from fishermask.pool import pool as pool_module
 from fishermask.pool.shard import Shard
 from fishermask.pool.shards import LocalShards
+from fishermask.tensors.gradient_plan import plan_gradients
 
 ROOT = Path(__file__).parent.parent
 
@@ -331,6 +335,17 @@ class Augmented(Squares):
         return self.samples[index] + torch.rand(1)
 
 
+class SometimesAugmented(Squares):
+    """Changes one read in two of each item other than the first."""
+
+    def __getitem__(self, index):
+        return self.samples[index] + (index > 0 and random.random() < 0.5)
+
+
+def flip_sometimes(batch):
+    return batch.flip(1) if random.random() < 0.5 else batch
+
+
 class Failing(Squares):
     def __getitem__(self, index):
         raise OSError("disk")
@@ -404,7 +419,13 @@ NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
         ({"pool": Irregular(make_features())}, "pool: item (?:39|49) is .*shape .7,., and item 0 is .*shape .6,."),
         (
             {"pool": Augmented(make_features())},
-            "pool: item 0 differs when it is read twice; leave random augmentation out",
+            "pool: item 0 differs when it is read again; leave random augmentation out",
+        ),
+        ({"pool": SometimesAugmented(make_features())}, r"pool: item \d+ differs when it is read again"),
+        ({"transform": flip_sometimes}, "transform: gives other inputs when it is called again"),
+        (
+            {"model": nn.Linear(6, 1)},
+            r"model: Linear returns 1 logit; .* needs 2, such as stack\(\[-z / 2, z / 2\], 1\)",
         ),
         ({"pool": Failing(make_features())}, "pool: item 0 cannot be read .OSError: disk"),
         ({"pool": with_nan(0)}, "pool: the input made from sample 0 holds NaN"),
@@ -454,7 +475,7 @@ NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
         ({"transform": lambda batch: batch.sum()}, "transform: returned .*; expected a floating-point tensor"),
         ({"transform": lambda batch: batch[:1]}, r"transform: made inputs of shape \(1, 6\) from 7 samples"),
         ({"transform": lambda batch: batch - batch.mean(0)}, "transform: the input of a sample depends on its batch"),
-        ({"transform": lambda batch: batch + torch.rand(1)}, "transform: gives other inputs the second time"),
+        ({"transform": lambda batch: batch + torch.rand(1)}, "transform: gives other inputs when it is called again"),
         ({"transform": lambda batch: batch.matmul(1)}, r"transform: fails for a batch of shape \(7, 6\)"),
     ],
 )
@@ -469,6 +490,57 @@ def test_bad_argument_is_one_line_that_names_it(arguments, message):
     with pytest.raises(InputError, match=f"^(?:{message})") as exception_info:
         select(**arguments)
     assert "\n" not in str(exception_info.value)
+
+
+class SelfReference(nn.Module):
+    """Its forward calls a lambda over the model itself, which copies of the model share with the original."""
+
+    def __init__(self, covers_head):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)
+        body = lambda x: torch.relu(self.b(torch.relu(self.a(x))))  # noqa: E731
+        self.compute = (lambda x: self.head(body(x))) if covers_head else body
+        self.covers_head = covers_head
+
+    def forward(self, x):
+        return self.compute(x) if self.covers_head else self.head(self.compute(x))
+
+
+def make_hooked():
+    network = make_network()
+    network[2].register_forward_pre_hook(lambda _module, args: (args[0] + network[0].weight.mean(),))
+    return network
+
+
+@pytest.mark.parametrize("strategy", ["fisher_mask", "bait"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: SelfReference(False), lambda: SelfReference(True), make_hooked],
+    ids=["lambda for the body", "lambda for all layers", "hook"],
+)
+def test_model_with_a_function_over_itself_is_refused_and_not_changed(make, strategy):
+    model = make()
+    before = [(parameter.detach().clone(), parameter._version) for parameter in model.parameters()]
+    with pytest.raises(InputError, match="^model: .* holds a function that refers to the model itself"):
+        select(model, make_features(), [3, 11], 2, strategy)
+    for parameter, (value, version) in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+        assert (parameter.grad, parameter._version) == (None, version)
+
+
+@pytest.mark.parametrize("strategy", ["fisher_mask", "bait", "badge"])
+def test_gradients_are_verified_once(strategy, monkeypatch):
+    calls = []
+
+    def count(*args):
+        calls.append(args)
+        return plan_gradients(*args)
+
+    for module in (importlib.import_module(f"fishermask.query_strategies.{strategy}"), workload, pool_module):
+        monkeypatch.setattr(module, "plan_gradients", count)
+    selection = select(make_network(), make_features(), [3, 11], 2, strategy)
+    assert len(calls) == 1
+    assert list(selection.seconds)[:3] == ["check inputs", "check gradients", "measure memory"]
 
 
 def test_error_in_a_users_strategy_is_raised_unchanged():

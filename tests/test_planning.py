@@ -87,6 +87,16 @@ def test_cost_separates_bytes_of_each_image_from_fixed_bytes():
     assert cost.image_seconds > 0
 
 
+def test_measurement_without_seconds_has_the_same_bytes():
+    model, images = network(), normalize(pixels(2), STATISTICS)
+    work = Workload(plan_gradients(model, images), 200, fisher_samples=100)
+    whole = measure(model, images, work)
+    bytes_only = measure(model, images, work, seconds=False, verification_bytes=whole.verification_bytes)
+    for name in ("prediction", "training", "embedding", "diagonal"):
+        whole = replace(whole, **{name: getattr(whole, name)._replace(image_seconds=0.0)})
+    assert bytes_only == whole
+
+
 @pytest.mark.parametrize("count", [1, 127, 128, 300])
 def test_predictions_in_chunks_equal_predictions_of_single_images(count):
     model, images = network(), pixels(count)

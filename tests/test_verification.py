@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fishermask.errors import InputError
+from fishermask.planning.workload import LiveBytes
 from fishermask.tensors.embedding import embed
 from fishermask.tensors.gradient_plan import GradientPlan, plan_gradients
 from fishermask.tensors.mask import (
@@ -308,6 +309,7 @@ def test_models_that_are_random_in_eval_mode_are_refused():
         (lambda logits: logits.long(), "must return floating-point logits, got torch.int64"),
         (lambda logits: logits / 0, "returns logits that are not finite in eval mode"),
         (lambda logits: logits[:-1], "must return logits \\[2, C\\], a row per image"),
+        (lambda logits: logits[:, :1], "returns 1 logit; a binary classifier needs 2"),
         (lambda logits: (logits,), "must return logits \\[2, C\\], a row per image"),
     ],
 )
@@ -316,6 +318,32 @@ def test_models_without_logits_are_refused(change, message):
     net.register_forward_hook(lambda _m, _args, output: change(output))
     with pytest.raises(InputError, match=f"^model: Net {message}"):
         plan_gradients(net, images(2).float())
+
+
+class NoGradient(Net):
+    @torch.no_grad()
+    def forward(self, images):
+        return super().forward(images)
+
+
+class Detached(Net):
+    def forward(self, images):
+        return super().forward(images).detach()
+
+
+@pytest.mark.parametrize("kind", [NoGradient, Detached])
+def test_models_whose_logits_have_no_gradient_are_refused(kind):
+    with pytest.raises(InputError, match="^model: its logits do not depend on its trained .*; remove detach"):
+        plan_gradients(kind(), images(2).float())
+
+
+@pytest.mark.parametrize("name", ["checkpointed", "experts", "gru", "cached", "spectral norm", "lazy"])
+def test_verification_gives_the_same_plan_while_its_memory_is_measured(name):
+    net = model(name)
+    with LiveBytes() as counter:
+        plan = plan_gradients(net, images(7))
+    assert plan == plan_gradients(net, images(7))
+    assert counter.peak > 0
 
 
 def test_cache_that_is_never_cleared_raises():

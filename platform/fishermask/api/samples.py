@@ -17,6 +17,9 @@ from fishermask.tensors.images import Images
 Transform = Callable[[Tensor], Tensor]
 """Makes the model's inputs [b, ...] from samples [b, ...]."""
 
+NUM_READS = 4
+"""Number of times that samples are read and transformed to detect random augmentation."""
+
 SCALING = "transform=lambda batch: batch.float() / 255"
 
 
@@ -116,9 +119,24 @@ def _dataset(pool: Any) -> DatasetSamples:
     if not length:
         raise InputError("pool: holds 0 samples; give at least 2")
     example = read_item(pool, 0)
-    if not torch.equal(example.nan_to_num(), read_item(pool, 0).nan_to_num()):
-        raise InputError("pool: item 0 differs when it is read twice; leave random augmentation out of the data set")
     return DatasetSamples(pool, 0, length, example, threading.Lock())
+
+
+def read_repeatedly(samples: Images, positions: Tensor) -> Tensor:
+    """Return the samples at ``positions``.
+
+    Raises:
+        InputError: an item of a data set differs between reads.
+    """
+    first = samples[positions]
+    for _ in range(NUM_READS - 1 if isinstance(samples, DatasetSamples) else 0):
+        for position, before, after in zip(positions.tolist(), first, samples[positions], strict=True):
+            if not torch.equal(before.nan_to_num(), after.nan_to_num()):
+                raise InputError(
+                    f"pool: item {position} differs when it is read again; leave random augmentation out of the "
+                    "data set"
+                )
+    return first
 
 
 def _from_numpy(array: np.ndarray, name: str) -> Tensor:
@@ -200,10 +218,11 @@ class ModelInputs:
         inputs = self(samples, dtype)
         if self.transform is None:
             return inputs
-        if not torch.equal(self(samples, dtype), inputs):
-            raise InputError("transform: gives other inputs the second time; leave random augmentation out")
-        single = torch.cat([self(sample[None], dtype) for sample in samples])
-        if not torch.allclose(single, inputs, rtol=1e-4, atol=1e-5):
+        singles = [torch.cat([self(sample[None], dtype) for sample in samples]) for _ in range(NUM_READS)]
+        batches = [inputs, *(self(samples, dtype) for _ in range(NUM_READS - 1))]
+        if not all(torch.equal(made, results[0]) for results in (batches, singles) for made in results):
+            raise InputError("transform: gives other inputs when it is called again; leave random augmentation out")
+        if not torch.allclose(singles[0], inputs, rtol=1e-4, atol=1e-5):
             raise InputError(
                 "transform: the input of a sample depends on its batch; use constants, not batch statistics"
             )

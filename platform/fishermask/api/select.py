@@ -14,7 +14,14 @@ from torch.utils.data import Dataset
 
 from fishermask import query_strategies
 from fishermask.api.progress import reporter
-from fishermask.api.samples import ModelInputs, NotFiniteError, Transform, as_samples, first_not_finite
+from fishermask.api.samples import (
+    ModelInputs,
+    NotFiniteError,
+    Transform,
+    as_samples,
+    first_not_finite,
+    read_repeatedly,
+)
 from fishermask.api.selection import Selection
 from fishermask.config import MAX_SEED, MAX_SHARDS, EngineConfig, StrategyConfig, StrategyParams, parse
 from fishermask.errors import InputError
@@ -25,14 +32,14 @@ from fishermask.guard import guarded, short
 from fishermask.planning.estimates import QueryRequest
 from fishermask.planning.placement import MEMORY_SHARE, free_gpu_memory, free_memory
 from fishermask.planning.query_plan import QueryPlan, plan_query
-from fishermask.planning.workload import measure
-from fishermask.pool.pool import Engine, Pool
+from fishermask.planning.workload import LiveBytes, measure
+from fishermask.pool.pool import Engine, Pool, Progress
 from fishermask.pool.shards import LocalShards
 from fishermask.query_strategies import Query, Strategy
-from fishermask.tensors.gradient_plan import VERIFICATION_SIZES
+from fishermask.tensors.gradient_plan import VERIFICATION_SIZES, GradientPlan
 from fishermask.tensors.images import Images
 from fishermask.tensors.slow_gradients import copy_model
-from fishermask.tensors.verification import check_logits
+from fishermask.tensors.verification import check_logits, refuse_references
 from fishermask.user_modules import absolute_file_name
 
 
@@ -111,8 +118,9 @@ def select(
         clock = StageClock(report)
         local_shards = LocalShards(samples, inputs, shards, str(device))
         try:
-            clock("check", 0, 1)
-            plan = _plan_query(trained, samples, inputs, classes, query_strategy, request, shards, memory, device)
+            plan, gradient_plan = _plan_query(
+                model, trained, samples, inputs, classes, query_strategy, request, shards, memory, device, clock
+            )
             pool_view = Pool(
                 local_shards,
                 len(samples),
@@ -123,6 +131,7 @@ def select(
                 stream(seed, "fisher sample"),
                 clock,
                 Engine(request.precision, engine_config.drift, plan.chunk, plan.diagonal_batch),
+                gradient_plan,
             )
             candidates = pool_view.candidates.clone()  # the strategy may write to the attributes of the pool
             batch = query_strategy.query(pool_view, budget)
@@ -246,6 +255,7 @@ def _plain(settings: object) -> object:
 
 
 def _plan_query(
+    original: nn.Module,
     model: nn.Module,
     samples: Images,
     inputs: ModelInputs,
@@ -255,33 +265,50 @@ def _plan_query(
     shards: int,
     memory: float | None,
     device: torch.device,
-) -> QueryPlan:
-    """Check that the model takes the samples, and plan the query.
+    progress: Progress,
+) -> tuple[QueryPlan, GradientPlan | None]:
+    """Check that ``model``, a copy of ``original``, takes the samples. Return the plans of the query and of gradients.
 
     Raises:
         InputError: the model, the transform and the strategy do not work together, or the query does not fit in memory.
     """
     dtype = next(model.parameters()).dtype
     positions = torch.linspace(0, len(samples) - 1, sum(VERIFICATION_SIZES)).long().unique()
-    stored = samples[positions]
+    progress("check inputs", 0, 1)
+    stored = read_repeatedly(samples, positions)
     examples = inputs.check(stored, dtype)
     with guarded("model", f"fails for inputs of shape {tuple(examples.shape)}"), torch.no_grad():
+        refuse_references(original, model, examples)
         logits = model(examples.clone())
     check_logits(model, logits, len(examples))
     if (classes >= logits.shape[1]).any():
         raise InputError(
             f"labels: holds class {classes.max()}; the classes of the model are 0 to {logits.shape[1] - 1}"
         )
-    with guarded("strategy", f"{strategy.file} cannot work with this model"):
+    problem = f"{strategy.file} cannot work with this model"
+    progress("check gradients", 0, 1)
+    with guarded("strategy", problem):
         try:
-            work = strategy.check(model, examples)
+            with LiveBytes() as counter:
+                work = strategy.check(model, examples)
         except InputError as error:
             text = str(error)
             raise InputError(text if text.startswith(("model", "strategy")) else f"params.{text}") from error
-        measured = measure(model, examples, work, stored_bytes=stored[0].nbytes, training=False)
+    progress("measure memory", 0, 1)
+    with guarded("strategy", problem):
+        measured = measure(
+            model,
+            examples,
+            work,
+            stored_bytes=stored[0].nbytes,
+            training=False,
+            seconds=False,
+            verification_bytes=counter.peak,
+        )
     limit = MEMORY_SHARE * free_memory() if memory is None else 1e9 * memory
     gpu_limit = MEMORY_SHARE * free_gpu_memory() if device.type == "cuda" else None
-    return plan_query(measured, request, shards, limit=limit, gpu_limit=gpu_limit)
+    query_plan = plan_query(measured, request, shards, limit=limit, gpu_limit=gpu_limit)
+    return query_plan, measured.work.gradient_plan
 
 
 @contextmanager

@@ -114,7 +114,13 @@ class Measurement:
 
 
 def measure(
-    model: nn.Module, images: Tensor, work: Workload | None, stored_bytes: int | None = None, training: bool = True
+    model: nn.Module,
+    images: Tensor,
+    work: Workload | None,
+    stored_bytes: int | None = None,
+    training: bool = True,
+    seconds: bool = True,
+    verification_bytes: int | None = None,
 ) -> Measurement:
     """Measure a query with the workload ``work`` and ``model``; None stands for a query that does not use the model.
 
@@ -122,6 +128,8 @@ def measure(
         images: at least one input of the model, [n, ...].
         stored_bytes: bytes of one image of the pool; by default one byte for each number, as for uint8 images.
         training: whether to measure training.
+        seconds: whether to measure seconds; they take longer to measure than bytes.
+        verification_bytes: peak bytes of the verification of the gradients, if they are known.
 
     Raises:
         InputError: ``top_classes`` is not smaller than the number of classes.
@@ -129,26 +137,27 @@ def measure(
     work = work or Workload(uses_model=False)
     shard_model = copy_model(model).eval().requires_grad_(False)
     with torch.no_grad():
-        prediction, num_classes = measure_cost(shard_model, images), shard_model(images).shape[1]
+        prediction, num_classes = measure_cost(shard_model, images, seconds), shard_model(images).shape[1]
     if (work.top_classes or 0) >= num_classes:
         raise InputError(
             f"strategy.params.top_classes: {work.top_classes} is not smaller than the number of classes, "
             f"{num_classes}; lower it, or remove it"
         )
-    width = num_body_parameters = verification_bytes = 0
+    width = num_body_parameters = 0
     embedding = diagonal = Cost()
     if (plan := work.gradient_plan) is not None:
         body = body_parameters(shard_model, plan)
         width = head_size(model, plan) // num_classes
         num_body_parameters = sum(parameter.numel() for parameter in body.values())
-        verification_bytes = peak_bytes(lambda: plan_gradients(model, images))
+        if verification_bytes is None:
+            verification_bytes = peak_bytes(lambda: plan_gradients(model, images))
         # A random mask is spread over all layers, and so takes the most memory.
         mask = random_mask(body, plan, work.body_size, torch.Generator().manual_seed(0))
         embedding = measure_cost(
-            lambda batch: embed(shard_model, batch, mask, work.weighting, work.top_classes), images
+            lambda batch: embed(shard_model, batch, mask, work.weighting, work.top_classes), images, seconds
         )
         if work.fisher_samples:
-            diagonal = measure_cost(lambda batch: fisher_diagonal(shard_model, batch, plan), images)
+            diagonal = measure_cost(lambda batch: fisher_diagonal(shard_model, batch, plan), images, seconds)
     return Measurement(
         work,
         num_classes,
@@ -158,15 +167,15 @@ def measure(
         input_bytes=images[0].nbytes,
         stored_bytes=images[0].numel() if stored_bytes is None else stored_bytes,
         model_bytes=sum(value.nbytes for value in [*model.parameters(), *model.buffers()]),
-        verification_bytes=verification_bytes,
+        verification_bytes=verification_bytes or 0,
         prediction=prediction,
-        training=_training_cost(model, images) if training else Cost(),
+        training=_training_cost(model, images, seconds) if training else Cost(),
         embedding=embedding,
         diagonal=diagonal,
     )
 
 
-def _training_cost(model: nn.Module, images: Tensor) -> Cost:
+def _training_cost(model: nn.Module, images: Tensor, seconds: bool) -> Cost:
     """Measure a training step with Adam. The fixed bytes include the gradients and Adam's state."""
     network = copy_model(model).train()
 
@@ -179,12 +188,12 @@ def _training_cost(model: nn.Module, images: Tensor) -> Cost:
             optimizer.step()
 
     with torch.random.fork_rng([]):
-        cost = measure_cost(train, images)
+        cost = measure_cost(train, images, seconds)
     return cost._replace(image_seconds=cost.image_seconds / 2)
 
 
-def measure_cost(operation: Callable[[Tensor], object], images: Tensor) -> Cost:
-    """Measure ``operation`` on batches that repeat the first of ``images``."""
+def measure_cost(operation: Callable[[Tensor], object], images: Tensor, seconds: bool = True) -> Cost:
+    """Measure the bytes of ``operation``, and its ``seconds``, on batches that repeat the first of ``images``."""
 
     def batch(count: int) -> Tensor:
         return images[:1].expand(count, *images.shape[1:]).contiguous()
@@ -192,9 +201,11 @@ def measure_cost(operation: Callable[[Tensor], object], images: Tensor) -> Cost:
     operation(batch(2))  # the first call creates tensors that later calls reuse
     small, large = (peak_bytes(partial(operation, batch(count))) for count in (2, 6))
     image_bytes = (large - small) / 4
+    cost = Cost(image_bytes, max(0.0, small - 2 * image_bytes))
+    if not seconds:
+        return cost
     inputs = batch(max(1, min(ALIGNMENT, int(BATCH_BYTES // max(image_bytes, 1.0)))))
-    seconds = shortest_seconds(partial(operation, inputs))
-    return Cost(image_bytes, max(0.0, small - 2 * image_bytes), seconds / len(inputs))
+    return cost._replace(image_seconds=shortest_seconds(partial(operation, inputs)) / len(inputs))
 
 
 def shortest_seconds(operation: Callable[[], object]) -> float:
@@ -209,12 +220,12 @@ def shortest_seconds(operation: Callable[[], object]) -> float:
 
 def peak_bytes(operation: Callable[[], object]) -> int:
     """Return the peak memory in bytes of the tensors that ``operation`` creates."""
-    with _LiveBytes() as counter:
+    with LiveBytes() as counter:
         operation()
     return counter.peak
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Context that counts the bytes of live tensors that were created in it."""
 
     def __init__(self) -> None:

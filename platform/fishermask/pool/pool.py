@@ -91,6 +91,7 @@ class Pool:
         sample_generator: torch.Generator,
         progress: Progress = lambda stage, done, total: None,
         engine: Engine | None = None,
+        gradient_plan: GradientPlan | None = None,
     ) -> None:
         unlabeled = torch.ones(size, dtype=torch.bool)
         unlabeled[labeled] = False
@@ -98,7 +99,7 @@ class Pool:
         self.labeled, self.labels = labeled.clone(), labels.clone()  # a strategy may write to them
         self.size, self.shards, self.model = size, shards, model
         self.generator, self.progress = generator, progress
-        self._sample_generator = sample_generator
+        self._sample_generator, self._gradient_plan = sample_generator, gradient_plan
         self.engine = engine or Engine()
         self.notes: dict[str, float] = {}
         self.gains: Tensor | None = None
@@ -143,7 +144,12 @@ class Pool:
         return probabilities
 
     def plan_gradients(self) -> GradientPlan:
-        """Return how to compute the gradients of the model, verified on images spread over the pool."""
+        """Return how to compute the gradients of the model, verified on images spread over the pool.
+
+        If the pool was created with a gradient plan, the model has been verified on these images already.
+        """
+        if self._gradient_plan is not None:
+            return self._gradient_plan
         positions = torch.linspace(0, self.size - 1, sum(VERIFICATION_SIZES)).long().unique()
         plan = plan_gradients(self.model, torch.cat(self.shards.call(Shard.inputs_at, positions)))
         return_memory()

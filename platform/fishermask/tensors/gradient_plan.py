@@ -65,7 +65,7 @@ def plan_gradients(model: nn.Module, images: Tensor) -> GradientPlan:
 
     Raises:
         InputError: no parameter is trained, or the model does not return finite logits [n, C], mixes the images of a
-            batch, is random in eval mode, or has gradients that depend on the batch.
+            batch, is random in eval mode, or has no gradients or gradients that depend on the batch.
     """
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
@@ -176,6 +176,11 @@ def _observe_batch(
         for handle in handles:
             handle.remove()
     check_logits(model, logits, len(images))
+    if not logits.requires_grad:
+        raise InputError(
+            "model: its logits do not depend on its trained parameters by autograd; remove detach() or "
+            "torch.no_grad() from forward"
+        )
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(logits.shape[1], generator=generator, dtype=torch.float64).to(logits)
     parameters = dict(model.named_parameters())

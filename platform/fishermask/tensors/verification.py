@@ -17,7 +17,7 @@ from fishermask.errors import InputError
 from fishermask.tensors.backprop import forward, output_gradients
 from fishermask.tensors.layer_rules import direct_parameters, sample_gradients, split_name
 from fishermask.tensors.runtime import plain_attention
-from fishermask.tensors.slow_gradients import clear_caches, slow_gradients
+from fishermask.tensors.slow_gradients import clear_caches, copy_model, slow_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def refuse_batch_statistics(model: nn.Module) -> None:
 
 
 def check_logits(model: nn.Module, logits: Any, count: int) -> None:
-    """Raise ``InputError`` if ``logits`` are not finite floating-point numbers [count, C]."""
+    """Raise ``InputError`` if ``logits`` are not finite floating-point numbers [count, C] with at least two classes."""
     name = type(model).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
         got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
@@ -66,6 +66,11 @@ def check_logits(model: nn.Module, logits: Any, count: int) -> None:
         raise InputError(
             f"model: {name} must return logits [{count}, C], a row per image and a column per class, and returned "
             f"{got}; wrap it in a module whose forward returns the logits"
+        )
+    if logits.shape[1] < 2:
+        raise InputError(
+            f"model: {name} returns {logits.shape[1]} logit; a binary classifier needs 2, such as "
+            "stack([-z / 2, z / 2], 1)"
         )
     if not logits.is_floating_point():
         raise InputError(f"model: {name} must return floating-point logits, got {logits.dtype}")
@@ -94,6 +99,22 @@ def refuse_mixing(model: nn.Module, batches: Sequence[Batch]) -> None:
     )
 
 
+def refuse_references(original: nn.Module, subject: nn.Module, images: Tensor) -> None:
+    """Raise ``InputError`` if autograd finds that the logits of ``subject``, a copy, depend on ``original``.
+
+    ``refuse_closures`` cannot detect this if the verified model is itself a copy of the user's model.
+    """
+    trained = [parameter for parameter in original.parameters() if parameter.requires_grad]
+    subject = copy_model(subject).requires_grad_(False)
+    with torch.enable_grad(), plain_attention:
+        logits = subject(images.clone())
+    if not trained or not isinstance(logits, Tensor) or not logits.requires_grad:
+        return
+    gradients = torch.autograd.grad(logits, trained, torch.ones_like(logits), allow_unused=True)
+    if any(gradient is not None for gradient in gradients):
+        raise _closure_error(original)
+
+
 def refuse_closures(original: nn.Module, subject: nn.Module, batch: Batch) -> None:
     """Raise ``InputError`` if the logits of ``subject``, a copy of ``original``, change with the original's parameters.
 
@@ -111,10 +132,14 @@ def refuse_closures(original: nn.Module, subject: nn.Module, batch: Batch) -> No
             for parameter, value in saved_values:
                 parameter.copy_(value)
     if not _is_close(logits, batch.logits):
-        raise InputError(
-            f"model: {type(original).__name__} holds a function that refers to the model itself, such as a lambda or a "
-            "hook over self, and a copy of the model would still use the original; use a method, or the hook's argument"
-        )
+        raise _closure_error(original)
+
+
+def _closure_error(original: nn.Module) -> InputError:
+    return InputError(
+        f"model: {type(original).__name__} holds a function that refers to the model itself, such as a lambda or a "
+        "hook over self, and a copy of the model would still use the original; use a method, or the hook's argument"
+    )
 
 
 def agreeing_layers(model: nn.Module, batch: Batch, layers: Sequence[str], head: str | None) -> tuple[list[str], bool]:

@@ -644,6 +644,28 @@ MUTANTS = [
         "a view of a view reads other images",
         "views",
     ),
+    Mutant(
+        "data/store.py",
+        "(cache.IMAGES, cache.LABELS, cache.IDS)",
+        "(cache.LABELS, cache.IDS)",
+        "the identity lacks the pixels",
+        "store plan",
+    ),
+    Mutant(
+        "data/sources.py",
+        "if field not in source.fields)",
+        "if False)",
+        "settings of other sources are ignored",
+        "data",
+    ),
+    Mutant("data/parquet.py", 'if split == "test":', "if False:", "training files are tested on", "data"),
+    Mutant(
+        "experiment/run_plan.py",
+        "if inputs.data.hashes[split] != self.hashes[split]:",
+        "if False:",
+        "a trial computes with other data than the driver's",
+        "plan",
+    ),
     Mutant("data/decoding.py", "transpose(2, 0, 1)", "transpose(2, 1, 0)", "color images are turned", "replay data"),
     Mutant("data/store.py", '"channels", ', "", "images with other channels share a store", "data"),
     Mutant(

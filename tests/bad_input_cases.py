@@ -135,7 +135,7 @@ for setting, value in {
     "imbalance.rare_classes": ("{kind: step, ratio: 2, rare_classes: [10]}", "{kind: step, ratio: 2, rare_classes: [-1]}", "{kind: step, ratio: 2, rare_classes: [1, 1]}", "{kind: step, ratio: 2, rare_classes: []}"),
     "imbalance.order": ("{kind: long_tail, ratio: 2, order: [0, 1]}", "{kind: long_tail, ratio: 2, order: [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]}", "{kind: long_tail, ratio: 2, order: 5}"),
     "imbalance.counts": ("{kind: counts, counts: {}}", "{kind: counts, counts: {0: 5}}", "{kind: counts, counts: {0: 5, 10: 5}}", "{kind: counts, counts: {0: 0, 1: 5}}", "{kind: counts, counts: {a: 3, 1: 5}}", "{kind: counts, counts: {-1: 3, 1: 5}}", "{kind: counts, counts: [1, 2]}"),
-    "imbalance: class 1": ("{kind: counts, counts: {0: 5, 1: 5000}}", "{kind: counts, counts: {0: 5, 1: 100000000}}"),
+    "imbalance.counts: class 1": ("{kind: counts, counts: {0: 5, 1: 5000}}", "{kind: counts, counts: {0: 5, 1: 100000000}}"),
 }.items():  # fmt: skip
     for text in value:
         case(f"imbalance={text}", dry(f"imbalance={text}"), setting)
@@ -149,6 +149,9 @@ for strategy, params in {
         name = text.split(":")[0]
         argument = f"strategy={{name: {strategy}, params: {{{text}}}}}"
         case(f"{strategy}: {text}", dry(argument), f"strategy.params.{name}")
+case("data.train without its source", dry("data.train=x.parquet"), "data.train: not used by fashion_mnist_small")
+case("the number of rare classes, and others", dry("imbalance={kind: step, ratio: 2, rare: 2, rare_classes: [0]}"),
+     "imbalance.rare: 2, but imbalance.rare_classes lists 1")  # fmt: skip
 case("a model that no memory holds", dry("model.params.width=900000000"), "model.params", "GB of memory are free")
 case("two settings of the mask's size", dry("strategy={name: fisher_mask, params: {num_body_parameters: 8, fraction: 0.5}}"),
      "strategy.params: fraction and num_body_parameters")  # fmt: skip
@@ -163,8 +166,8 @@ case("a grid of 10^10 runs", dry(*(f"grid.{key}=[{','.join(f'{n}.{d}' for d in r
      "engine.drift", "imbalance.ratio", "resources.gpus", "resources.cpus_per_shard", "resources.gpus_per_shard"])),
     "seed=0"), "grid", "10,000,000,000 runs")  # fmt: skip
 case("a run with a name of 300 letters", dry(f"grid.data.label_column=['{LETTERS[:199]}']"), "grid")
-case("published statistics that are not there", dry("data={name: parquet, train: data.parquet, test: data.parquet, statistics: published}", *SMALL_BUDGET),
-     "data.statistics", files={"data.parquet": lambda path: write_parquet(path)})  # fmt: skip
+case("published statistics that are not there", dry("data={name: parquet, train: data.parquet, test: test.parquet, statistics: published}", *SMALL_BUDGET),
+     "data.statistics", files=dict.fromkeys(("data.parquet", "test.parquet"), lambda path: write_parquet(path)))  # fmt: skip
 
 # ---- YAML files. ------------------------------------------------------------------------------------------------------
 
@@ -607,8 +610,8 @@ def write_invalid_paths(path):
 
 for name, (make, *words) in DATA_FILES.items():
     model = ["model=small_cnn"] if words == ["model"] else []
-    case(f"a data file {name}", dry("data={name: parquet, train: x.parquet, test: x.parquet}", *SMALL_BUDGET, *model),
-         *words, files={"x.parquet": make})  # fmt: skip
+    case(f"a data file {name}", dry("data={name: parquet, train: x.parquet, test: y.parquet}", *SMALL_BUDGET, *model),
+         *words, files=dict.fromkeys(("x.parquet", "y.parquet"), make))  # fmt: skip
 for name, (train, words, files) in {
     "is not there": ("nowhere.parquet", "data.train", {}),
     "is not named": ("''", "data.train", {}),
@@ -628,7 +631,14 @@ for name, (train, words, files) in {
     "is a sweep file": ("tiny.yaml", "data.train", {}),
     "is a folder in /proc": ("/proc/self", "data.train", {}),
 }.items():
-    case(f"data.train {name}", dry(f"data={{name: parquet, train: {train}, test: tiny.yaml}}"), words, files=files)
+    case(
+        f"data.train {name}",
+        dry(f"data={{name: parquet, train: {train}, test: other.txt}}"),
+        words,
+        files=files | {"other.txt": b"x"},
+    )
+case("data.test is data.train", dry("data={name: parquet, train: x.parquet, test: ./x.parquet}"),
+     "data.test: x.parquet is also a training file", files={"x.parquet": write_parquet})  # fmt: skip
 case(
     "data.test is missing",
     dry("data={name: parquet, train: x.parquet}"),

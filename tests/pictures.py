@@ -1,6 +1,7 @@
 """Parquet files of 120 small gray images, in any order, for tests of stores and views."""
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,18 @@ def write(path: Path, order=range(120), names=NAMES, group=30) -> Path:
     return path
 
 
+def copy_for_test(path: Path) -> Path:
+    """Return a copy of a Parquet file, a folder or a glob in another folder: the splits must not share a file."""
+    target = path.parent / "test" / path.name
+    for file in path.glob("*.parquet") if path.is_dir() else path.parent.glob("*.parquet"):
+        copied = target / file.name if path.is_dir() else target.parent / file.name
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, copied)  # with its time, which belongs to the name of the store
+    return target
+
+
 def config(path: Path) -> DataConfig:
-    return DataConfig(name="parquet", train=str(path), test=str(path))
+    return DataConfig(name="parquet", train=str(path), test=str(copy_for_test(path)))
 
 
 def load(path: Path) -> Dataset:

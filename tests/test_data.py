@@ -100,7 +100,7 @@ def write_parquet(path: Path, images: list, labels: list, image="image", label="
 
 
 def load_parquet(path: Path, **settings):
-    return load_dataset(DataConfig(name="parquet", train=str(path), test=str(path), **settings))
+    return load_dataset(pictures.config(path).model_copy(update=settings))
 
 
 def test_parquet_paths_become_ids(tmp_path):
@@ -162,7 +162,15 @@ def test_statistics_of_a_bundled_data_set_follow_its_channels():
         (lambda f: write_parquet(f, [png(), b"no image"], [0, 1]), "row 1: the image does not decode"),
         (lambda f: write_parquet(f, [png(), None], [0, 1]), "row 1: the image does not decode"),
         (lambda f: write_parquet(f, [png(), NOISE[: len(NOISE) // 2]], [0, 1]), "row 1: the image does not decode"),
-        (lambda f: write_parquet(f, [png(), png()], [0, None]), "row 1: label must be 0 to 99999, got None"),
+        (
+            lambda f: write_parquet(f, [png(), png()], [0, None]),
+            "row 1: label must be 0 to 99999, got null; give the row",
+        ),
+        (
+            lambda f: write_parquet(f, [png()], ["cat"]),
+            r"data.label_column: column 'label' of .* is string; convert it to integers 0, 1, 2, \.\.\.$",
+        ),
+        (lambda f: write_parquet(f, [png()], [None]), "data.label_column: column 'label' of .* is null; convert it"),
         (lambda f: write_parquet(f, [png()], [0], label="y"), "data.label_column: .* integer columns: y"),
         (lambda f: write_parquet(f, [png(), png()], [0, 10**9]), "row 1: label must be 0 to 99999, got 1000000000"),
         (lambda f: pq.write_table(pa.table({"label": [1]}), f), "no single image column; .* none"),
@@ -295,7 +303,10 @@ def test_cifar10_and_svhn_are_read_with_channels_first(tmp_path, monkeypatch):
         ({"name": "imagenet"}, "unknown data set 'imagenet'; available: fashion_mnist_small, CIFAR10"),
         ({"name": "CIFAR10"}, "data.root: missing"),
         ({"name": "MNIST", "root": "/nowhere"}, "set data.download to true"),
-        ({"name": "parquet", "train": "a"}, "data.train: no Parquet file at a|data.test: missing"),
+        (
+            {"name": "parquet", "train": "a"},
+            "data.train: no Parquet file at /.*/a; relative paths start in the working folder",
+        ),
     ],
 )
 def test_missing_data_are_refused_with_the_setting(settings, message):
@@ -312,7 +323,7 @@ def test_needs_download_is_true_for_missing_files_and_downloads_nothing(tmp_path
         config = DataConfig(name=name, root=str(tmp_path / "data"), download=True)
         assert sources.needs_download(config)
         assert not sources.needs_download(config.model_copy(update={"download": False}))
-    assert not sources.needs_download(DataConfig(download=True))
+    assert not sources.needs_download(DataConfig())
     with pytest.raises(InputError, match="^data.root: missing"):
         sources.needs_download(DataConfig(name="SVHN", download=True))
     assert list(tmp_path.iterdir()) == []
@@ -375,11 +386,63 @@ def test_dry_run_prints_one_line_per_pool_with_the_images_that_imbalance_drops(t
     Path("x.yaml").write_text(yaml.safe_dump({"name": "x", "base": base, "grid": grid}))
     assert cli.main(["sweep", "x.yaml", "--dry-run"]) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("pool")] == [
-        "pool: 8 training images, 2 of 3 classes (imbalance: none)",
-        "pool: 4 of 8 training images, 2 of 3 classes (imbalance: {kind: counts, counts: {0: 1, 2: 3}})",
+        "pool: 8 training images of train.parquet, 2 of 3 classes (imbalance: none)",
+        "pool: 4 of 8 training images of train.parquet, 2 of 3 classes "
+        "(imbalance: {kind: counts, counts: {0: 1, 2: 3}})",
     ]
     assert cli.main(["sweep", "x.yaml", "--dry-run", "imbalance=balanced", "imbalance.per_class=1"]) == 2
     assert "imbalance.per_class: the grid varies imbalance" in capsys.readouterr().err
+
+
+def test_pool_lines_name_the_data_set_and_the_classes_without_test_images(tmp_path):
+    data, counts = bundled(), rule(kind="counts", counts={2: 5, 7: 9}, permute=True)
+    small = data.restrict(*select_pool(data.train.labels, 10, counts, torch.Generator()))
+    assert small.describe_pool(counts) == [
+        "pool: 14 of 10,000 training images of fashion_mnist_small, 2 of 10 classes "
+        "(imbalance: {kind: counts, counts: {2: 5, 7: 9}, permute: true})"
+    ]
+    for split, labels in (("train", [0, 1, 2]), ("test", [1])):
+        write_parquet(tmp_path / f"{split}.parquet", [png(value=50 * i) for i in range(len(labels))], labels)
+    files = {split: str(tmp_path / f"{split}.parquet") for split in sources.SPLITS}
+    data = load_dataset(DataConfig(name="parquet", **files))
+    assert data.describe_pool(rule(kind="none")) == [
+        "pool: 3 training images of train.parquet, 3 classes (imbalance: none)",
+        "data.test: no images of classes 0, 2; the metrics leave them out",
+    ]
+    data = data.restrict(torch.tensor([0, 1]), [0, 1])
+    assert data.describe_pool(rule(kind="none"))[1] == "data.test: no images of class 0; the metrics leave it out"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": "x.parquet"}, "data.train: not used by fashion_mnist_small; set data.name to parquet, or remove it"),
+        ({"label_column": "y"}, "data.label_column: not used by fashion_mnist_small; set data.name to parquet, or"),
+        (
+            {"name": "parquet", "root": "x"},
+            "data.root: not used by parquet; set data.name to CIFAR10, CIFAR100, MNIST,",
+        ),
+        ({"name": "MNIST", "root": "x", "test": "y"}, "data.test: not used by MNIST; set data.name to parquet, or"),
+        ({"download": True}, "data.download: not used by fashion_mnist_small; set data.name to CIFAR10, "),
+    ],
+)
+def test_settings_of_another_source_are_refused(settings, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        load_dataset(DataConfig(**settings))
+
+
+def test_file_of_both_splits_is_refused(tmp_path):
+    for name in ("a", "b"):
+        pictures.write(tmp_path / f"{name}.parquet")
+    (tmp_path / "link.parquet").symlink_to("b.parquet")
+    for train, test, shared in (
+        (".", "b.parquet", "b"),
+        ("*.parquet", ".", "a"),
+        ("b.parquet", "link.parquet", "link"),
+    ):
+        data = DataConfig(name="parquet", train=str(tmp_path / train), test=str(tmp_path / test))
+        with pytest.raises(InputError, match=f"^data.test: .*/{shared}.parquet is also a training file; give other"):
+            load_dataset(data)
 
 
 def test_imbalance_name_is_short_for_its_kind():
@@ -423,9 +486,17 @@ def test_seed_determines_the_rare_classes():
             {"kind": "balanced", "sizes": (5, 0, 5)},
             "class 1 has no training images; use none, or kind counts without this class",
         ),
-        ({"kind": "balanced", "per_class": 101}, "class 0: 101 images requested, 100 available"),
+        ({"kind": "balanced", "per_class": 101}, "imbalance.per_class: class 0: 101 images requested, 100 available"),
         ({"kind": "step", "ratio": 1000}, "ratio: 1000 leaves a class without images"),
         ({"kind": "step", "ratio": 2, "rare": 4}, "at most 3 can be rare"),
+        (
+            {"kind": "step", "ratio": 2, "rare": 2, "rare_classes": [0]},
+            "imbalance.rare: 2, but imbalance.rare_classes lists 1; remove one of the two settings",
+        ),
+        (
+            {"kind": "counts", "counts": {0: 5, 3: 500}},
+            "imbalance.counts: class 3: 500 images requested, 100 available",
+        ),
         ({"kind": "step", "ratio": 2, "rare_classes": [4]}, "no class 4; the data set has classes 0 to 3"),
         ({"kind": "long_tail", "ratio": 2, "order": [0, 1]}, "each of the 4 classes once"),
         ({"kind": "counts", "counts": {0: 5, 9: 5}}, "no class 9"),
@@ -450,7 +521,10 @@ def test_data_of_a_single_class_are_refused(tmp_path):
     table = pq.read_table(pictures.write(tmp_path / "four.parquet"))
     same = table.set_column(table.column_names.index("label"), "label", pa.array([0] * len(table)))
     pq.write_table(same, tmp_path / "one.parquet")
-    data = {"name": "parquet", "train": str(tmp_path / "one.parquet"), "test": str(tmp_path / "one.parquet")}
-    settings = {"data": data, "strategy": "random", "budget": {"initial": 2, "query": 2, "total": 4}}
+    settings = {
+        "data": pictures.config(tmp_path / "one.parquet").model_dump(),
+        "strategy": "random",
+        "budget": {"initial": 2, "query": 2, "total": 4},
+    }
     with pytest.raises(InputError, match="^data: all images belong to one class, '0'; a classifier needs two or more"):
         prepare_inputs(parse(ExperimentConfig, settings))

@@ -2,8 +2,10 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
+import pictures
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -150,7 +152,7 @@ def test_model_can_be_any_module_that_returns_logits(tmp_path):
     inputs = make_inputs(
         {"name": "fisher_mask", "params": {"fraction": 0.2, "fisher_samples": 20}},
         model={"name": "torchvision.models:VisionTransformer", "params": sizes},
-        data={"name": "parquet", "train": file, "test": file},
+        data=pictures.config(Path(file)).model_dump(),
         imbalance={"kind": "balanced"},
         budget={"initial": 6, "query": 4, "total": 14},
     )

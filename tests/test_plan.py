@@ -3,6 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pictures
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from running import QUIET, run_in_process
@@ -13,6 +16,7 @@ from fishermask.errors import InputError
 from fishermask.experiment import identity
 from fishermask.experiment.identity import identify
 from fishermask.experiment.inputs import load_pool, prepare_inputs
+from fishermask.experiment.run_plan import plan_run
 from fishermask.planning.estimates import Estimate
 from fishermask.planning.placement import this_machine
 from fishermask.results.files import locked
@@ -210,6 +214,35 @@ def test_changed_default_of_a_strategy_parameter_is_noticed(tmp_path):
     folder.create(sweep.runs[0].config, recorded_identity, "p.csv")
     with pytest.raises(InputError, match="bait-seed=0: strategy.params.damping is 7.0 in the folder, 1.0 here"):
         check_folder(sweep)
+
+
+@pytest.mark.parametrize(("split", "images"), [("train", "training"), ("test", "test")])
+def test_unfinished_run_is_not_continued_with_other_images(tmp_path, split, images):
+    data = pictures.config(pictures.write(tmp_path / "pool.parquet"))
+    base = BASE | {"data": data.model_dump(), "budget": {"initial": 10, "query": 10, "total": 30}}
+    sweep = make_sweep(tmp_path, base=base, grid={"seed": [0]})
+    begin(sweep)
+    assert check_folder(sweep) == []
+    file = Path(getattr(data, split))
+    table = pq.read_table(file)
+    bytes_of_images = [image["bytes"] for image in table["image"].to_pylist()]
+    # Replace all pixels; ids and labels are kept.
+    changed = [
+        {"bytes": content, "path": image["path"]}
+        for image, content in zip(table["image"].to_pylist(), reversed(bytes_of_images), strict=True)
+    ]
+    pq.write_table(table.set_column(0, "image", pa.array(changed, pictures.KIND)), file)
+    load_pool.cache_clear()  # as in another process
+    difference = f"the {images} images or their labels differ from those of the earlier rounds"
+    with pytest.raises(InputError, match=f"random-seed=0: {difference}; choose another name=NAME, or add"):
+        check_folder(sweep)
+    assert check_folder(sweep, True) == [f"continuing under another identity: random-seed=0: {difference}"]
+
+
+def test_trial_refuses_data_that_differ_from_those_of_the_driver():
+    plan = plan_run(parse(ExperimentConfig, {"strategy": "random", "model": "mlp"}), this_machine())
+    with pytest.raises(InputError, match="^data.test: the decoded images or their labels on .* differ from those on"):
+        replace(plan, hashes=plan.hashes | {"test": "another"}).load_inputs()
 
 
 def test_rounds_without_a_recorded_identity_are_not_continued(tmp_path):

@@ -11,6 +11,7 @@ from fishermask import query_strategies
 from fishermask.config import Config, ExperimentConfig, parse
 from fishermask.environment import installed_version
 from fishermask.errors import InputError
+from fishermask.experiment import identity as identity_module
 from fishermask.experiment.identity import describe_differences, identify
 from fishermask.query_strategies.bait import Params
 from fishermask.sweeps import sweep_file
@@ -51,6 +52,7 @@ def list_variants(config: Config, prefix: str = "") -> dict[str, Config]:
 def test_the_identity_of_a_run_depends_on_every_setting_that_can_change_a_result(imbalance, monkeypatch):
     # Another test covers parameters that the strategy does not have.
     monkeypatch.setattr(query_strategies, "load", lambda strategy: SimpleNamespace(params=Given(**strategy.params)))
+    monkeypatch.setattr(identity_module, "load_pool", lambda *settings: SimpleNamespace(hashes={}))
     base = parse(ExperimentConfig, {"imbalance": imbalance})
     configs = list_variants(base)
     identities = {path: identify(config) for path, config in configs.items()}

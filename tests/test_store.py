@@ -91,6 +91,24 @@ def test_store_is_written_once_and_again_after_a_change_of_source_or_settings(tm
     assert len(stores(tmp_path)) == 3
 
 
+def test_hashes_depend_on_pixels_labels_and_ids_only(tmp_path):
+    hashes = load(write(tmp_path / "a.parquet")).hashes
+    assert load(write(tmp_path / "b.parquet", SHUFFLED)).hashes == hashes  # another path, time and order
+    table = pq.read_table(tmp_path / "a.parquet")
+    rows = table["image"].to_pylist()
+    changes = {
+        "pixels": ("image", pa.array([rows[0] | {"bytes": rows[1]["bytes"]}, *rows[1:]], KIND)),
+        "ids": ("image", pa.array([rows[0] | {"path": "a"}, *rows[1:]], KIND)),
+        "labels": ("label", pa.array([1, *table["label"].to_pylist()[1:]])),
+    }
+    data = config(tmp_path / "a.parquet")
+    for name, (column, values) in changes.items():
+        file = tmp_path / f"{name}.parquet"
+        pq.write_table(table.set_column(table.column_names.index(column), column, values), file)
+        changed = load_dataset(data.model_copy(update={"train": str(file)})).hashes
+        assert (changed["train"] != hashes["train"], changed["test"]) == (True, hashes["test"]), name
+
+
 def test_two_concurrent_writers_leave_one_complete_store(tmp_path):
     file = write(tmp_path / "a.parquet")
     code = f"""
@@ -168,13 +186,14 @@ def test_unusable_cache_is_refused_with_the_variable(tmp_path, monkeypatch, syst
     if system == "macOS":
         monkeypatch.delattr(os, "posix_fallocate")
     file = write(tmp_path / "a.parquet")
+    data = config(file)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         with pytest.raises(
             InputError, match="^FISHERMASK_CACHE: .*/cache cannot hold .* MB of decoded images .*folder$"
         ):
-            load(file)
+            load_dataset(data)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     load(file)
@@ -248,6 +267,7 @@ def _replace_note(change):
         _replace_note(lambda note: note | {"shape": [1, 8]}),
         _replace_note(lambda note: note | {"shape": ["1", 8, 8]}),
         _replace_note(lambda note: note | {"files": {}}),
+        _replace_note(lambda note: note | {"hashes": {"train": "0"}}),
         lambda folder: (folder / "train/labels.npy").unlink(),
         lambda folder: (folder / "train/labels.npy").write_bytes(b""),
         lambda folder: (folder / "train/ids.npy").write_bytes(b"noise"),

@@ -1,6 +1,6 @@
 """The folder of decoded data sets on this machine: its location, its lock, and the arrays mapped from it.
 
-<cache>/<key>/store.json                    description of the store, class names, image shape
+<cache>/<key>/store.json                    description of the store, class names, image shape, hash of each split
 <cache>/<key>/<split>/images.npy            uint8 [n, channels, height, width], rows sorted by id
 <cache>/<key>/<split>/labels.npy            int64 [n]
 <cache>/<key>/<split>/ids.npy               fixed-width bytes [n], utf-8

@@ -30,6 +30,8 @@ class Dataset:
     """Channel statistics from the literature; None if there are none."""
     source_size: tuple[int, int]
     """Numbers of training images and of classes before ``restrict`` was called."""
+    hashes: dict[str, str]
+    """Hash of the pixels, labels and ids of each split before ``restrict`` was called."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -47,18 +49,37 @@ class Dataset:
         test = self.test.take((new_labels[self.test.labels] >= 0).nonzero()[:, 0]).relabel(new_labels)
         return replace(self, train=train, test=test, classes=[self.classes[c] for c in classes])
 
-    def describe_pool(self, rule: Imbalance) -> str:
-        """Return the size of the pool that ``rule`` selected and the size of the data set, in one line."""
+    def describe_pool(self, rule: Imbalance) -> list[str]:
+        """Return one line with the sizes of the pool that ``rule`` selected and of the data set.
+
+        A second line follows if classes of the pool have no test images.
+        """
         num_images, num_classes = self.source_size
-        size, remaining = len(self.train.labels), len(self.classes)
-        images = f"{size:,}" if size == num_images else f"{size:,} of {num_images:,}"
-        classes = f"{remaining:,}" if remaining == num_classes else f"{remaining:,} of {num_classes:,}"
+        images = _count(len(self.train.labels), num_images, "training image", "training images")
+        classes = _count(len(self.classes), num_classes, "class", "classes")
+        config = self.train.images.origin.config
+        name = config.name if config.train is None else one_line(Path(config.train).name, 80)
         settings = {"kind": rule.kind} | rule.model_dump(exclude_defaults=True)
-        values = [
-            f"{key}: {value:g}" if isinstance(value, float) else f"{key}: {value}" for key, value in settings.items()
-        ]
+        values = [f"{key}: {_yaml_text(value)}" for key, value in settings.items()]
         label = rule.kind if len(settings) == 1 else one_line(f"{{{', '.join(values)}}}", 120)
-        return f"pool: {images} training images, {classes} classes (imbalance: {label})"
+        lines = [f"pool: {images} of {name}, {classes} (imbalance: {label})"]
+        sizes = torch.bincount(self.test.labels, minlength=len(self.classes)).tolist()
+        if missing := [name for name, size in zip(self.classes, sizes, strict=True) if not size]:
+            noun, pronoun = ("class", "it") if len(missing) == 1 else ("classes", "them")
+            names = one_line(", ".join(missing), 120)
+            lines.append(f"data.test: no images of {noun} {names}; the metrics leave {pronoun} out")
+        return lines
+
+
+def _count(size: int, total: int, singular: str, plural: str) -> str:
+    number = f"{size:,}" if size == total else f"{size:,} of {total:,}"
+    return f"{number} {singular if total == 1 else plural}"
+
+
+def _yaml_text(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -73,7 +94,8 @@ def load_dataset(config: DataConfig) -> Dataset:
         metadata = read_metadata(folder)
     train, test = (_map_split(folder, metadata, split, make_absolute(config)) for split in SPLITS)
     classes = metadata["classes"]
-    return Dataset(train, test, classes, _published_statistics(config), (len(train.labels), len(classes)))
+    size = len(train.labels), len(classes)
+    return Dataset(train, test, classes, _published_statistics(config), size, metadata["hashes"])
 
 
 def _published_statistics(config: DataConfig) -> Statistics | None:

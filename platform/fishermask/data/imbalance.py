@@ -55,7 +55,10 @@ def class_counts(
                 counts[c] = _at_least_one(largest * rule.ratio ** (-rank / max(1, len(sizes) - 1)), rule)
     for c, count in counts.items():
         if count > sizes[c]:
-            raise InputError(f"imbalance: class {c}: {count} images requested, {sizes[c]} available; lower its count")
+            field = "counts" if isinstance(rule, Counts) else "per_class"
+            raise InputError(
+                f"imbalance.{field}: class {c}: {count} images requested, {sizes[c]} available; lower the number"
+            )
     return counts
 
 
@@ -75,6 +78,10 @@ def _rare_classes(rule: Step, num_classes: int, generator: torch.Generator) -> l
             raise InputError(
                 f"imbalance.rare_classes: must name 1 to {num_classes - 1} classes, each once, got "
                 + short(rule.rare_classes)
+            )
+        if rule.rare not in (None, count):
+            raise InputError(
+                f"imbalance.rare: {rule.rare}, but imbalance.rare_classes lists {count}; remove one of the two settings"
             )
         return rule.rare_classes
     rare = rule.rare if rule.rare is not None else num_classes // 2

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from fishermask.config import DataConfig
 from fishermask.data.decoding import is_gray, picture_to_pixels
 from fishermask.errors import InputError
-from fishermask.guard import guarded, short
+from fishermask.guard import guarded, one_line, short
 from fishermask.paths import require_file
 from fishermask.tensors.images import Statistics
 
@@ -44,6 +44,7 @@ class ParquetSource:
     def __init__(self, summary: str, folder: Path | None = None, statistics: Statistics | None = None) -> None:
         self.summary, self.folder, self.statistics = summary, folder, statistics
         self.settings = ("train", "test") if folder is None else ()
+        self.fields = (*self.settings, "image_column", "label_column") if folder is None else ()
 
     def path_setting(self, split: str) -> str:
         """Return the dotted path of the setting that locates the files of ``split``."""
@@ -53,20 +54,29 @@ class ParquetSource:
         """Return the files of ``split``, sorted; the setting is a file, a folder of ``*.parquet``, or a glob.
 
         Raises:
-            InputError: the setting is missing, or no file matches it.
+            InputError: the setting is missing, no file matches it, or a test file is a training file too.
         """
         if self.folder is not None:
             return [self.folder / f"{split}.parquet"]
         setting = getattr(config, split)
         if setting is None:
             raise InputError(f"data.{split}: missing; give the Parquet file, folder or glob of the {split} images")
+        paths = self._match_files(setting, split)
+        if split == "test":
+            training = {path.resolve() for path in self.find_files(config, "train")}
+            if shared := [path for path in paths if path.resolve() in training]:
+                raise InputError(f"data.test: {shared[0]} is also a training file; give other images")
+        return paths
+
+    def _match_files(self, setting: str, split: str) -> list[Path]:
         path = Path(setting).expanduser()
         if path.exists() and not path.is_dir():  # its name may contain [ or *
             return [path]
         # Path.glob does not accept absolute patterns.
         paths = sorted(path.glob("*.parquet")) if path.is_dir() else [Path(f) for f in sorted(glob.glob(str(path)))]  # noqa: PTH207
         if not paths:
-            raise InputError(f"data.{split}: no Parquet file at {setting}")
+            hint = "" if path.is_absolute() else "; relative paths start in the working folder"
+            raise InputError(f"data.{split}: no Parquet file at {path.absolute()}{hint}")
         return paths
 
     def open_split(self, config: DataConfig, split: str, paths: Sequence[Path]) -> "ParquetReader":
@@ -120,8 +130,9 @@ class ParquetReader:
                     labels = batch.column(label_column).to_pylist()
                     for label in labels:
                         if not isinstance(label, int) or not 0 <= label <= limit:
+                            value = "null; give the row a label, or remove it" if label is None else label
                             raise InputError(
-                                f"data.{self.split}: {path} row {row}: label must be 0 to {limit}, got {label!r}"
+                                f"data.{self.split}: {path} row {row}: label must be 0 to {limit}, got {value}"
                             )
                         row += 1
                     yield labels, [(image or {}).get("path") for image in batch.column(column).to_pylist()]
@@ -190,11 +201,17 @@ def _image_column(schema: pa.Schema, file: Path, config: DataConfig) -> str:
             f"data.image_column: {file} has {problem}; "
             f"columns of struct<bytes: binary, path: string>: {', '.join(structs) or 'none'}"
         )
-    if config.label_column not in schema.names or not pa.types.is_integer(schema.field(config.label_column).type):
-        integers = [field.name for field in schema if pa.types.is_integer(field.type)]
+    integers = [field.name for field in schema if pa.types.is_integer(field.type)]
+    if config.label_column not in schema.names:
         raise InputError(
             f"data.label_column: {file} has no integer column {config.label_column!r}; "
             f"integer columns: {', '.join(integers) or 'none'}"
+        )
+    if config.label_column not in integers:
+        other = f", or choose an integer column: {', '.join(integers)}" if integers else ""
+        raise InputError(
+            f"data.label_column: column {config.label_column!r} of {file} is "
+            f"{one_line(str(schema.field(config.label_column).type), 60)}; convert it to integers 0, 1, 2, ...{other}"
         )
     return str(image_column)
 

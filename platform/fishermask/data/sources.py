@@ -52,6 +52,10 @@ class Source(Protocol):
         """Fields of ``DataConfig`` that the source requires."""
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields of ``DataConfig`` that only some sources use, this one among them; other sources refuse them."""
+
+    @property
     def downloads(self) -> bool:
         """Whether ``data.download`` fetches missing files."""
 
@@ -113,11 +117,18 @@ def find_source(config: DataConfig) -> Source:
     """Return the source that ``data.name`` selects.
 
     Raises:
-        InputError: no source has this name.
+        InputError: no source has this name, or the source does not use a field that is set.
     """
     if config.name not in SOURCES:
         raise InputError(f"data.name: unknown data set {short(config.name)}; available: {', '.join(SOURCES)}")
-    return SOURCES[config.name]
+    source = SOURCES[config.name]
+    for field in (field for other in SOURCES.values() for field in other.fields if field not in source.fields):
+        if getattr(config, field) != DataConfig.model_fields[field].default:
+            names = [name for name, other in SOURCES.items() if field in other.fields]
+            raise InputError(
+                f"data.{field}: not used by {config.name}; set data.name to {', '.join(names)}, or remove it"
+            )
+    return source
 
 
 def reopen_split(config: DataConfig, split: str, recorded: Sequence[tuple[str, int]]) -> SplitReader:

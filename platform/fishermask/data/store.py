@@ -18,8 +18,8 @@ from fishermask.errors import InputError
 from fishermask.guard import reason
 from fishermask.paths import require_file
 
-FORMAT = 2
-"""Version of the content of stores. Increase it when a change decodes the same source into other arrays."""
+FORMAT = 3
+"""Version of the content of stores. Increase it when a change decodes the same source into other arrays or metadata."""
 DECODING_SETTINGS = {"name", "image_column", "label_column", "channels", "image_size"}
 """Fields of ``DataConfig`` that the content of a store depends on."""
 BATCH = 65_536
@@ -57,7 +57,7 @@ def ensure_store(config: DataConfig) -> Path:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """Return the metadata of a store: its description, class names and image shape.
+    """Return the metadata of a store: its description, class names, image shape, and a hash of each split.
 
     Raises:
         InputError: the file does not have the content that ``ensure_store`` writes.
@@ -68,6 +68,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         metadata = json.loads(path.read_text())
         valid = all(isinstance(name, str) for name in metadata["classes"]) and len(metadata["shape"]) == 3
         valid = valid and all(isinstance(size, int) for size in metadata["shape"])
+        valid = valid and all(isinstance(metadata["hashes"][split], str) for split in SPLITS)
         valid = valid and all(len(file) == 3 for split in SPLITS for file in metadata["files"][split])
     except Exception as error:  # the file may contain anything
         raise cache.damaged_store_error(folder, reason(error)) from error
@@ -99,7 +100,7 @@ def store_key(description: dict[str, Any]) -> str:
 
 
 def _write_store(folder: Path, readers: dict[str, SplitReader]) -> dict[str, Any]:
-    """Write the arrays of both splits; return the class names and the image shape.
+    """Write the arrays of both splits; return the class names, the image shape, and a hash of each split.
 
     Raises:
         InputError: an image or a label cannot be used, or the splits do not match.
@@ -125,7 +126,8 @@ def _write_store(folder: Path, readers: dict[str, SplitReader]) -> dict[str, Any
         raise InputError(f"data: training images are {sizes[0]}, but test images are {sizes[1]}; set {setting}")
     for split in SPLITS:
         _write_images(readers[split], orders[split], train_shape, folder / split / cache.IMAGES)
-    return {"classes": max(classes.values(), key=len), "shape": list(train_shape)}
+    hashes = {split: _hash_split(folder / split) for split in SPLITS}
+    return {"classes": max(classes.values(), key=len), "shape": list(train_shape), "hashes": hashes}
 
 
 def _write_labels_and_ids(reader: SplitReader, split: str, folder: Path) -> tuple[np.ndarray, list[str]]:
@@ -193,3 +195,13 @@ def _write_images(reader: SplitReader, order: np.ndarray, shape: tuple[int, ...]
     # Images are decoded in the order of the source, so that each file is read once from start to end.
     for part, pixels in reader.pixels(np.arange(len(order)), shape):
         cache.write_rows(target, position[part], pixels)
+
+
+def _hash_split(folder: Path) -> str:
+    """Return a hash of the pixels, labels and ids of a split, in the order of the ids."""
+    digest = hashlib.sha256()
+    for name in (cache.IMAGES, cache.LABELS, cache.IDS):
+        array = cache.map_array(folder / name)
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()[:12]

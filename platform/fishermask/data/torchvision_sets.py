@@ -70,6 +70,7 @@ class TorchvisionSource:
     """The data set ``name`` of torchvision, in the folder ``data.root``."""
 
     settings = ("root",)
+    fields = ("root", "download")
     downloads = True
 
     def __init__(self, name: str) -> None:
@@ -159,4 +160,4 @@ class TorchvisionReader:
 def _root(config: DataConfig) -> Path:
     if config.root is None:
         raise InputError(f"data.root: missing; give the folder of {config.name}, or the folder to download it to")
-    return Path(config.root).expanduser()
+    return Path(config.root).expanduser().absolute()

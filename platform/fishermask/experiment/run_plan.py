@@ -1,5 +1,6 @@
 """The plan of a run. The driver makes it once; the display, the memory reservation and the trial use it."""
 
+import socket
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,10 @@ class RunPlan:
     """A run that has passed all checks, and the execution plan of its queries."""
 
     config: ExperimentConfig
-    pool: str
-    """One line: the size of the pool, and the images that the imbalance leaves out."""
+    pool: list[str]
+    """Lines on the pool: its size, the images that the imbalance leaves out, and classes without test images."""
+    hashes: dict[str, str]
+    """Hash of the training and of the test images on the driver."""
     statistics: Statistics
     measurement: Measurement
     request: QueryRequest
@@ -36,11 +39,12 @@ class RunPlan:
             InputError: the data on this machine differ from the driver's.
         """
         inputs = load_inputs(self.config, self.statistics)
-        if (size := len(inputs.data.train.labels)) != self.request.pool_size:
-            raise InputError(
-                f"data: the pool has {size} images on this machine and {self.request.pool_size} on the driver's; copy "
-                "the same files to every machine"
-            )
+        for split in self.hashes:
+            if inputs.data.hashes[split] != self.hashes[split]:
+                raise InputError(
+                    f"data.{split}: the decoded images or their labels on {socket.gethostname()} differ from those on "
+                    "the driver's machine; use the same files and the same packages on every machine"
+                )
         return inputs
 
 
@@ -76,7 +80,8 @@ def plan_run(config: ExperimentConfig, cluster: Cluster) -> RunPlan:
         count = useful_shards(measurement, request, in_process=in_process, limit=limit, gpu_limit=gpu_limit)
     count = num_shards(resources, count, cluster)
     query = plan_query(measurement, request, count, in_process=in_process, limit=limit, gpu_limit=gpu_limit)
-    return RunPlan(config, data.describe_pool(config.imbalance), inputs.statistics, measurement, request, query)
+    pool = data.describe_pool(config.imbalance)
+    return RunPlan(config, pool, data.hashes, inputs.statistics, measurement, request, query)
 
 
 def precision(engine: EngineConfig) -> Precision:

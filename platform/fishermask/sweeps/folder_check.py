@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
-from fishermask.experiment.identity import describe_differences, identify
+from fishermask.experiment.identity import describe_differences, identify, identify_settings
 from fishermask.experiment.inputs import load_pool
 from fishermask.guard import guarded
 from fishermask.results.files import check_unlocked, pool_name
@@ -94,14 +94,14 @@ def _check_identities(sweep: Sweep, stored: SweepConfig, continue_anyway: bool) 
     """Return notes on the rounds in the folder that have another identity than the current one."""
     varied = set(stored.grid) | ({"strategy.params"} if "strategy.name" in stored.grid else set())
     try:
-        recorded = identify(expand(stored).runs[0].config)
+        recorded = identify_settings(expand(stored).runs[0].config)
     except InputError as error:
         raise InputError(
             f"name: the settings in {sweep.folder} are not valid here ({error}); choose another name=NAME",
             error.details,
         ) from error
-    current = identify(sweep.runs[0].config)
-    problems = [describe_differences({"settings": recorded["settings"]}, {"settings": current["settings"]}, varied)]
+    current = identify_settings(sweep.runs[0].config)
+    problems = [describe_differences({"settings": recorded}, {"settings": current}, varied)]
     finished_counts: dict[str, int] = {}
     for run in sweep.runs:
         rounds = run.folder.history()
@@ -128,7 +128,8 @@ def _compare(run: Run) -> tuple[list[str], bool]:
     current, recorded = identify(run.config), run.folder.provenance().identity
     if recorded is None:  # written by a version that did not record identities
         config = run.folder.config()
-        recorded = (current if config is None else identify(config)) | {"fishermask": "of an unknown version"}
+        settings = current["settings"] if config is None else identify_settings(config)
+        recorded = current | {"fishermask": "of an unknown version", "settings": settings}
     return describe_differences(recorded, current), recorded.get("settings") == current["settings"]
 
 

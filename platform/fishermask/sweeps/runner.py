@@ -95,7 +95,7 @@ def requested_bundles(plan: RunPlan, in_process: bool = False) -> list[Bundle]:
 
 
 def describe_plans(plans: Plans) -> list[str]:
-    """Return one line for each distinct pool, one line for each strategy, and one line with the total time.
+    """Return one or two lines for each distinct pool, one line for each strategy, and one line with the total time.
 
     The line of a strategy shows the memory of its run with the largest process, and the time of its longest query.
     """
@@ -105,7 +105,7 @@ def describe_plans(plans: Plans) -> list[str]:
         label = strategy_label(plan.config.strategy)
         largest[label] = max(plan, largest.get(label, plan), key=lambda plan: plan.query.largest_bytes)
         seconds[label] = max(plan.query.seconds, seconds.get(label, 0.0))
-    pools = dict.fromkeys(plan.pool for plan in plans.values())
+    pools = dict.fromkeys(line for plan in plans.values() for line in plan.pool)
     lines = [f"{label}: {replace(plan.query, seconds=seconds[label])}" for label, plan in largest.items()]
     total = sum(plan.query.seconds * (plan.config.budget.num_rounds - 1) for plan in plans.values())
     if total:

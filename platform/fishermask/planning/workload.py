@@ -23,7 +23,7 @@ from fishermask.tensors import contrasts
 from fishermask.tensors.contrasts import Weighting
 from fishermask.tensors.embedding import embed
 from fishermask.tensors.gradient_plan import GradientPlan, plan_gradients
-from fishermask.tensors.mask import body_parameters, fisher_diagonal, head_size, random_mask
+from fishermask.tensors.mask import Mask, body_parameters, fisher_diagonal, head_size, random_mask
 from fishermask.tensors.slow_gradients import copy_model
 
 BATCH_BYTES = 2e9
@@ -152,7 +152,8 @@ def measure(
         if verification_bytes is None:
             verification_bytes = peak_bytes(lambda: plan_gradients(model, images))
         # A random mask is spread over all layers, and so takes the most memory.
-        mask = random_mask(body, plan, work.body_size, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        mask = random_mask(body, plan, work.body_size, generator) if work.body_size else Mask(plan, {})
         embedding = measure_cost(
             lambda batch: embed(shard_model, batch, mask, work.weighting, work.top_classes), images, seconds
         )

@@ -813,8 +813,8 @@ MUTANTS = [
     Mutant(
         "results/provenance.py",
         "dict.fromkeys(repr(i.get(key)) for i in run)",
-        "[repr(run[0].get(key))] * len(run)",
-        "each round counts as a run with a value",
+        "[repr(i.get(key)) for i in run]",
+        "each identity counts as a run with a value",
         "results",
     ),
     Mutant(

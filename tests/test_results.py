@@ -21,6 +21,7 @@ from fishermask.results.files import (
     write_atomically,
     write_pool,
 )
+from fishermask.results.provenance import describe_mixed_runs
 from fishermask.results.tables import display_labels, format_value, read_rounds, short_names, summarize
 
 
@@ -159,6 +160,14 @@ def test_report_notes_runs_with_different_settings_versions_and_devices(tmp_path
     ) in report.format_notes(report.write(folder))
     (folder / "config.yaml").write_text(yaml.safe_dump({"name": "s", "grid": {"training.max_epochs": [], "seed": []}}))
     assert not any("different settings" in note for note in report.format_notes(report.write(folder)))
+
+
+def test_continued_run_counts_once_for_each_value():
+    old, new = ({"fishermask": version, "threads": threads} for version, threads in (("a", 1), ("b", 1)))
+    assert describe_mixed_runs([[old, new], [old], [new | {"threads": 2}]], ()) == {
+        "fishermask": ["fishermask is 'a' in 2 runs and 'b' in 2 runs"],
+        "threads": ["threads is 1 in 2 runs and 2 in 1 run"],
+    }
 
 
 def test_report_notes_runs_outside_the_current_grid(sweep):

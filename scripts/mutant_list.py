@@ -1022,7 +1022,22 @@ MUTANTS = [
         "files are looked for in the working folder, not beside the sweep file",
         "strategies",
     ),
+    Mutant(
+        "user_modules.py",
+        "_local_versions.get(local, version) != version",
+        "False",
+        "a changed module beside the user's file is not imported again",
+        "strategies",
+    ),
+    Mutant(
+        "user_modules.py",
+        "queue.append((name, found))",
+        "pass",
+        "modules that the user's modules import are not part of the identity",
+        "settings",
+    ),
     # cli
+    Mutant("cli.py", "markup=False, emoji=False", "markup=False", "text between colons is printed as an emoji", "cli"),
     Mutant("cli.py", "status = EXIT_FAILED_RUNS", "status = 0", "a failed run ends in exit status 0", "records cli"),
     Mutant("cli.py", " = 1, 2", " = 1, 1", "bad input ends in exit status 1", "cli"),
     Mutant(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import fishermask as fishermask_api
 from fishermask import __version__, cli, query_strategies
 from fishermask.config import ExperimentConfig
 
@@ -116,6 +117,16 @@ def test_a_model_file_is_found_beside_the_sweep_file_and_on_the_command_line_in_
     assert cli.main(["sweep", "tiny.yaml", "--dry-run", "model=./mymodels.py:make"]) == 2
     error = f"model.name: {sweep}/mymodels.py cannot be read (No such file or directory)"
     assert capsys.readouterr().err == f"fishermask: {error}\n"
+
+
+def test_text_between_colons_is_printed_as_it_is(sweep, capsys):
+    """Rich replaces the name of an emoji between colons by the emoji."""
+    (sweep / "s.py").write_text("def three(pool, budget):\n    return pool.candidates[:budget]\n")
+    assert cli.main(["sweep", "tiny.yaml", "--dry-run", "strategy=./s.py:three"]) == 0
+    assert "\ns:three: about " in capsys.readouterr().out
+    base = TINY["base"] | {"strategy": "./s.py:three", "budget": {"initial": 10, "query": 10, "total": 20}}
+    fishermask_api.run({"name": "tiny", "base": base})
+    assert "\ns:three: about " in capsys.readouterr().out
 
 
 def test_an_estimate_of_memory_and_time_is_shown_before_anything_starts(sweep, capsys):

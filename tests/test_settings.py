@@ -88,6 +88,30 @@ def test_the_identity_holds_the_content_of_the_users_model_file(tmp_path):
     assert difference.startswith("code.model.name is ")
 
 
+def test_the_identity_holds_the_modules_that_the_users_model_file_imports_from_its_folder(tmp_path):
+    for name, text in {
+        "mine.py": "import json, layers.blocks as b\nfrom helper import W\ndef make():\n    from . import ignored",
+        "helper.py": "import mine\nW = 1",
+        "layers/__init__.py": "from .norms import norm\nfrom .. import absent",
+        "layers/blocks.py": "from . import linear",
+        "layers/norms.py": "broken = (",
+        "layers/linear.py": "from layers import norms",
+        "unrelated.py": "x = 1",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    config = parse(ExperimentConfig, {"model": f"{tmp_path}/mine.py:make", "strategy": "random"})
+    before = identify(config)
+    modules = ["helper", "layers", "layers.blocks", "layers.linear", "layers.norms", "mine"]
+    assert list(before["code"]) == ["model.name", *(f"model.name/{module}" for module in modules)]
+    for path in ("helper.py", "layers/norms.py", "layers/__init__.py"):
+        with (tmp_path / path).open("a") as file:
+            file.write("\nW = 2")
+        (difference,) = describe_differences(before, after := identify(config))
+        assert difference.startswith(f"code.model.name/{path[:-3].replace('/', '.').removesuffix('.__init__')} is ")
+        before = after
+
+
 def test_the_identity_holds_version_source_devices_and_threads():
     def identity(**resources):
         return identify(parse(ExperimentConfig, {"resources": resources, "strategy": "random"}))

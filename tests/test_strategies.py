@@ -60,6 +60,16 @@ def test_changed_file_is_imported_again(tmp_path):
         assert load(str(file)).query(FakePool, 1).tolist() == [position]
 
 
+def test_file_whose_local_module_changed_is_imported_again(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "offsets", raising=False)
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        (folder / "mine.py").write_text("from offsets import SIZE\ndef query(pool, budget):\n    return [SIZE]\n")
+        for position in (12, 15 + len(folder.name), 18):
+            (folder / "offsets.py").write_text(f"SIZE = {position}\n")
+            assert load(f"{folder}/mine.py").query(FakePool, 1).tolist() == [position]
+
+
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [

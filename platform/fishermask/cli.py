@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _invoke(argv: Sequence[str]) -> int:
     """Parse the command line and call the command. An error becomes one line; ``click`` would print several."""
-    console = _Console(markup=False, highlight=False, soft_wrap=True)
+    console = _Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     try:
         with commands.make_context("fishermask", list(argv), obj=console) as context:
             return int(commands.invoke(context) or 0)

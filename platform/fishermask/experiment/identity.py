@@ -1,6 +1,5 @@
 """The identity of a run: everything that determines its rounds. A run never silently continues under another one."""
 
-import hashlib
 from collections.abc import Collection
 from typing import Any
 
@@ -10,12 +9,12 @@ from fishermask.environment import loaded_version
 from fishermask.experiment.inputs import load_pool
 from fishermask.guard import guarded, short
 from fishermask.paths import require_file
-from fishermask.user_modules import split_file_name
+from fishermask.user_modules import find_local_modules, hash_file, split_file_name
 
 Identity = dict[str, Any]
-"""A JSON object: ``fishermask`` (version and source), ``code`` (hashes of the user's files), ``data`` (hashes of the
-training and test images), ``device`` of trial and shards, ``threads`` of the trial, and ``settings`` with all defaults,
-including those of strategy parameters."""
+"""A JSON object: ``fishermask`` (version and source), ``code`` (hashes of the user's files and of the modules that they
+import from their folders), ``data`` (hashes of the training and test images), ``device`` of trial and shards,
+``threads`` of the trial, and ``settings`` with all defaults, including those of strategy parameters."""
 
 DATA = {"data.train": "training", "data.test": "test"}
 """Dotted paths of the hashes in an identity, and the images that they stand for."""
@@ -62,13 +61,18 @@ def identify_settings(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def _hash_user_files(names: dict[str, str]) -> dict[str, str]:
-    """Return a hash of each of the user's files among ``names``, by the setting that names it."""
+    """Return a hash of each of the user's files among ``names``, by the setting that names it.
+
+    A local module that the file imports has the key ``SETTING/MODULE``.
+    """
     hashes = {}
     for setting, name in names.items():
         if (parts := split_file_name(name)) is not None:
             require_file(parts[0], setting)
             with guarded(setting, f"{parts[0]} cannot be read"):
-                hashes[setting] = hashlib.sha256(parts[0].read_bytes()).hexdigest()[:12]
+                hashes[setting] = hash_file(parts[0])
+                modules = find_local_modules(parts[0])
+                hashes |= {f"{setting}/{module}": hash_file(path) for module, path in modules.items()}
     return hashes
 
 

@@ -81,7 +81,12 @@ class Recorder:
             {name: len(history) for name, history in self.history.items()},
         )
         self.started = self.last_line = self.last_refresh = clock()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds"))
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("rounds"),
+        )
         last_columns = (TimeElapsedColumn(), TextColumn("{task.fields[eta]}"))
         self.bar = Progress(*columns, *last_columns, console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task("", total=self.total, eta="")

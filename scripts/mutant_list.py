@@ -1036,6 +1036,27 @@ MUTANTS = [
         "modules that the user's modules import are not part of the identity",
         "settings",
     ),
+    Mutant(
+        "tensors/verification.py",
+        "(logits.sum(1) - 1).abs() <= 1e-5",
+        "logits.sum(1) < 0",
+        "models that end in softmax are accepted",
+        "api bad_input",
+    ),
+    Mutant(
+        "query_strategies/__init__.py",
+        'not any(p.name == "num_classes" for p in names)',
+        "True",
+        "a model factory is accepted as a strategy",
+        "strategies",
+    ),
+    Mutant(
+        "experiment/run_plan.py",
+        "return high / 100",
+        "return low / 100",
+        "the proposed resources.memory is too small",
+        "cli",
+    ),
     # cli
     Mutant("cli.py", "markup=False, emoji=False", "markup=False", "text between colons is printed as an emoji", "cli"),
     Mutant("cli.py", "status = EXIT_FAILED_RUNS", "status = 0", "a failed run ends in exit status 0", "records cli"),

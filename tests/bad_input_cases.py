@@ -383,6 +383,7 @@ FACTORIES = {
     "returns numpy logits": "return Net(num_classes, lambda x: x.detach().numpy())",
     "has NaN logits": "return Net(num_classes, lambda x: x / 0 * 0)",
     "has NaN logits in eval mode only": "m = Net(num_classes); m.out = lambda x: x if m.training else x * float('nan'); return m",
+    "returns probabilities": "return Net(num_classes, lambda x: x.softmax(-1))",
     "has infinite logits in eval mode only": "m = Net(num_classes); m.out = lambda x: x if m.training else x + float('inf'); return m",
     "forward raises ValueError": "return Net(num_classes, before=lambda x: throw(ValueError('boom')))",
     "forward raises TypeError": "return Net(num_classes, before=lambda x: throw(TypeError('boom')))",
@@ -415,7 +416,7 @@ MODULES = {
     "has no factory": b"x = 1\n",
     "has a factory that cannot be called": b"make = 5\n",
 }
-DETAILS = {"has meta logits": "on the device of its images"}
+DETAILS = {"has meta logits": "on the device of its images", "returns probabilities": " returns probabilities; return logits"}
 for number, name in enumerate(FACTORIES):
     words = ("model.name", f"their_models:f{number}", DETAILS.get(name, ""))
     case(f"a model {name}", dry(f"model=their_models:f{number}"), *words)

@@ -119,6 +119,17 @@ def test_a_model_file_is_found_beside_the_sweep_file_and_on_the_command_line_in_
     assert capsys.readouterr().err == f"fishermask: {error}\n"
 
 
+def test_run_prints_the_values_as_in_a_sweep_file(sweep, capsys):
+    (sweep / "good.py").write_text("def query(pool, budget):\n    return pool.candidates[:budget]\n")
+    values = ["strategy={name: ./good.py}", "grid.imbalance=[{kind: balanced, per_class: 20}]", "budget.total=10"]
+    assert cli.main(["run", "tiny.yaml", *values]) == 0
+    out = capsys.readouterr().out
+    assert "\nstrategy = good\n" in out
+    assert "\nimbalance = {kind: balanced, per_class: 20}\n" in out
+    assert cli.main(["sweep", "tiny.yaml", "--dry-run", "strategy=random", "budget.total=10"]) == 0
+    assert "tiny: 1 run, 0 finished, 1 round to go" in capsys.readouterr().out
+
+
 def test_text_between_colons_is_printed_as_it_is(sweep, capsys):
     """Rich replaces the name of an emoji between colons by the emoji."""
     (sweep / "s.py").write_text("def three(pool, budget):\n    return pool.candidates[:budget]\n")
@@ -132,18 +143,25 @@ def test_text_between_colons_is_printed_as_it_is(sweep, capsys):
 def test_an_estimate_of_memory_and_time_is_shown_before_anything_starts(sweep, capsys):
     assert cli.main(["sweep", "tiny.yaml", "--dry-run", "strategy=[bait,margin,random]"]) == 0
     bait, margin, uniform = (x for x in capsys.readouterr().out.splitlines() if re.match("(bait|margin|random): ", x))
+    beyond = "beyond Python's 0.5 GB"
     for line in (bait, margin):
-        assert re.search(r": about [\d.e-]+ s per query, peak memory \d+ MB \(.*, libraries \d+\), 1 shard$", line)
+        assert re.search(rf": about [\d.e-]+ s per query, peak memory \d+ MB \(.*, libraries \d+\) {beyond}, 1 shard$", line)
     assert uniform.startswith("random: no computation per query, peak memory ")
 
 
 def test_a_query_that_cannot_fit_is_refused_before_anything_is_trained(sweep, capsys):
-    for memory, message in [
-        ("0.01", "a process takes 500 MB before it computes, and only 10 MB are available; set resources.memory .*"),
-        ("0.51", r"a process needs \d+ MB \(.*\) to .*, and only 10 MB are available besides Python .*"),
+    for memory, problem, alternative in [
+        ("0.01", "a process takes 500 MB before it computes, and only 10 MB are available", "use nodes .*"),
+        ("0.51", r"a process needs \d+ MB \(.*\) to .*, and only 10 MB are available besides Python .*", "choose .*"),
     ]:
         assert cli.main(["sweep", "tiny.yaml", "strategy=bait", f"resources.memory={memory}"]) == 2
-        assert re.fullmatch(rf"fishermask: resources.memory: {message}\n", capsys.readouterr().err)
+        remedy = rf"raise resources.memory from {memory} to ([\d.]+), or {alternative}"
+        match = re.fullmatch(rf"fishermask: resources.memory: {problem}; {remedy}\n", capsys.readouterr().err)
+        value = float(match[1])
+        command = ["sweep", "tiny.yaml", "strategy=bait", "--dry-run"]
+        assert cli.main([*command, f"resources.memory={value}"]) == 0
+        assert cli.main([*command, f"resources.memory={value - 0.01:.2f}"]) == 2
+        capsys.readouterr()
     assert [path.name for path in sweep.iterdir()] == ["tiny.yaml"]
 
 
@@ -190,6 +208,10 @@ def test_all_settings_are_listed_with_their_defaults(capsys):
     assert set(dotted(defaults)) <= listed_names
     assert "\nbudget.initial (int, default 100): " in out
     assert "\n    imbalance.ratio (float, required): " in out
+    assert "\n    imbalance.rare (int | null, default null): Number of rare classes; null for half" in out
+    assert not re.search(r"\bNone\b", out)
+    for name in ("model.name", "model.params", "strategy.name", "strategy.params", "seed"):
+        assert re.search(rf"^{name} \(.*\): \w", out, re.MULTILINE), name
 
 
 def test_init_writes_a_sweep_file_that_runs_and_never_overwrites_one(tmp_path, monkeypatch, capsys):
@@ -263,6 +285,14 @@ def test_help_and_version_are_printed(capsys):
         (["run", "tiny.yaml", "output=tiny.yaml"], "output: cannot write to"),
         (["run", "tiny.yaml", "seed=true"], "seed: should be a valid integer, got True"),
         (["sweep", "list.yaml"], "list.yaml: expected the keys name, base and grid"),
+        (["run", "tiny.yaml", "name=a/b"], "fishermask: name: expected letters, digits"),
+        (["sweep", "tiny.yaml", "grid.seed=3"], "fishermask: grid.seed: should be a valid list, got 3"),
+        (["sweep", "tiny.yaml", "grid.=[1]"], "fishermask: 'grid.': expected key=value"),
+        (["sweep", "tiny.yaml", ".seed=1"], "fishermask: '.seed': expected key=value"),
+        (["sweep", "tiny.yaml", "imbalance=natural"], "imbalance.kind: expected one of none, balanced, step, long_tail, counts, got 'natural'\n"),
+        (["sweep", "tiny.yaml", "imbalance.rare=1"], "imbalance.rare: unknown key; there are kind, per_class; imbalance='{kind: balanced}' replaces"),
+        (["sweep", "tiny.yaml", "strategy=[{name: bait, label: a b}, {name: margin, label: a_b}]"], "grid: a_b-seed=0 is the name of two runs; give labels that differ in letters"),
+        (["sweep", "tiny.yaml", "grid.output=[1]", "strategy=[random]"], "output: unknown key"),
         (["report", "nowhere"], "nowhere: no such folder"),
         (["report", "."], "holds no results of a sweep"),
     ],

@@ -84,7 +84,7 @@ def test_a_run_waits_for_nodes_that_an_autoscaler_can_start_and_is_refused_other
     nodes = ({"CPU": 2, "memory": 4 * GB},)
     able, unable = {"CPU": 4, "GPU": 1, "memory": 8 * GB}, {"CPU": 4, "memory": 8 * GB}
     for cluster_ in (Cluster(nodes, (able,)), Cluster(nodes, (UNKNOWN_NODE,))):
-        assert "but the cluster has 1 nodes" in placement.check_placement(request, cluster_)
+        assert "but the cluster has 1 node of" in placement.check_placement(request, cluster_)
     with pytest.raises(InputError, match="but the cluster has"):
         placement.check_placement(request, Cluster(nodes, (unable,)))
 
@@ -168,7 +168,7 @@ def test_a_run_that_fits_on_no_node_is_refused_before_any_run_starts(tmp_path, s
     with pytest.raises(InputError, match=r"needs 1 CPU, 3.00 GB for the trial, .* 4 CPUs, 800 MB; lower"):
         runner.plan_sweep(sweep, nodes, QUIET)
     plans = runner.plan_sweep(sweep, Cluster(({"CPU": 1, "memory": 4 * GB},)), QUIET)
-    with pytest.raises(InputError, match="the cluster has 1 nodes of 4 CPUs, 800 MB"):
+    with pytest.raises(InputError, match="the cluster has 1 node of 4 CPUs, 800 MB"):
         tune_runner.run_on_ray(sweep, plans, nodes, QUIET)
     assert not sweep.folder.exists()
 

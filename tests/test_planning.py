@@ -403,11 +403,11 @@ def test_reclaimable_page_cache_is_free_memory(tmp_path):
 
 def test_a_plan_is_one_line():
     measured, request = simple_measurement(), QueryRequest(100_000, 5)
-    text = "peak memory 22 MB (model 1, activations 2, probabilities 12, libraries 7)"
+    text = "peak memory 22 MB (model 1, activations 2, probabilities 12, libraries 7) beyond Python's 0.5 GB"
     assert str(plan_query(measured, request)) == f"about 2 min per query, {text}, 1 shard"
     separate = str(plan_query(measured, request, 2, in_process=False))
     assert separate.startswith("about 51 s per query, peak memory ")
-    assert ", 2 shards of 9 MB (model 1, activations 2, libraries 5)" in separate
+    assert ", 2 shards of 9 MB (model 1, activations 2, libraries 5), each beyond Python's 0.5 GB" in separate
     assert ", GPU memory 22 MB (" in str(plan_query(measured, request, gpu_limit=1e9))
     unused = simple_measurement(work=Workload(uses_model=False))
     assert str(plan_query(unused, QueryRequest(10, 5))).startswith("no computation per query, peak memory 6 MB (")

@@ -169,7 +169,7 @@ def test_run_in_this_process_gives_the_rounds_of_the_trial(finished_sweep, tmp_p
 
 def test_run_that_requests_more_than_the_cluster_has_is_refused_before_any_starts(tmp_path, ray_session):
     sweep = load(tmp_path, "resources.shards=99")
-    with pytest.raises(InputError, match="0.5 CPUs.* for each of 99 shards, but the cluster has 1 nodes of 4 CPUs"):
+    with pytest.raises(InputError, match="0.5 CPUs.* for each of 99 shards, but the cluster has 1 node of 4 CPUs"):
         run_on_ray(sweep, QUIET)
     assert not sweep.folder.exists()
 

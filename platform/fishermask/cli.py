@@ -17,9 +17,9 @@ from rich.table import Table
 
 from fishermask import __version__
 from fishermask.errors import InputError
-from fishermask.guard import capture_stderr, guarded, one_line, short, write_log
+from fishermask.guard import capture_stderr, guarded, one_line, plural, short, write_log
 from fishermask.paths import check_path
-from fishermask.results.tables import METRICS
+from fishermask.results.tables import METRICS, strategy_label
 from fishermask.stopping import handle_signals, stop_reason
 
 if TYPE_CHECKING:
@@ -198,6 +198,7 @@ def run_command(console: Console, words: tuple[str, ...], continue_anyway: bool)
 
     Without FILE, run a small experiment on the bundled data.
     """
+    from fishermask.listing import format_value
     from fishermask.sweeps import runner, sweep_file
 
     has_file = bool(words) and not SETTING.match(words[0])
@@ -213,7 +214,8 @@ def run_command(console: Console, words: tuple[str, ...], continue_anyway: bool)
         for line in runner.describe_plans(plans):
             console.print(line)
         for key, values in config.grid.items():
-            console.print(f"{key} = {values[0]}")
+            label = strategy_label(sweep.runs[0].config.strategy)
+            console.print(f"{key} = {label if key == 'strategy' else format_value(values[0])}")
         if ray_shards:
             _connect(stack, nodes)
         return _run_and_report(sweep, lambda: runner.run_in_process(sweep, plans, console), console)
@@ -252,7 +254,7 @@ def sweep_command(console: Console, file: Path, settings: tuple[str, ...], dry_r
             console.print(line)
         count = len(sweep.runs)
         rounds = sum(run.config.budget.num_rounds - len(history) for run, history in unfinished)
-        state = f"{count} runs, {count - len(unfinished)} finished, {rounds} rounds to go"
+        state = f"{plural(count, 'run')}, {count - len(unfinished)} finished, {plural(rounds, 'round')} to go"
         console.print(f"{sweep.config.name}: {state}; results in {sweep.folder}")
         if dry_run:
             unfinished_names = {run.name for run, _ in unfinished}

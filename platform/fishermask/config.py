@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -67,7 +67,9 @@ class NamedConfig(Config):
     """A model or a strategy: its name and its parameters. ``margin`` is short for ``{name: margin}``."""
 
     name: Word
+    """A name that ``fishermask models`` or ``fishermask strategies`` lists, or ``./FILE.py:FUNCTION``."""
     params: dict[str, Annotated[Any, AfterValidator(_check_finite)]] = {}
+    """Parameters of the model or the strategy, by name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -285,6 +287,7 @@ class ExperimentConfig(Config):
     budget: BudgetConfig = BudgetConfig()
     strategy: StrategyConfig = StrategyConfig(name="fisher_mask")
     seed: int = Field(0, ge=0, le=MAX_SEED)
+    """Determines every random choice of the run."""
     engine: EngineConfig = EngineConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -307,34 +310,49 @@ MAX_MISTAKES = 20
 """Maximum number of mistakes that the error of one file lists."""
 
 
-def parse(kind: type[ConfigT], value: Any, where: str = "") -> ConfigT:
-    """Validate ``value`` as a ``kind``; messages begin with ``where``.
+def parse(kind: type[ConfigT], value: Any, where: str = "", owner: str = "it") -> ConfigT:
+    """Validate ``value`` as a ``kind``.
+
+    Args:
+        where: dotted path of ``value``, or ``FILE:``; messages begin with it.
+        owner: name of the model or the strategy whose parameters ``value`` holds.
 
     Raises:
         InputError: one line for each mistake, with the dotted path, the expected value and the actual value.
     """
     if not isinstance(value, Mapping | str):
-        raise InputError(f"{where or 'the file'}: expected keys and values, got {short(value)}")
+        raise InputError(f"{where.rstrip(':') or 'the file'}: expected keys and values, got {short(value)}")
     # The validators of a strategy's parameters are the user's code.
-    with guarded(where or "the file", "cannot be checked"):
+    with guarded(where.rstrip(":") or "the file", "cannot be checked"):
         try:
             return kind.model_validate(value)
         except ValidationError as error:
             mistakes = error.errors()[:MAX_MISTAKES]
-        lines = [_describe_mistake(kind, detail, where) for detail in mistakes]
+        lines = [_describe_mistake(kind, detail, where, owner) for detail in mistakes]
         raise InputError("\n".join(lines))
 
 
-def _describe_mistake(kind: type[Config], detail: Any, where: str) -> str:
+def _describe_mistake(kind: type[Config], detail: Any, where: str, owner: str) -> str:
     model, path = _resolve(kind, detail["loc"])
-    field = ".".join([where] * bool(where) + path) or "the file"
+    field = ".".join(path)
+    if where:
+        field = f"{where} {field}".strip(" :") if where.endswith(":") else ".".join([where, *path])
+    field = field or "the file"
     match detail["type"]:
+        case "extra_forbidden" if not model.model_fields:
+            return f"{field}: {owner} has no parameters; remove it"
         case "extra_forbidden":
-            return f"{field}: unknown key; there are {', '.join(model.model_fields)}"
+            text = f"{field}: unknown key; there are {', '.join(model.model_fields)}"
+            if model in IMBALANCES.values():
+                kind_name = model.model_fields["kind"].annotation
+                text += f"; imbalance='{{kind: {get_args(kind_name)[0]}}}' replaces all keys"
+            return text
         case "missing":
             return f"{field}: missing"
         case "union_tag_invalid" | "union_tag_not_found":
-            return f"{field}.kind: expected one of {', '.join(IMBALANCES)}, got {short(detail['input'])}"
+            value = detail["input"]
+            value = value.get("kind", value) if isinstance(value, Mapping) else value
+            return f"{field}.kind: expected one of {', '.join(IMBALANCES)}, got {short(value)}"
         case "string_pattern_mismatch":
             expected = "letters, digits and . _ -, a letter or digit first"
             return f"{field}: expected {expected}, got {short(detail['input'])}"

@@ -62,6 +62,11 @@ def one_line(text: str, limit: int = MAX_REASON) -> str:
     return words if len(words) <= limit else words[: limit - 3] + "..."
 
 
+def plural(count: int, noun: str) -> str:
+    """Return ``1 run`` or ``2 runs``."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def short(value: object) -> str:
     """Return ``repr(value)``, truncated to fit in a one-line message."""
     try:

@@ -1,5 +1,6 @@
 """Text about the settings, data sets, models and strategies that a sweep file can name."""
 
+import re
 from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -56,12 +57,12 @@ def _list_fields(config: type[Config], prefix: str, defaults: Config | None = No
                 yield f"{prefix}{key}={kind}: {_one_line(variant.__doc__)}"
                 yield from list(_list_fields(variant, f"    {prefix}{key}."))[1:]  # the first field is the kind
         else:
-            text = "required" if default is PydanticUndefined else f"default {_format_value(default)}"
+            text = "required" if default is PydanticUndefined else f"default {format_value(default)}"
             description = f": {_one_line(field.description)}" if field.description else ""
             yield f"{prefix}{key} ({_format_type(field.annotation)}, {text}){description}"
 
 
-def _format_value(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return ``value`` as it is written in a sweep file."""
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).splitlines()[0]
 
@@ -80,4 +81,4 @@ def _format_type(annotation: Any) -> str:
 
 
 def _one_line(text: str | None) -> str:
-    return " ".join((text or "").replace("``", "").split())
+    return re.sub(r"\bNone\b", "null", " ".join((text or "").replace("``", "").split()))

@@ -1,15 +1,17 @@
 """The plan of a run. The driver makes it once; the display, the memory reservation and the trial use it."""
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from fishermask.config import EngineConfig, ExperimentConfig
 from fishermask.errors import InputError
 from fishermask.experiment.inputs import RunInputs, load_inputs, measure_model, prepare_inputs, query_workload
-from fishermask.planning.estimates import QueryRequest, format_bytes
-from fishermask.planning.placement import MEMORY_SHARE, PROCESS_BYTES, Cluster, free_gpu_memory, num_shards
+from fishermask.planning.estimates import PROCESS_BYTES, QueryRequest, format_bytes
+from fishermask.planning.placement import MEMORY_SHARE, Cluster, free_gpu_memory, num_shards
 from fishermask.planning.query_plan import QueryPlan, plan_query, useful_shards
 from fishermask.planning.workload import Measurement
 from fishermask.tensors.images import Statistics
@@ -67,11 +69,6 @@ def plan_run(config: ExperimentConfig, cluster: Cluster) -> RunPlan:
         training_batch_size=config.training.batch_size if in_process or not resources.gpus else 0,
     )
     memory = cluster.largest("memory") if resources.memory is None else 1e9 * resources.memory
-    if memory <= PROCESS_BYTES:
-        raise InputError(
-            f"resources.memory: a process takes {format_bytes(PROCESS_BYTES)} before it computes, and only "
-            f"{format_bytes(memory)} are available; set resources.memory to more, or use nodes with more memory"
-        )
     limit, gpu_limit = memory - PROCESS_BYTES, None
     if resources.gpus if in_process else resources.gpus_per_shard:
         gpu_limit = MEMORY_SHARE * free_gpu_memory()
@@ -79,9 +76,45 @@ def plan_run(config: ExperimentConfig, cluster: Cluster) -> RunPlan:
     if resources.shards == "auto":
         count = useful_shards(measurement, request, in_process=in_process, limit=limit, gpu_limit=gpu_limit)
     count = num_shards(resources, count, cluster)
-    query = plan_query(measurement, request, count, in_process=in_process, limit=limit, gpu_limit=gpu_limit)
+    plan = partial(plan_query, measurement, request, count, in_process=in_process, gpu_limit=gpu_limit)
+    try:
+        if limit <= 0:
+            raise InputError(
+                f"resources.memory: a process takes {format_bytes(PROCESS_BYTES)} before it computes, and only "
+                f"{format_bytes(memory)} are available; use nodes with more memory"
+            )
+        query = plan(limit=limit)
+    except InputError as error:
+        if resources.memory is None or not (value := _smallest_memory(plan, cluster.largest("memory"))):
+            raise
+        problem, _, remedy = str(error).rpartition("; ")
+        remedy = f"raise resources.memory from {resources.memory:g} to {value}, or {remedy}"
+        raise InputError(f"{problem}; {remedy}") from None
     pool = data.describe_pool(config.imbalance)
     return RunPlan(config, pool, data.hashes, inputs.statistics, measurement, request, query)
+
+
+def _smallest_memory(plan: Callable[..., QueryPlan], largest: float) -> float | None:
+    """Return the smallest ``resources.memory``, in steps of 0.01 GB, with which ``plan`` raises no error.
+
+    Args:
+        largest: bytes of the largest node. If they are too few, return None.
+    """
+
+    def fits(value: float) -> bool:
+        try:
+            plan(limit=1e9 * value - PROCESS_BYTES)
+        except InputError:
+            return False
+        return True
+
+    low, high = 0, int(largest / 1e7)
+    if not fits(high / 100):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle / 100) else (middle, high)
+    return high / 100
 
 
 def precision(engine: EngineConfig) -> Precision:

@@ -12,6 +12,7 @@ from fishermask.config import Config, parse
 from fishermask.errors import InputError
 from fishermask.guard import guarded, short
 from fishermask.learning.factories import FORMS, call_factory, is_factory
+from fishermask.tensors.verification import refuse_probabilities
 
 MAX_DEPTH = 1000
 MAX_WIDTH = 10**9
@@ -134,19 +135,21 @@ def _build_bundled(name: str, params: dict[str, Any], image_shape: tuple[int, in
     if height != width:
         raise InputError(f"model.name: {name} needs square images, got {height} x {width}; set data.image_size")
     model = MODELS[name]
-    return model.function(channels, height, num_classes, **parse(model.Params, params, "model.params").model_dump())
+    arguments = parse(model.Params, params, "model.params", name).model_dump()
+    return model.function(channels, height, num_classes, **arguments)
 
 
 def check_logits(model: nn.Module, images: Tensor, name: str) -> None:
     """Check that ``model``, in eval mode, returns finite logits for ``images`` [n, channels, height, width].
 
     Raises:
-        InputError: the model raises an exception, or returns NaN or infinity.
+        InputError: the model raises an exception, or returns NaN, infinity or probabilities.
     """
     with guarded("model.name", f"{name} fails on the first images of the pool"), torch.no_grad():
         logits = model(images)
         if not logits.isfinite().all():
             raise InputError(f"model.name: {name} returns NaN or infinite logits in eval mode")
+        refuse_probabilities(logits, f"model.name: {name}")
 
 
 def parameter_bytes(name: str, params: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int) -> int:

@@ -12,6 +12,10 @@ from fishermask.planning.workload import Cost, Measurement, shortest_seconds
 from fishermask.pool.blocks import BLOCK, PREDICTED, images_per_part
 from fishermask.tensors.precision import Precision
 
+PROCESS_BYTES = 0.5e9
+"""Bytes of an idle process with Python, PyTorch and Ray. Measured with torch 2.14 built for CUDA, without a GPU: 480 MB
+for a trial that trains ``mlp``, and 400 MB for a Ray shard without a model."""
+
 # Fitted to the peaks of benchmarks/memory.py.
 EMBEDDING_LIBRARIES, PREDICTION_LIBRARIES = 32e6, 5e6
 """Bytes of kernels and thread pools, in a query that embeds the pool and in any other query."""

@@ -10,7 +10,8 @@ import torch
 
 from fishermask.config import ResourcesConfig
 from fishermask.errors import InputError
-from fishermask.planning.estimates import Estimate, format_bytes
+from fishermask.guard import plural
+from fishermask.planning.estimates import PROCESS_BYTES, Estimate, format_bytes
 from fishermask.planning.query_plan import QueryPlan
 
 Bundle = dict[str, float]
@@ -21,9 +22,6 @@ UNKNOWN_NODE: Bundle = dict.fromkeys(KINDS, 1e15)
 """Node that stands for all nodes of an autoscaler, if their resources are unknown."""
 MEMORY_SHARE = 0.9
 """Share of a machine's free memory that runs may use."""
-PROCESS_BYTES = 0.5e9
-"""Bytes of an idle process with Python, PyTorch and Ray. Measured with torch 2.14 built for CUDA, without a GPU: 480 MB
-for a trial that trains ``mlp``, and 400 MB for a Ray shard without a model."""
 STEP_BYTES = 0.1e9
 """Requested memory is a multiple of this many bytes."""
 UNITS = 10_000
@@ -126,9 +124,9 @@ def check_placement(request: list[Bundle], cluster: Cluster) -> str | None:
     if fits(request, cluster.nodes):
         return None
     parts = [f"{_describe(request[0])} for the trial"] if request[0] else []
-    parts += [f"{_describe(request[1])} for each of {len(request) - 1} shards"] if request[1:] else []
+    parts += [f"{_describe(request[1])} for each of {plural(len(request) - 1, 'shard')}"] if request[1:] else []
     nodes = "; ".join(sorted({_describe(node) for node in cluster.nodes}))
-    problem = f"resources: a run needs {' and '.join(parts)}, but the cluster has {len(cluster.nodes)} nodes of {nodes}"
+    problem = f"resources: a run needs {' and '.join(parts)}, but the cluster has {plural(len(cluster.nodes), 'node')} of {nodes}"
     if fits(request, (*cluster.nodes, *cluster.addable_nodes)):
         return problem
     raise InputError(f"{problem}; lower resources.cpus, gpus, shards or memory, or the mask's size, or add nodes")

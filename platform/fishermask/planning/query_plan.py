@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from fishermask.errors import InputError
-from fishermask.planning.estimates import Estimate, QueryRequest, estimate_memory, estimate_seconds, format_bytes
+from fishermask.guard import plural
+from fishermask.planning.estimates import (
+    PROCESS_BYTES,
+    Estimate,
+    QueryRequest,
+    estimate_memory,
+    estimate_seconds,
+    format_bytes,
+)
 from fishermask.planning.workload import Measurement
 from fishermask.pool.blocks import BLOCK, CHUNKS, shard_slices
 
@@ -45,9 +53,10 @@ class QueryPlan:
 
     def __str__(self) -> str:
         time = f"about {format_seconds(self.seconds)} per query" if self.seconds else "no computation per query"
-        shards = "1 shard" if self.num_shards == 1 else f"{self.num_shards} shards"
-        text = f"{time}{' without GPUs' if self.gpu else ''}, peak memory {self.coordinator}, {shards}"
-        text += f" of {self.shard}" if self.shard else ""
+        shards = plural(self.num_shards, "shard")
+        text = f"{time}{' without GPUs' if self.gpu else ''}, peak memory {self.coordinator}"
+        base = f"beyond Python's {PROCESS_BYTES / 1e9:g} GB"
+        text += f", {shards} of {self.shard}, each {base}" if self.shard else f" {base}, {shards}"
         return f"{text}, GPU memory {self.gpu}" if self.gpu else text
 
 

@@ -23,6 +23,7 @@ Settings name a strategy in one of three ways:
 import inspect
 import pkgutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 
 from fishermask.config import Config, StrategyConfig, StrategyParams, parse
 from fishermask.errors import InputError
-from fishermask.guard import guarded, short
+from fishermask.guard import guarded, one_line, short
 from fishermask.planning.workload import Workload
 from fishermask.pool.pool import Pool
 from fishermask.user_modules import attribute_of, import_file, split_file_name
@@ -111,7 +112,7 @@ def load(config: StrategyConfig) -> Strategy:
         )
     module, file = _import(config.name)
     function = attribute_of(module, (parts[1] if parts else None) or "query", f"strategy.name: {file}")
-    params = parse(_params_class(module), config.params, "strategy.params")
+    params = parse(_params_class(module), config.params, "strategy.params", config.short_name)
     assert callable(function)
     return Strategy(file, function, getattr(module, "check", None), params)
 
@@ -123,15 +124,9 @@ def from_function(function: Query, params: Any = None) -> Strategy:
         InputError: the function takes other arguments, or takes no ``params`` and some are given.
     """
     name = getattr(function, "__name__", type(function).__name__)
-    try:
-        count = _num_arguments(function)
-    except ValueError:  # functions in C
-        raise InputError(
-            f"strategy: {name} has no signature; expected a function (pool, budget) or (pool, budget, params)"
-        ) from None
-    if count not in (2, 3):
-        raise InputError(f"strategy: {name} takes {count} arguments; expected (pool, budget) or (pool, budget, params)")
-    if count == 2 and params:
+    if not _is_query(function):
+        raise InputError(f"strategy: {_describe_parameters(name, function)}")
+    if _num_arguments(function) == 2 and params:
         raise InputError(f"params: {name} takes no params; give it a third argument, or leave params out")
     return Strategy(name, function, None, {} if params is None else params)
 
@@ -155,7 +150,10 @@ def _import(name: str) -> tuple[ModuleType, str]:
         with guarded(f"strategy.name: {file}", "cannot be imported"):
             module = import_module(f"{__name__}.{name}") if point is None else point.load()
     params = getattr(module, "Params", StrategyParams)
-    if not _is_query(getattr(module, function, None)) or not (isinstance(params, type) and issubclass(params, Config)):
+    query = getattr(module, function, None)
+    if callable(query) and not _is_query(query):
+        raise InputError(f"strategy.name: {file}: {_describe_parameters(function, query)}")
+    if not callable(query) or not (isinstance(params, type) and issubclass(params, Config)):
         raise InputError(
             f"strategy.name: {file}: needs a function {function}(pool, budget, params); its Params, if any, must be a "
             "class that derives from fishermask.StrategyParams"
@@ -172,18 +170,28 @@ def _params_class(module: ModuleType) -> type[Config]:
     return params
 
 
-def _is_query(function: object) -> bool:
-    return callable(function) and _num_arguments(function) in (2, 3)
+def _is_query(function: Query) -> bool:
+    """Return whether ``function`` takes (pool, budget) or (pool, budget, params), and is not a model factory."""
+    if not _num_arguments(function):
+        return False
+    names = list(inspect.signature(function).parameters.values())[:2]
+    return not any(p.name == "num_classes" for p in names) and names[-1].default is names[-1].empty
+
+
+def _describe_parameters(name: str, function: Query) -> str:
+    problem = "has no signature"
+    with suppress(ValueError):  # functions in C
+        problem = f"takes {one_line(str(inspect.signature(function)))}"
+    return f"{name} {problem}; expected a function (pool, budget) or (pool, budget, params), without a default of budget"
 
 
 def _num_arguments(function: Callable[..., Any]) -> int:
-    """Return how many of (pool, budget, params) ``function`` takes; a larger number if it requires more arguments."""
-    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return 3
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = sum(p.default is p.empty for p in positional)
-    return required if required > 3 else min(3, len(positional))
+    """Return how many of (pool, budget, params) ``function`` takes by position; 0 if it takes other arguments."""
+    for count in (3, 2):
+        with suppress(TypeError, ValueError):
+            inspect.signature(function).bind(*range(count))
+            return count
+    return 0
 
 
 def _holds_integers(positions: object) -> bool:

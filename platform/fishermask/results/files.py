@@ -219,7 +219,7 @@ class RunFolder:
     def config(self) -> ExperimentConfig | None:
         """Return the settings of the folder's run; None if the folder holds no run yet."""
         path = self.path / "config.yaml"
-        return parse(ExperimentConfig, read_yaml(path), str(path)) if path.exists() else None
+        return parse(ExperimentConfig, read_yaml(path), f"{path}:") if path.exists() else None
 
     def provenance(self) -> Provenance:
         """Return the pool, identities and environments of the run; empty if none are recorded.

@@ -9,7 +9,7 @@ from fishermask.config import ExperimentConfig, parse
 from fishermask.errors import InputError
 from fishermask.experiment.identity import describe_differences, identify, identify_settings
 from fishermask.experiment.inputs import load_pool
-from fishermask.guard import guarded
+from fishermask.guard import guarded, plural
 from fishermask.results.files import check_unlocked, pool_name
 from fishermask.sweeps.sweep_file import Run, Sweep, SweepConfig, expand
 from fishermask.yaml_files import read_yaml
@@ -43,7 +43,7 @@ def check_folder(sweep: Sweep, continue_anyway: bool = False, dry_run: bool = Fa
                     "away"
                 )
             return []
-        stored = parse(SweepConfig, read_yaml(path), str(path))
+        stored = parse(SweepConfig, read_yaml(path), f"{path}:")
         if set(stored.grid) != set(sweep.config.grid):
             raise InputError(
                 f"name: {sweep.folder} holds another sweep's results, which vary "
@@ -111,7 +111,7 @@ def _check_identities(sweep: Sweep, stored: SweepConfig, continue_anyway: bool) 
             finished_counts[reason] = finished_counts.get(reason, 0) + 1
         else:
             problems.append([f"{run.name}: {differences[0]}", *differences[1:]] if differences else [])
-    notes = [f"{count} finished runs differ: {reason}" for reason, count in finished_counts.items()]
+    notes = [f"{plural(count, 'finished run')} differ{'s' * (count == 1)}: {reason}" for reason, count in finished_counts.items()]
     problem = next((_join(differences) for differences in problems if differences), None)
     if problem is None:
         return notes

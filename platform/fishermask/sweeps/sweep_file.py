@@ -82,12 +82,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     content = copy.deepcopy(content)
     content.setdefault("base", {})
     content.setdefault("grid", {})
-    config = absolute_files(parse(SweepConfig, content, str(path)), path.parent)
+    config = absolute_files(parse(SweepConfig, content, f"{path}:"), path.parent)
     content = config.model_dump()
     for setting in overrides:
         key, equals, text = setting.partition("=")
-        if not equals or not key:
-            raise InputError(f"{short(setting)}: expected key=value")
+        if not equals or "" in key.split("."):
+            raise InputError(f"{short(key or setting)}: expected key=value")
         if (character := invalid_character(key)) or len(key) > MAX_KEY:
             raise InputError(
                 f"{short(key)}: {f'contains {character}' if character else 'is too long'}; expected key=value"
@@ -106,7 +106,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
             raise InputError(f"{key}: the grid varies {parents[0]}, which would replace it; give {parents[0]}=VALUE")
         else:
             _set_value(content["base"], key, value)
-    return absolute_files(parse(SweepConfig, content, str(path)), Path.cwd())
+    return absolute_files(parse(SweepConfig, content), Path.cwd())
 
 
 def absolute_files(config: SweepConfig, folder: Path) -> SweepConfig:
@@ -162,7 +162,9 @@ def expand(config: SweepConfig) -> Sweep:
             )
         if first is not None:
             same = first.config == run_config
-            problem = "occurs twice in the grid" if same else "is the name of two runs; set strategy.label of each"
+            labels = {strategy_label(first.config.strategy), strategy_label(run_config.strategy)}
+            remedy = f"give {'labels' if len(labels) > 1 else 'values'} that differ in letters or digits"
+            problem = "occurs twice in the grid" if same else f"is the name of two runs; {remedy}"
             raise InputError(f"grid: {name} {problem}")
         runs[name.casefold()] = Run(name, run_config, RunFolder(folder / "runs" / name))
     return Sweep(config, folder, list(runs.values()))

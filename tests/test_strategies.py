@@ -77,7 +77,7 @@ def test_file_whose_local_module_changed_is_imported_again(tmp_path, monkeypatch
         ("1 / 0", "mine.py", "strategy.name: .*mine.py cannot be imported .ZeroDivisionError"),
         ("x = 1", "mine.py", r"mine.py: needs a function query\(pool, budget, params\)"),
         ("def query(pool, budget): ...", "mine.py:best", "mine.py: needs a function best"),
-        ("def query(pool): ...", "mine.py", r"mine.py: query takes \(pool\); expected \(pool, budget\) or"),
+        ("def query(pool): ...", "mine.py", r"mine.py: query takes \(pool\); expected a function \(pool, budget\) or"),
         ("def query(pool, budget, *, size): ...", "mine.py", "mine.py: query takes "),
         ("def three(num_classes, width=8): ...", "mine.py:three", r"three takes \(num_classes, width=8\); expected"),
         ("def three(num_classes, width): ...", "mine.py:three", "mine.py: three takes "),
@@ -144,7 +144,7 @@ def test_function_is_a_strategy(function, params, expected):
 
 
 def test_function_with_other_arguments_is_refused():
-    with pytest.raises(InputError, match=r"takes \(pool\); expected \(pool, budget\)"):
+    with pytest.raises(InputError, match=r"takes \(pool\); expected a function \(pool, budget\)"):
         query_strategies.from_function(lambda pool: [])
     with pytest.raises(InputError, match="params: <lambda> takes no params"):
         query_strategies.from_function(lambda pool, budget: [], {"x": 1})

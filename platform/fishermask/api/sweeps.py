@@ -150,14 +150,10 @@ def _load(config: object) -> SweepConfig:
 
 def _execute(sweep: Sweep, in_process: bool, progress: bool, continue_anyway: bool) -> Results:
     """Check the runs of ``sweep``, and run those that are not finished."""
-<<<<<<< HEAD
     for name, value in (("progress", progress), ("continue_anyway", continue_anyway)):
         if not isinstance(value, bool):
             raise InputError(f"{name}: is {short(value)}; expected True or False")
-    console = Console(quiet=not progress, markup=False, highlight=False, soft_wrap=True)
-=======
     console = Console(quiet=not progress, markup=False, emoji=False, highlight=False, soft_wrap=True)
->>>>>>> f50f8a6 (Names between colons are printed unchanged; the identity of a run covers modules beside the user's files)
     with ExitStack() as stack, _restore_num_threads():
         on_ray = not in_process or sweep.runs[0].config.resources.workers == "ray"
         cluster = _get_cluster(stack) if on_ray else this_machine()

@@ -182,7 +182,9 @@ def _describe_parameters(name: str, function: Query) -> str:
     problem = "has no signature"
     with suppress(ValueError):  # functions in C
         problem = f"takes {one_line(str(inspect.signature(function)))}"
-    return f"{name} {problem}; expected a function (pool, budget) or (pool, budget, params), without a default of budget"
+    return (
+        f"{name} {problem}; expected a function (pool, budget) or (pool, budget, params), without a default of budget"
+    )
 
 
 def _num_arguments(function: Callable[..., Any]) -> int:

@@ -174,7 +174,7 @@ def run_names(folder: Path) -> set[str] | None:
     """Return the names of the runs in the grid of a sweep's folder; None if its ``config.yaml`` is not valid here."""
     path = folder / "config.yaml"
     try:
-        return {run.name for run in expand(parse(SweepConfig, read_yaml(path), str(path))).runs}
+        return {run.name for run in expand(parse(SweepConfig, read_yaml(path), f"{path}:")).runs}
     except InputError:
         return None
 

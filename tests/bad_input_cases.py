@@ -265,7 +265,7 @@ for name, argv, words in [
     ("a value that is no UTF-8", dry(b"data.train=\xff"), "data.train"),
     ("an empty part of a key", dry("budget..query=3"), "budget."),
     ("a key that ends with a point", dry("budget.=3"), "budget."),
-    ("a point as a key", dry(".=3"), "''"),
+    ("a point as a key", dry(".=3"), "'.': expected key=value"),
     ("a key below a number", dry("seed.x=3"), "seed"),
     ("a key below what the grid varies", ["sweep", "grid.yaml", "strategy.params.x=1"], "strategy.params.x"),
     ("a report without a folder", ["report"], "DIR"),

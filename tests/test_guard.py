@@ -182,7 +182,7 @@ def test_sweep_files_with_other_encodings_and_newlines_are_read(folder, capsys, 
     text = yaml.safe_dump(TINY | {"description": "grün\nund mehr"}, allow_unicode=True)
     Path("swéep ☃.yaml").write_bytes(text.replace("\n", newline).encode(encoding))
     assert cli.main(["sweep", "swéep ☃.yaml", "--dry-run"]) == 0
-    assert "1 runs, 0 finished" in capsys.readouterr().out
+    assert "1 run, 0 finished" in capsys.readouterr().out
 
 
 def test_yaml_anchors_and_merges_are_expanded(folder, capsys):
@@ -204,7 +204,7 @@ def test_output_of_a_factory_goes_to_stdout(folder, capfd):
     assert cli.main(["sweep", "tiny.yaml", "--dry-run", "model=guard_test_models:talks"]) == 0
     output = capfd.readouterr()
     assert output.err == ""
-    for text in ("to stdout", "to stderr", "from C", "1 runs, 0 finished"):
+    for text in ("to stdout", "to stderr", "from C", "1 run, 0 finished"):
         assert text in output.out
     assert cli.main(["sweep", "tiny.yaml", "--dry-run", "model=guard_test_models:talks", "budget.query=500"]) == 2
     output = capfd.readouterr()
